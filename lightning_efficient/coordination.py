@@ -1,0 +1,96 @@
+"""How the techniques hear of one another: the Trainer is the registry, and three small Protocols say what.
+
+Nobody holds a reference to another technique. One who changes something calls :func:`announce`; one who needs a role
+played calls :func:`find`. Both look at the Trainer as it is at that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+__all__ = ["Offloader", "ParameterChange", "ParameterListener", "announce", "find", "members"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """What happened to the parameters of the LightningModule, by name; it never holds a tensor.
+
+    Attributes:
+        added: Names that exist now and did not before.
+        removed: Names that existed before and do not now.
+        replaced: Names that exist before and after, whose tensor is another object or has another shape.
+        reason: Why, in words for a log.
+    """
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@runtime_checkable
+class ParameterListener(Protocol):
+    """Whoever plans over the parameters: placements, snapshot pools, low-bit nodes, averaged models."""
+
+    def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
+        """Called after the change, at a safe point, on every rank."""
+
+
+@runtime_checkable
+class Offloader(Protocol):
+    """A strategy whose offload can be turned on while training runs."""
+
+    def enable_offload(self, trainer: pl.Trainer) -> None:
+        """Start to offload, from the next step on."""
+
+
+def members(trainer: pl.Trainer) -> Iterator[object]:
+    """Everyone who takes part in a run, in the order in which they are told.
+
+    The precision plugin and the plugins it wraps (``.inner``), the strategy, the checkpoint IO and the ones it wraps
+    (``.checkpoint_io``), then the callbacks. An object that plays two roles comes once.
+    """
+    seen: set[int] = set()
+    for first, link in (
+        (trainer.precision_plugin, "inner"),
+        (trainer.strategy, None),
+        (trainer.strategy.checkpoint_io, "checkpoint_io"),
+    ):
+        member: object | None = first
+        while member is not None and id(member) not in seen:
+            seen.add(id(member))
+            yield member
+            member = getattr(member, link, None) if link else None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if id(callback) not in seen:
+            seen.add(id(callback))
+            yield callback
+
+
+def announce(trainer: pl.Trainer, change: ParameterChange) -> None:
+    """Tell every :class:`ParameterListener` of the run that parameters changed."""
+    for member in members(trainer):
+        if isinstance(member, ParameterListener):
+            member.on_parameters_changed(trainer, change)
+
+
+def find(trainer: pl.Trainer, role: type[T]) -> T | None:
+    """The one object of the run that plays ``role`` (a runtime-checkable Protocol), or None.
+
+    Raises:
+        MisconfigurationException: If several objects play it.
+    """
+    players = [member for member in members(trainer) if isinstance(member, role)]
+    if len(players) > 1:
+        names = ", ".join(type(player).__name__ for player in players)
+        raise MisconfigurationException(
+            f"{len(players)} objects of this Trainer can be its {role.__name__}: {names}. Keep one of them."
+        )
+    return players[0] if players else None

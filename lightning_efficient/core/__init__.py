@@ -1,0 +1,1 @@
+"""Bricks that several techniques share; nothing here knows Lightning."""
