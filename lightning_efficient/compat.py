@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
-__all__ = ["averaged_models", "log_step", "rewrap_ddp", "should_log"]
+__all__ = ["accumulating", "averaged_models", "log_step", "rewrap_ddp", "should_log", "validation_metrics"]
 
 
 def log_step(trainer: pl.Trainer) -> int:
@@ -23,6 +23,20 @@ def should_log(trainer: pl.Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def accumulating(trainer: pl.Trainer) -> bool:
+    """Whether the batch in progress only adds to the gradients and ends without an optimizer step."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """The scalars that the validation in progress has logged; to be asked in ``on_validation_end``.
+
+    ``trainer.callback_metrics`` mixes them with those of training and with older ones.
+    """
+    metrics = trainer._logger_connector.metrics["callback"]
+    return {name: float(value) for name, value in metrics.items() if torch.as_tensor(value).numel() == 1}
+
+
 def rewrap_ddp(strategy: DDPStrategy) -> None:
     """Wrap the module anew, so that parameters that came after the first wrapping are reduced too.
 
@@ -33,6 +47,12 @@ def rewrap_ddp(strategy: DDPStrategy) -> None:
         raise RuntimeError("The strategy has no LightningModule to wrap: this must run inside `Trainer.fit`.")
     strategy.model = module
     strategy.configure_ddp()
+
+
+def averaging_callbacks(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:
+    """Lightning's callbacks that keep an averaged copy of the LightningModule."""
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
 
 
 def averaged_models(trainer: pl.Trainer) -> list[torch.nn.Module]:

@@ -1,0 +1,316 @@
+"""The layers of a network that are live, and those that share one set of weights.
+
+An arrangement is written as *leaders*: ``leaders[i]`` is the layer whose parameters layer ``i`` uses, and the number
+of entries is the depth. With eight layers, ``(0, 1)`` is the shallow model of two, ``(0, 1, 0, 1, 0, 1, 0, 1)`` shares
+a unit of two layers four times, and ``(0, 1, ..., 7)`` is the full model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.growth.layers import LayerStack, signature
+from lightning_efficient.growth.operators import Scaled, Transfer, hollow, like
+
+__all__ = ["LayerArrangement", "group_sizes"]
+
+Leaders = tuple[int, ...]
+
+
+def group_sizes(leaders: Sequence[int]) -> dict[int, int]:
+    """How many layers use each leader's parameters."""
+    return {leader: list(leaders).count(leader) for leader in dict.fromkeys(leaders)}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lives in a layer: the same place in every layer of a stack."""
+
+    module: str
+    name: str
+
+    def get(self, layer: nn.Module) -> nn.Parameter:
+        parameter = layer.get_submodule(self.module)._parameters[self.name]
+        if parameter is None:
+            raise LookupError(f"{self.module}.{self.name}")
+        return parameter
+
+    def set(self, layer: nn.Module, parameter: nn.Parameter) -> None:
+        layer.get_submodule(self.module)._parameters[self.name] = parameter
+
+
+class LayerArrangement:
+    """Cuts, shares, grows and unshares the layers of ``module`` in place.
+
+    Every layer object of the full model is kept, with its own buffers and attributes; the parameters of layers that
+    are not live, or follow a leader, take no memory.
+
+    Args:
+        module: The network, complete.
+        stacks: Its repeated layers; all stacks are arranged alike and have the same number of layers.
+
+    Raises:
+        ValueError: If the stacks differ in length, or layers are sharded or uninitialised.
+    """
+
+    def __init__(self, module: nn.Module, stacks: Sequence[LayerStack]) -> None:
+        lengths = {len(stack) for stack in stacks}
+        if len(lengths) != 1:
+            listing = "; ".join(map(str, stacks))
+            raise ValueError(f"All stacks must have the same number of layers, got {listing}. Name one with `layers=`.")
+        self.module = module
+        self.stacks = list(stacks)
+        self.full_depth = lengths.pop()
+        self.layers = [[module.get_submodule(s.path(i)) for i in range(len(s))] for s in stacks]
+        self.leaders: Leaders = tuple(range(self.full_depth))
+        self.slots = self._find_slots()
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of live layers in each stack."""
+        return len(self.leaders)
+
+    def shared_parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Each parameter that several layers use, with their number."""
+        for leader, size in group_sizes(self.leaders).items():
+            if size > 1:
+                for slots, layers in zip(self.slots, self.layers, strict=True):
+                    for parameter in {id(p): p for p in (slot.get(layers[leader]) for slot in slots)}.values():
+                        yield parameter, size
+
+    def layer_parameters(self) -> list[list[list[nn.Parameter]]]:
+        """The parameters of each live layer, as [stack][layer][slot]."""
+        return [
+            [[slot.get(layer) for slot in slots] for layer in layers[: self.depth]]
+            for slots, layers in zip(self.slots, self.layers, strict=True)
+        ]
+
+    # -- changes -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def arrange(
+        self, leaders: Sequence[int], source: Sequence[int] | None = None, *, summed_gradient: bool = False
+    ) -> list[Transfer]:
+        """Go to another arrangement; layer ``i`` gets the weights and buffers of the present layer ``source[i]``.
+
+        A parameter that stays the leader of its layer keeps its object; others are new objects. Where layers stop to
+        share, every copy is bit for bit what the shared one was, so that the output does not change.
+
+        Args:
+            leaders: The arrangement to reach.
+            source: For each of its layers, a layer of the present arrangement. None: layer ``i mod depth``.
+            summed_gradient: Whether sharers' gradients were added up rather than averaged; then the statistics of a
+                group of ``n`` that becomes groups of ``m`` scale by ``m / n`` for each power of the gradient.
+
+        Returns:
+            One transfer for each distinct parameter of the new arrangement.
+        """
+        leaders = tuple(leaders)
+        if source is None:
+            source = [i % self.depth for i in range(len(leaders))]
+        old_sizes = group_sizes(self.leaders)
+        new_sizes = group_sizes(leaders)
+        transfers: list[Transfer] = []
+        for stack, slots, layers in zip(self.stacks, self.slots, self.layers, strict=True):
+            before = [[slot.get(layer) for slot in slots] for layer in layers[: self.depth]]
+            overwrite: list[tuple[Tensor, Tensor]] = []
+            made: dict[tuple[int, int], nn.Parameter] = {}
+            for i, layer in enumerate(layers):
+                for k, slot in enumerate(slots):
+                    if i >= len(leaders):
+                        slot.set(layer, hollow(slot.get(layer)))
+                    elif leaders[i] != i:
+                        slot.set(layer, slot.get(layers[leaders[i]]))
+                    else:
+                        origin = before[source[i]][k]
+                        scale = new_sizes[i] / old_sizes[self.leaders[source[i]]] if summed_gradient else 1.0
+                        stays = i < self.depth and self.leaders[i] == i
+                        key = (i, id(before[i][k] if stays else origin))  # ties inside a layer stay ties
+                        if key in made:
+                            target = made[key]
+                        elif stays:
+                            target = before[i][k]
+                            if origin is not target:
+                                overwrite.append((target, origin.clone()))
+                        else:
+                            target = like(slot.get(layer), origin.clone())
+                            target.requires_grad_(origin.requires_grad)
+                        slot.set(layer, target)
+                        if key not in made:
+                            made[key] = target
+                            transfers.append(Transfer(origin, target, Scaled(scale)))
+            overwrite += self._buffer_copies(layers, leaders, source)
+            for tensor, value in overwrite:
+                tensor.copy_(value)
+            self._show(stack, layers, len(leaders))
+        self.leaders = leaders
+        return transfers
+
+    @contextmanager
+    def expanded(self) -> Iterator[dict[int, str]]:
+        """For its duration the module has all its layers, each with parameters of its own.
+
+        Parameters that the present arrangement lacks are stand-ins of the right shape that occupy no memory. User code
+        that sorts parameters into groups then sees the full model.
+
+        Yields:
+            The name of every parameter of the full model, by ``id``.
+        """
+        shared: list[tuple[Slot, nn.Module, nn.Parameter]] = []
+        for stack, slots, layers in zip(self.stacks, self.slots, self.layers, strict=True):
+            for i, leader in enumerate(self.leaders):
+                if leader != i:
+                    stand_ins: dict[int, nn.Parameter] = {}
+                    for slot in slots:
+                        parameter = slot.get(layers[i])
+                        shared.append((slot, layers[i], parameter))
+                        slot.set(layers[i], stand_ins.setdefault(id(parameter), hollow(parameter)))
+            self._show(stack, layers, self.full_depth)
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        try:
+            yield names
+        finally:
+            for slot, layer, parameter in shared:
+                slot.set(layer, parameter)
+            for stack, layers in zip(self.stacks, self.layers, strict=True):
+                self._show(stack, layers, self.depth)
+
+    def mirror(self, twin: nn.Module) -> LayerArrangement:
+        """The same arrangement over a copy of the module, such as an averaged model.
+
+        Args:
+            twin: A deep copy of the module, taken when it was complete or in its present arrangement.
+        """
+        mirrored = copy.copy(self)
+        mirrored.module = twin
+        mirrored.layers = []
+        complete = True
+        for stack, layers in zip(self.stacks, self.layers, strict=True):
+            container = twin.get_submodule(stack.parent)
+            present = [child for key in stack.keys if (child := container._modules.get(key)) is not None]
+            complete &= len(present) == self.full_depth
+            missing = []
+            for layer in layers[len(present) :]:
+                memo: dict[int, object] = {id(p): hollow(p) for p in layer.parameters()}
+                missing.append(copy.deepcopy(layer, memo))
+            mirrored.layers.append([*present, *missing])
+        if (complete and self.depth < self.full_depth) or not self._tied_like(mirrored):
+            mirrored.leaders = tuple(range(self.full_depth))
+            mirrored.arrange(self.leaders, range(self.depth))
+        return mirrored
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _tied_like(self, twin: LayerArrangement) -> bool:
+        return all(
+            slots[0].get(layers[i]) is slots[0].get(layers[leader])
+            for slots, layers in zip(self.slots, twin.layers, strict=True)
+            for i, leader in enumerate(self.leaders)
+        )
+
+    def _find_slots(self) -> list[list[Slot]]:
+        """The places of the parameters that belong to one layer alone; those tied elsewhere are left as they are."""
+        owners: dict[int, set[object]] = {}
+        inside: set[int] = set()
+        for stack, layers in zip(self.stacks, self.layers, strict=True):
+            for i, layer in enumerate(layers):
+                inside.update(id(sub) for sub in layer.modules())
+                for name, parameter in layer.named_parameters():
+                    _check_kind(parameter, f"{stack.path(i)}.{name}")
+                    owners.setdefault(id(parameter), set()).add((stack.parent, i))
+        for sub in self.module.modules():
+            if id(sub) not in inside:
+                for parameter in sub.parameters(recurse=False):
+                    owners.setdefault(id(parameter), set()).add("outside")
+        return [
+            [
+                Slot(path, name)
+                for path, sub in layers[0].named_modules()
+                for name, parameter in sub._parameters.items()
+                if parameter is not None and len(owners[id(parameter)]) == 1
+            ]
+            for layers in self.layers
+        ]
+
+    def _buffer_copies(
+        self, layers: list[nn.Module], leaders: Leaders, source: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Persistent buffers (running statistics) follow the weights; each layer has its own."""
+        copies: list[tuple[Tensor, Tensor]] = []
+        for i in range(len(leaders)):
+            if source[i] == i < self.depth:
+                continue
+            here, there = layers[i], layers[source[i]]
+            for path, sub in here.named_modules():
+                original = there.get_submodule(path)
+                for name, buffer in sub._buffers.items():
+                    value = original._buffers[name]
+                    if buffer is None or value is None:
+                        continue
+                    if buffer.device != value.device or buffer.dtype != value.dtype:
+                        buffer = sub._buffers[name] = buffer.to(value.device, value.dtype)
+                    if name not in sub._non_persistent_buffers_set:
+                        copies.append((buffer, value.clone()))
+            here.train(there.training)
+        return copies
+
+    def _show(self, stack: LayerStack, layers: list[nn.Module], depth: int) -> None:
+        """Make the container hold the first ``depth`` layers of the stack, in place."""
+        container = self.module.get_submodule(stack.parent)
+        children = list(container._modules.items())
+        inside = set(stack.keys)
+        first = next(n for n, (key, _) in enumerate(children) if key in inside)
+        before = children[:first]
+        after = [(key, child) for key, child in children[first:] if key not in inside]
+        container._modules.clear()
+        container._modules.update([*before, *zip(stack.keys[:depth], layers[:depth], strict=True), *after])
+
+    def check_depth_can_change(self) -> None:
+        """Whether every stack sits in a container whose users iterate over it.
+
+        Raises:
+            ValueError: Naming the container that cannot be shortened, and why.
+        """
+        for stack in self.stacks:
+            container = self.module.get_submodule(stack.parent)
+            where = f"'{stack.parent}' ({type(container).__name__})"
+            if not isinstance(container, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+                raise ValueError(
+                    f"Depth growth needs the layers in an nn.ModuleList, nn.Sequential or nn.ModuleDict that forward "
+                    f"iterates over; {where} holds them as attributes. Use mode='share', or move them into a list."
+                )
+            if isinstance(container, nn.ModuleList) and list(container._modules)[-1] != stack.keys[-1]:
+                raise ValueError(
+                    f"{where} holds other modules after the repeated layers, so that shortening it would renumber "
+                    "them. Keep the repeated layers in a list of their own."
+                )
+
+    def check_layers_still_equal(self) -> None:
+        """Whether the layers that are not live still fit the live ones, after others converted the module.
+
+        Raises:
+            ValueError: Naming the layer whose class was changed.
+        """
+        for stack, layers in zip(self.stacks, self.layers, strict=True):
+            for i, layer in enumerate(layers):
+                if signature(layer) != signature(layers[0]):
+                    raise ValueError(
+                        f"'{stack.path(i)}' no longer has the structure of '{stack.path(0)}': a precision plugin or "
+                        "another callback replaced modules in the live layers only. It must convert modules after "
+                        "growth has ended, or in place without changing their class."
+                    )
+
+
+def _check_kind(parameter: nn.Parameter, path: str) -> None:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"'{path}' is a lazy parameter; run the model once before training so that it has a shape.")
+    if hasattr(parameter, "placements"):
+        raise ValueError(f"'{path}' is sharded (DTensor); growth changes whole parameters. See the card, 'refuses'.")

@@ -1,0 +1,66 @@
+"""Two places where the user's module is intercepted while a run lasts; its class is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_efficient.growth.engine import GrowingModule
+
+__all__ = ["ModuleAttachment"]
+
+
+class ModuleAttachment:
+    """Stands before ``on_load_checkpoint`` and around ``configure_optimizers`` of one module object.
+
+    Only the first is early enough to give a module another form before its weights are loaded. Around the second, the
+    user's code sees the parameters of the full model and decides where each belongs.
+    """
+
+    def __init__(self) -> None:
+        self._originals: dict[str, Any] = {}
+        self.names: dict[int, str] = {}
+        """Name of each parameter that ``configure_optimizers`` saw, by ``id``."""
+
+    def wrap(
+        self, module: nn.Module, on_load: Callable[[dict[str, Any]], None], growing: Callable[[], GrowingModule | None]
+    ) -> None:
+        """Take the two places.
+
+        Args:
+            module: The LightningModule.
+            on_load: Called with the checkpoint before the module's own hook.
+            growing: The module's growth, once there is one.
+        """
+        self.unwrap(module)
+        own_load: Any = module.on_load_checkpoint
+        own_configure: Any = module.configure_optimizers
+        self._originals = {name: module.__dict__.get(name) for name in ("on_load_checkpoint", "configure_optimizers")}
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            on_load(checkpoint)
+            own_load(checkpoint)
+
+        def configure_optimizers() -> Any:
+            grower = growing()
+            if grower is None:
+                return own_configure()
+            with grower.expanded() as names:
+                result = own_configure()
+            self.names = names
+            return result
+
+        module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+        module.__dict__["configure_optimizers"] = configure_optimizers
+
+    def unwrap(self, module: nn.Module) -> None:
+        """Give them back as they were."""
+        for name, original in self._originals.items():
+            if original is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = original
+        self._originals = {}
+        self.names = {}

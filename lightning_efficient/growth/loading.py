@@ -1,0 +1,149 @@
+"""Build the growth of a module, and load a checkpoint of any phase, with or without a Trainer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_efficient.growth.arrangement import LayerArrangement
+from lightning_efficient.growth.engine import GrowingModule
+from lightning_efficient.growth.layers import LayerStack, find_stacks
+from lightning_efficient.growth.narrow import NarrowTwin, build_narrow
+from lightning_efficient.growth.operators import DEPTH_OPERATORS
+from lightning_efficient.growth.schedule import Until
+from lightning_efficient.growth.settings import WidthSettings
+
+__all__ = ["build_growing", "describe", "load_grown"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def build_growing(
+    module: nn.Module,
+    layers: str | Sequence[str] | None,
+    mode: str | None,
+    width: WidthSettings | None,
+    stacks: Sequence[LayerStack] | None = None,
+) -> GrowingModule:
+    """Find the layers of ``module`` and, where its width shall grow, put its narrow twin in.
+
+    Args:
+        module: The full model.
+        layers: See :func:`~lightning_efficient.growth.layers.find_stacks`.
+        mode: How layers are arranged; None where only the width grows.
+        width: The narrow first phase, if there is one.
+        stacks: The layers, where they are known already.
+    """
+    if stacks is None:
+        try:
+            stacks = find_stacks(module, layers)
+        except ValueError:
+            if mode is not None:
+                raise
+            stacks = []
+    wide = LayerArrangement(module, stacks) if stacks and mode is not None else None
+    if wide and mode != "share":
+        wide.check_depth_can_change()
+    if width is None:
+        return GrowingModule(module, wide)
+    inside = {id(sub) for s in stacks for i in range(len(s)) for sub in module.get_submodule(s.path(i)).modules()}
+    outside = [path for path, sub in module.named_modules() if id(sub) not in inside]
+    hyperparameters = dict(getattr(module, "hparams", {}))
+    twin = NarrowTwin(
+        module,
+        build_narrow(module, hyperparameters, width.factor, width.arguments, width.build),
+        width.factor,
+        outside=outside,
+        readout=width.readout,
+        sections=width.sections,
+    )
+    twin.release()
+    return GrowingModule(module, LayerArrangement(module, stacks) if wide else None, twin, wide)
+
+
+def describe(growing: GrowingModule) -> dict[str, Any]:
+    """The form that a module has now, as plain data for a checkpoint."""
+    return {
+        "stacks": [[stack.parent, list(stack.keys)] for stack in growing.stacks],
+        "leaders": list(growing.leaders),
+        "width": growing.width,
+    }
+
+
+def load_grown(
+    module: M | type[M],
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    grown: bool = False,
+    prefix: str = "",
+    build_narrow: Any = None,
+    map_location: Any = "cpu",
+    weights_only: bool = True,
+    **arguments: Any,
+) -> M:
+    """Load a checkpoint of any phase of a run with ``GrowAndUnshareCallback``, for inference or to go on elsewhere.
+
+    ``load_from_checkpoint`` and ``load_state_dict`` cannot do this for a phase before the last: the full model has
+    other parameters than the checkpoint.
+
+    Args:
+        module: The full model as you build it, a LightningModule or a plain ``nn.Module``; or its class, which is then
+            called with the checkpoint's ``hyper_parameters``.
+        checkpoint: Its path, or the loaded dict.
+        grown: Grow to the full model at once, as the run would have done at its next switches.
+        prefix: What the names in the checkpoint begin with and the module's do not: ``"model."`` for the network that
+            the LightningModule holds as ``self.model``.
+        build_narrow: A function that builds the narrow model, where ``module`` is a plain one and the checkpoint is
+            from before a width growth.
+        map_location: See ``torch.load``.
+        weights_only: See ``torch.load``.
+        **arguments: Override hyperparameters where ``module`` is a class.
+
+    Returns:
+        The module, in the form of the checkpoint's phase, or full where ``grown``.
+
+    Raises:
+        RuntimeError: From ``load_state_dict``, if names or shapes still differ.
+    """
+    saved: Mapping[str, Any] = (
+        checkpoint
+        if isinstance(checkpoint, Mapping)
+        else torch.load(checkpoint, map_location=map_location, weights_only=weights_only)
+    )
+    full = module if isinstance(module, nn.Module) else _construct(module, saved, arguments)
+    weights = {
+        name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
+    }
+    state = next((s for key, s in saved.get("callbacks", {}).items() if key.startswith("GrowAndUnshare")), None)
+    if not state:
+        full.load_state_dict(weights)
+        return full
+    stacks = [LayerStack(parent.removeprefix(prefix), tuple(keys)) for parent, keys in state["stacks"]]
+    width = None
+    if state["width"] == "narrow":
+        width = WidthSettings(until=Until(), **{**state["width_settings"], "build": build_narrow})
+    growing = build_growing(full, None, state["mode"], width, stacks)
+    growing.restore(state["leaders"], state["width"])
+    full.load_state_dict(weights)
+    if grown:
+        every = tuple(range(growing.full_depth))
+        if growing.leaders != every:
+            operator = DEPTH_OPERATORS.get(state["mode"])
+            source = operator(len(growing.leaders), growing.full_depth) if operator else every
+            growing.grow_layers(every, source, state="copy")
+        if growing.width == "narrow":
+            growing.grow_width(state="copy")
+    return full
+
+
+def _construct(cls: type[M], checkpoint: Mapping[str, Any], arguments: Mapping[str, Any]) -> M:
+    saved = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    accepted = inspect.signature(cls).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+        saved = {k: v for k, v in saved.items() if k in accepted}
+    return cls(**{**saved, **arguments})
