@@ -241,13 +241,14 @@ class GrowAndUnshareCallback(Callback):
         growing.plan_optimizers(trainer.optimizers, self._attachment.names)
         growing.mirror(compat.averaged_models(trainer))
         self._restore_optimizer_order()
-        self._triggers.start(self._phases, self.width, self._total_steps(trainer))
         self._mean_gradient()
-        if self.rewarm_steps or any(phase.lr_scale != 1.0 for phase in self._phases):
+        if self._scales_learning_rate:
             self._learning_rate.attach(trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._at_boundary = True
+        # Not earlier: asking for the length of the run builds the loaders, and Lightning then forgets to restore them.
+        self._triggers.start(self._phases, self.width, self._total_steps(trainer))
         telemetry.log(trainer, self.measurements(), force=True)
         if len(self._phases) > 1 or self._growing_module().twin:
             rank_zero_info(f"GrowAndUnshareCallback: training begins with {self._form()}; {self._triggers.plan_text()}")
@@ -423,8 +424,10 @@ class GrowAndUnshareCallback(Callback):
         values["growth/phase"] = float(self._phase + (growing.twin is not None and growing.width == "wide"))
         if growing.leaders:
             values["growth/depth"] = float(len(growing.leaders))
+        if self.mode == "share":
             values["growth/distinct_layers"] = float(len(set(growing.leaders)))
-        values["growth/lr_scale"] = self._lr_factor()
+        if self._scales_learning_rate:
+            values["growth/lr_scale"] = self._lr_factor()
         return values | self._triggers.measurements()
 
     def events(self) -> Sequence[telemetry.Event]:
@@ -448,6 +451,10 @@ class GrowAndUnshareCallback(Callback):
         arrangement = self._growing_module().arrangement
         if self.gradient == "mean" and arrangement:
             self._mean.attach(arrangement)
+
+    @property
+    def _scales_learning_rate(self) -> bool:
+        return self.rewarm_steps > 0 or any(phase.lr_scale != 1.0 for phase in self._phases)
 
     def _lr_factor(self) -> float:
         factor = self._phases[self._phase].lr_scale if self._phases else 1.0

@@ -1,0 +1,39 @@
+"""The command line: ``python -m lightning_efficient fit --config my.yaml``, or ``lightning-efficient fit ...``.
+
+A LightningCLI (fit, validate, test, predict) for the demo task and for your own classes: give them in YAML by
+``class_path``. Importing this package first is what makes the strategies' short names known.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: Instead of those of the process.
+    """
+    try:
+        import jsonargparse  # noqa: F401
+    except ImportError:
+        sys.exit("The command line needs jsonargparse: pip install 'lightning-efficient[cli]'.")
+    import lightning.pytorch as pl
+    from lightning.pytorch.cli import LightningCLI
+
+    LightningCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "lightning-efficient"},
+        args=arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The house's rules, read from the source: imports run one way, private symbols live in one place."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "lightning_efficient"
+ROLES = {"callback.py", "strategy.py", "precision.py", "checkpoint_io.py"}
+TECHNIQUES = {"growth", "checkpointing", "activation_compression", "offload", "precision"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports at its top or inside functions, as dotted names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_cores_know_nothing_of_lightning(path: Path) -> None:
+    parts = path.relative_to(ROOT).parts
+    in_core = parts[0] == "core" or (parts[0] in TECHNIQUES and path.name not in ROLES and path.name != "__init__.py")
+    if in_core:
+        used = {name for name in imports(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")}
+        used |= {n for n in imports(path) if n.startswith(("lightning_efficient.compat", "lightning_efficient.telemetry"))}
+        assert not used, f"{relative(path)} is a core and must not import {used}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_technique_imports_another(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0]
+    others = {
+        name for name in imports(path) for other in TECHNIQUES - {own} if name.startswith(f"lightning_efficient.{other}")
+    }
+    if own in TECHNIQUES | {"core"}:
+        assert not others, f"{relative(path)} imports {others}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_core_imports_nothing_of_the_suite_but_core(path: Path) -> None:
+    if path.relative_to(ROOT).parts[0] == "core":
+        outside = {n for n in imports(path) if n.startswith("lightning_efficient.") and ".core" not in n}
+        assert not outside
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_only_one_lightning_tree(path: Path) -> None:
+    assert not any(name.split(".")[0] == "pytorch_lightning" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_private_symbols_of_lightning_live_in_compat(path: Path) -> None:
+    """No attribute of a trainer, strategy or Lightning callback that begins with an underscore, outside ``compat.py``."""
+    if path.name == "compat.py":
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    private = [
+        f"{relative(path)}:{node.lineno} {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and any(word in ast.unparse(node.value) for word in ("trainer", "strategy", "fit_loop"))
+    ]
+    assert not private, private
