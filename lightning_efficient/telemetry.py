@@ -7,15 +7,20 @@ A technique measures with plain numbers under tags ``<technique>/<quantity>_<uni
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import lightning
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
 
+import lightning_efficient
 from lightning_efficient import compat
+from lightning_efficient.coordination import members
 
-__all__ = ["Event", "Eventful", "Measured", "log"]
+__all__ = ["Event", "Eventful", "Measured", "events", "lay_out", "log", "measurements", "run_facts"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,48 @@ def log(trainer: pl.Trainer, metrics: Mapping[str, float], *, force: bool = Fals
     step = compat.log_step(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
+
+
+def measurements(trainer: pl.Trainer) -> dict[str, float]:
+    """The current value of each tag of every :class:`Measured` member of the run."""
+    values: dict[str, float] = {}
+    for member in members(trainer):
+        if isinstance(member, Measured):
+            values.update({tag: float(value) for tag, value in member.measurements().items()})
+    return values
+
+
+def events(trainer: pl.Trainer) -> list[Event]:
+    """What happened to every :class:`Eventful` member of the run so far, by member."""
+    return [event for member in members(trainer) if isinstance(member, Eventful) for event in member.events()]
+
+
+def lay_out(trainer: pl.Trainer, layout: Mapping[str, Mapping[str, list[object]]]) -> None:
+    """Give TensorBoard's custom-scalars page its ``layout``; other loggers have no such page.
+
+    Args:
+        trainer: The running Trainer.
+        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]``.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars({category: dict(charts) for category, charts in layout.items()})
+
+
+def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
+    """What a reader of a report must know of the Trainer and the model, as label and value."""
+    ranks = f", {trainer.world_size} ranks" if trainer.world_size > 1 else ""
+    facts = {
+        "lightning": lightning.__version__,
+        "lightning_efficient": lightning_efficient.__version__,
+        "Model": type(module).__name__,
+        "Strategy": f"{type(trainer.strategy).__name__}{ranks}",
+        "Precision": f"{trainer.precision} ({type(trainer.precision_plugin).__name__})",
+        "Batches per optimizer step": str(trainer.accumulate_grad_batches),
+        "Gradient clipping": str(trainer.gradient_clip_val or "none"),
+        "Seed": os.environ.get("PL_GLOBAL_SEED", "not set"),  # where seed_everything leaves it
+    }
+    # A name is enough for a reader: what the techniques were told is in the run's own configuration.
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    facts["Callbacks"] = ", ".join(dict.fromkeys(type(callback).__name__ for callback in callbacks))
+    return facts

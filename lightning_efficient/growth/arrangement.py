@@ -87,7 +87,7 @@ class LayerArrangement:
                         yield parameter, size
 
     def layer_parameters(self) -> list[list[list[nn.Parameter]]]:
-        """The parameters of each live layer, as [stack][layer][slot]."""
+        """The parameters of each live layer, indexed by stack, layer and slot."""
         return [
             [[slot.get(layer) for slot in slots] for layer in layers[: self.depth]]
             for slots, layers in zip(self.slots, self.layers, strict=True)

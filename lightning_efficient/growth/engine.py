@@ -86,7 +86,7 @@ class GrowingModule:
         return self.arrangement.stacks if self.arrangement else []
 
     def optimizer_names(self) -> list[list[list[str]]]:
-        """The names of the parameters of each optimizer's groups, as [optimizer][group]."""
+        """The names of the parameters of each optimizer's groups, by optimizer and group."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         return [group_names(plan.optimizer, names) for plan in self._plans]
 

@@ -1,0 +1,47 @@
+"""Which tags belong in one chart: for TensorBoard's custom-scalars page and for the plots of the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from lightning_efficient.monitoring.units import label_of, technique_of, unit_of
+
+__all__ = ["chart_groups", "tensorboard_layout"]
+
+_UNIT_TITLES = {"bytes": "memory (bytes)", "ms": "time (ms)", "s": "time (s)"}
+_TAGS_PER_CHART = 5
+
+
+def chart_groups(tags: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Technique to chart title to the tags of that chart, in the order of ``tags``.
+
+    Bytes share a chart (peaks another, for they dwarf what they are made of), and so do times of one unit; every other
+    quantity has its own scale and thus its own chart. A chart holds at most five tags.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    for tag in dict.fromkeys(tags):
+        charts = groups.setdefault(technique_of(tag), {})
+        base = _UNIT_TITLES.get(unit_of(tag), label_of(tag))
+        if unit_of(tag) == "bytes" and label_of(tag).startswith("peak"):
+            base = f"peak {base}"
+        title = base
+        number = 1
+        while len(charts.get(title, ())) >= _TAGS_PER_CHART:
+            number += 1
+            title = f"{base}, {number}"
+        charts.setdefault(title, []).append(tag)
+    return groups
+
+
+def tensorboard_layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
+    """The argument of ``SummaryWriter.add_custom_scalars`` that shows ``tags`` by technique.
+
+    TensorBoard reads each tag as a regular expression that must match from its first character, hence the escapes.
+    """
+    return {
+        technique: {
+            title: ["Multiline", [f"{re.escape(tag)}$" for tag in members]] for title, members in charts.items()
+        }
+        for technique, charts in chart_groups(tags).items()
+    }

@@ -1,0 +1,148 @@
+"""The report of one run: plain data, and its three forms on disk (Markdown with plots, JSON)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_efficient.monitoring.series import Point
+from lightning_efficient.monitoring.units import technique_of
+
+__all__ = ["EventRow", "RunReport", "read_report", "write_report"]
+
+_FORMAT = 1
+_OWN = "efficiency"
+
+
+class EventRow(NamedTuple):
+    """Something that happened once in the run; the plain-data twin of :class:`lightning_efficient.telemetry.Event`."""
+
+    step: int
+    technique: str
+    text: str
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything that was measured of one run, as plain data.
+
+    Attributes:
+        title: What ran, in a few words.
+        facts: Versions, hardware, trainer and model, in the order in which they are shown.
+        totals: Tag to the value over the whole run, units as in the tags' endings.
+        metrics: ``train_loss`` and each validation metric by its logged name.
+        series: Tag ``<technique>/<quantity>_<unit>`` to its points.
+        events: What happened once, oldest first.
+        notes: How it was measured, one sentence each.
+        batch_unit: What the throughput counts: ``tokens`` or ``samples``.
+        resumed: How many times the run was continued from a checkpoint.
+        interrupted: What ended it early, or the empty string.
+    """
+
+    title: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    series: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    events: Sequence[EventRow] = ()
+    notes: Sequence[str] = ()
+    batch_unit: str = "samples"
+    resumed: int = 0
+    interrupted: str = ""
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """Those who measured or reported something, the monitor itself left out."""
+        names = [technique_of(tag) for tag in self.series] + [event.technique for event in self.events]
+        return tuple(name for name in dict.fromkeys(names) if name != _OWN)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; numbers that JSON does not know become None."""
+        return {
+            "format": _FORMAT,
+            "title": self.title,
+            "facts": dict(self.facts),
+            "totals": {tag: _to_json(value) for tag, value in self.totals.items()},
+            "metrics": {name: _columns(points) for name, points in self.metrics.items()},
+            "series": {tag: _columns(points) for tag, points in self.series.items()},
+            "events": [list(event) for event in self.events],
+            "notes": list(self.notes),
+            "batch_unit": self.batch_unit,
+            "resumed": self.resumed,
+            "interrupted": self.interrupted,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> RunReport:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If ``state`` has a format that this version does not know.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"The report has format {state.get('format')!r}; this version reads format {_FORMAT}. "
+                "Read it with the version of lightning_efficient that wrote it."
+            )
+        return cls(
+            title=state["title"],
+            facts=dict(state["facts"]),
+            totals={tag: _from_json(value) for tag, value in state["totals"].items()},
+            metrics={name: _points(columns) for name, columns in state["metrics"].items()},
+            series={tag: _points(columns) for tag, columns in state["series"].items()},
+            events=tuple(EventRow(*event) for event in state["events"]),
+            notes=tuple(state["notes"]),
+            batch_unit=state["batch_unit"],
+            resumed=state["resumed"],
+            interrupted=state["interrupted"],
+        )
+
+
+def write_report(path: str | Path, report: RunReport) -> Path:
+    """Write ``efficiency_report.md``, ``efficiency_report.json`` and the plots into the folder ``path``.
+
+    Files of these names are overwritten.
+
+    Returns:
+        The path of the Markdown file.
+    """
+    # Drawing is needed once, at the end of a run: whoever never reports does not pay for importing matplotlib.
+    from lightning_efficient.monitoring.markdown import render
+    from lightning_efficient.monitoring.plots import save_plots
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "efficiency_report.json").write_text(json.dumps(report.to_dict(), allow_nan=False), encoding="utf-8")
+    plots = save_plots(report, folder)
+    target = folder / "efficiency_report.md"
+    target.write_text(render(report, plots), encoding="utf-8")
+    return target
+
+
+def read_report(path: str | Path) -> RunReport:
+    """The report in the folder ``path``, or in the JSON file ``path``."""
+    source = Path(path)
+    if source.is_dir():
+        source = source / "efficiency_report.json"
+    return RunReport.from_dict(json.loads(source.read_text(encoding="utf-8")))
+
+
+def _columns(points: Sequence[Point]) -> dict[str, list[float | None]]:
+    return {name: [_to_json(point[index]) for point in points] for index, name in enumerate(Point._fields)}
+
+
+def _points(columns: Mapping[str, Sequence[float | None]]) -> tuple[Point, ...]:
+    rows = zip(*(columns[name] for name in Point._fields), strict=True)
+    return tuple(Point(int(step or 0), *map(_from_json, rest)) for step, *rest in rows)
+
+
+def _to_json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _from_json(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,37 @@
+"""The committed notebooks run, with few steps, and were committed executed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[dict[str, Any]]:
+    """The code cells of a notebook."""
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LE_NOTEBOOK_STEPS", "24")
+    monkeypatch.chdir(tmp_path)
+    mpl.use("agg")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in cells(path):
+        exec(compile("".join(cell["source"]), str(path), "exec"), names)  # noqa: S102
+    assert not list(tmp_path.iterdir()), "a notebook leaves no file behind"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_executed_and_clean(path: Path) -> None:
+    executed = cells(path)
+    assert all(cell["execution_count"] for cell in executed)
+    outputs = [output for cell in executed for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
