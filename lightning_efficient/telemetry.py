@@ -60,9 +60,10 @@ def log(trainer: pl.Trainer, metrics: Mapping[str, float], *, force: bool = Fals
     Args:
         trainer: The running Trainer.
         metrics: Tag to value; empty is allowed.
-        force: Log now, whatever ``log_every_n_steps`` says: for values that change once in a run.
+        force: Log now, whatever ``log_every_n_steps`` and gradient accumulation say: for what changes once in a run.
     """
-    if not metrics or not (force or compat.should_log(trainer)):
+    due = force or (compat.should_log(trainer) and not compat.accumulating(trainer))
+    if not metrics or not due:
         return
     step = compat.log_step(trainer)
     for logger in trainer.loggers:

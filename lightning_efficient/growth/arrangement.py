@@ -56,7 +56,7 @@ class LayerArrangement:
         stacks: Its repeated layers; all stacks are arranged alike and have the same number of layers.
 
     Raises:
-        ValueError: If the stacks differ in length, or layers are sharded or uninitialised.
+        ValueError: If the stacks differ in length, or layers are sharded, uninitialised or share all they have.
     """
 
     def __init__(self, module: nn.Module, stacks: Sequence[LayerStack]) -> None:
@@ -70,6 +70,12 @@ class LayerArrangement:
         self.layers = [[module.get_submodule(s.path(i)) for i in range(len(s))] for s in stacks]
         self.leaders: Leaders = tuple(range(self.full_depth))
         self.slots = self._find_slots()
+        for stack, slots in zip(self.stacks, self.slots, strict=True):
+            if not slots:
+                raise ValueError(
+                    f"Every parameter of {stack} is shared with other layers already: the network was built so, or an "
+                    "earlier run left it in its first phase. Build it anew, or use the callback of that run."
+                )
 
     # -- what there is -------------------------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from lightning_efficient.growth.moments import StateMode
 from lightning_efficient.growth.operators import DEPTH_OPERATORS
 from lightning_efficient.growth.schedule import Until, parse_until
 from lightning_efficient.growth.sharing import SharingPattern, sharing_leaders
 
-__all__ = ["Mode", "Phase", "WidthSettings", "check_stages", "make_phases", "parse_width"]
+__all__ = ["Mode", "Phase", "Settings", "WidthSettings", "check_stages", "make_phases", "parse_width"]
 
 Mode = Literal["share", "stack", "interleave", "middle"]
 
@@ -50,6 +51,77 @@ class WidthSettings:
     build: Any = None
     readout: str | None = None
     sections: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: all but when to grow, and how to build the narrow model."""
+        return {
+            "factor": self.factor,
+            "arguments": dict(self.arguments) if self.arguments else None,
+            "readout": self.readout,
+            "sections": dict(self.sections) if self.sections else None,
+        }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the user asked for, except when readings are taken; see ``GrowAndUnshareCallback``.
+
+    Raises:
+        ValueError: Naming the argument that is out of range, or does not go with another.
+    """
+
+    layers: str | list[str] | None
+    mode: Mode | None
+    stages: Sequence[Mapping[str, Any]] | None
+    unit: int | None
+    sharing: SharingPattern
+    until: Any
+    unshare: Literal["together", "by_correlation"]
+    width: WidthSettings | None
+    optimizer_state: StateMode
+    gradient: Literal["mean", "sum"]
+    lr_scale: float
+    rewarm_steps: int
+
+    def __post_init__(self) -> None:
+        check_stages(self.mode, self.stages, self.unit, self.until)
+        for name, allowed in (
+            ("sharing", ("cycle", "sequence", "all")),
+            ("unshare", ("together", "by_correlation")),
+            ("optimizer_state", ("copy", "reset")),
+            ("gradient", ("mean", "sum")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}.")
+        check_count("rewarm_steps", self.rewarm_steps, least=0)
+        if not self.lr_scale > 0:
+            raise ValueError(f"lr_scale={self.lr_scale!r}: expected a factor above 0.")
+        if self.unshare == "by_correlation" and self.mode != "share":
+            raise ValueError(f"unshare='by_correlation' is for mode='share', not for mode={self.mode!r}.")
+        if self.mode == "share" and self.stages is None:
+            parse_until(self.until, where="until", default_fraction=DEFAULT_FRACTIONS["share"])
+
+    def phases(self, full_depth: int) -> list[Phase]:
+        """The phases of a model with ``full_depth`` repeated layers; see :func:`make_phases`."""
+        return make_phases(
+            self.mode,
+            self.stages,
+            unit=self.unit,
+            sharing=self.sharing,
+            until=self.until,
+            lr_scale=self.lr_scale,
+            full_depth=full_depth,
+        )
+
+
+def check_count(name: str, value: Any, *, least: int) -> None:
+    """Whether ``value`` is a whole number of at least ``least``.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}.")
 
 
 def parse_width(width: Mapping[str, Any] | None) -> WidthSettings | None:

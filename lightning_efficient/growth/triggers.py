@@ -57,14 +57,16 @@ class Triggers:
         self._streak = 0
         self.correlations: dict[tuple[int, int], float] = {}
 
-    def start(self, phases: Sequence[Phase], width: WidthSettings | None, total_steps: float) -> None:
-        """Fix the caps for a run of ``total_steps`` optimizer steps.
+    def start(self, phases: Sequence[Phase], width: WidthSettings | None, total_steps: float, step: int = 0) -> None:
+        """Fix the caps for a run of ``total_steps`` optimizer steps, of which ``step`` are done.
 
         Raises:
             ValueError: If the caps of successive phases do not increase, or a cap lies behind the end of the run.
         """
         self._untils = [phase.until for phase in phases]
         self._caps = [until.cap(total_steps) if until else math.inf for until in self._untils]
+        if self._read_at > step:  # the readings are of an earlier fit, and steps count from its beginning
+            self.restart(step)
         self._width = width.until if width else None
         self._width_cap = self._width.cap(total_steps) if self._width else math.inf
         for i, (before, after) in enumerate(pairwise(self._caps)):

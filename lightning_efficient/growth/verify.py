@@ -44,7 +44,10 @@ class WidthCheck:
 
     def _recorder(self, path: str) -> Any:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._calls.setdefault(path, (_detached(args), _detached(kwargs)))
+            # Under DDP, Lightning redirects the root's `forward` to `training_step` for one call.
+            redirected = not path and getattr(module.forward, "__func__", None) is not type(module).forward
+            if not redirected:
+                self._calls.setdefault(path, (_detached(args), _detached(kwargs)))
 
         return record
 

@@ -28,6 +28,7 @@ _LOOKS: tuple[dict[str, Any], ...] = (
     {"color": "#56B4E9", "linewidth": 1.6, "linestyle": "-"},
 )
 _INK, _GRID = "#333333", "#e3e3e3"
+_FEW_VALUES = 12
 # Unit to (from which value on, divisor, name), largest first.
 _SCALES: dict[str, tuple[tuple[float, float, str], ...]] = {
     "bytes": tuple(
@@ -140,7 +141,9 @@ def _draw_line(axes: Axes, x: list[float], y: list[float], line: Line, look: dic
     elif line.style in ("marked", "thin"):
         axes.plot(x, y, "-", color=look["color"], linewidth=1.0 if line.style == "thin" else 1.8, label=line.label)
     else:
-        axes.plot(x, y, label=line.label, **look)
+        # What takes few values changes at once: a slope between two readings would tell of times that never were.
+        drawn = "steps-post" if len(set(y)) <= _FEW_VALUES < len(y) else "default"
+        axes.plot(x, y, label=line.label, drawstyle=drawn, **look)
 
 
 def _style(axes: Axes, title: str) -> None:
