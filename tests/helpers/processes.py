@@ -1,0 +1,15 @@
+"""Where the tests' processes come from: a fork server that has done the slow imports, and no thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+
+__all__ = ["context"]
+
+
+def context() -> ForkServerContext:
+    """Each process is a fork of one that has imported torch, Lightning and the corpus, and has run nothing."""
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["lightning.pytorch", "tests.helpers.preload"])
+    return fork

@@ -1,0 +1,155 @@
+"""The registry: each technique with a model, data and arguments, once. Every general test runs over all of them.
+
+A technique joins by adding a :class:`TechniqueSetting` to :data:`SETTINGS`; ``tests/test_every_technique.py``,
+``tests/test_two_ranks.py`` and ``tests/test_crash.py`` then hold it to what all of them promise.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
+
+__all__ = ["CONTEXT", "EPOCH", "SETTINGS", "STEPS", "TechniqueSetting", "demo_data", "demo_model", "every", "named"]
+
+STEPS = 16
+"""Optimizer steps of a run."""
+EPOCH = 10
+"""Batches of an epoch."""
+BATCH = 4
+CONTEXT = 32
+
+
+def demo_model(cls: type[pl.LightningModule] = ByteLanguageModel, **arguments: Any) -> pl.LightningModule:
+    """The same weights each time; all that a seed draws is drawn here."""
+    torch.manual_seed(0)
+    size = {"layers": 4, "width": 32, "heads": 4, "context": CONTEXT, "learning_rate": 4e-3, "warmup_steps": 2}
+    return cls(**(size | arguments))
+
+
+def demo_data(*, batch_size: int = BATCH, batches: int = EPOCH) -> StdlibDataModule:
+    """``batches`` batches an epoch, of single-process runs."""
+    return StdlibDataModule(
+        context=CONTEXT,
+        batch_size=batch_size,
+        train_bytes=(CONTEXT + 1) * batch_size * batches,
+        validation_bytes=(CONTEXT + 1) * batch_size * 2,
+    )
+
+
+@dataclass(frozen=True)
+class TechniqueSetting:
+    """One technique, ready to run.
+
+    Attributes:
+        name: For the tests' names.
+        yaml: What a user writes into the Trainer's part of a config: ``callbacks``, ``plugins`` and ``strategy``, each
+            a list of ``{class_path, init_args}`` (``strategy``: one). The objects of :meth:`build` are made of it.
+        model: Makes the model; takes another class and other arguments.
+        data: Makes the data module; takes ``batch_size`` and ``batches``.
+        exact: Whether results are bit-identical to those of plain Lightning.
+        changes_parameters: Whether parameters come and go while it trains.
+        switches: The steps at which they do, in a run of :data:`STEPS` steps.
+        volatile: Prefixes of logged tags that measure time or memory, and so differ from run to run.
+        files: Glob patterns, below the Trainer's ``default_root_dir``, of files that it writes because it was asked to.
+        refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``sharding``.
+    """
+
+    name: str
+    yaml: Mapping[str, Any]
+    model: Callable[..., pl.LightningModule] = demo_model
+    data: Callable[..., pl.LightningDataModule] = demo_data
+    exact: bool = False
+    changes_parameters: bool = False
+    switches: tuple[int, ...] = ()
+    volatile: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def build(self) -> dict[str, Any]:
+        """New objects for the Trainer's ``callbacks``, ``plugins`` and ``strategy``, as far as there are any."""
+        built: dict[str, Any] = {}
+        for slot, entry in self.yaml.items():
+            built[slot] = [_make(spec) for spec in entry] if isinstance(entry, list) else _make(entry)
+        return built
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments of its first callback."""
+        return self.yaml["callbacks"][0]["init_args"]
+
+
+def _make(spec: Mapping[str, Any]) -> Any:
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(**spec.get("init_args", {}))
+
+
+def _growth(name: str, *switches: int, refuses: Mapping[str, str] | None = None, **arguments: Any) -> TechniqueSetting:
+    path = "lightning_efficient.growth.GrowAndUnshareCallback"
+    return TechniqueSetting(
+        name=name,
+        yaml={"callbacks": [{"class_path": path, "init_args": arguments}]},
+        changes_parameters=True,
+        switches=switches,
+        refuses={"sharding": "cannot change parameters that ModelParallelStrategy shards", **(refuses or {})},
+    )
+
+
+_WIDTH_REFUSES = {"averaging": "Width growth cannot widen the averaged model of {callback}"}
+
+SETTINGS = [
+    _growth("stack", 3, 7, mode="stack", stages=[{"depth": 1, "until": 3}, {"depth": 2, "until": 7}, {"depth": 4}]),
+    _growth("share", 5, mode="share", unit=2, until=5, lr_scale=0.5, rewarm_steps=2),
+    _growth(  # at step 3 the first layer's gradient agrees with the second's to 0.91 and all others' to 0.98 or more
+        "share-by-correlation",
+        4,
+        9,
+        mode="share",
+        unit=1,
+        unshare="by_correlation",
+        until={"step": 9, "correlation_below": 0.96},
+        correlation_every_n_steps=3,
+    ),
+    _growth("width", 5, width={"factor": 2, "until": 5}, refuses=_WIDTH_REFUSES),
+    _growth(
+        "stack-and-width",
+        4,
+        8,
+        mode="stack",
+        stages=[{"depth": 2, "until": 4}, {"depth": 4}],
+        width={"factor": 2, "until": 8},
+        refuses=_WIDTH_REFUSES,
+    ),
+    _growth(
+        "interleave-reset",
+        6,
+        mode="interleave",
+        stages=[{"depth": 3, "until": 6}, {"depth": 4}],
+        optimizer_state="reset",
+    ),
+    TechniqueSetting(
+        name="monitor",
+        yaml={"callbacks": [{"class_path": "lightning_efficient.monitoring.EfficiencyMonitor", "init_args": {}}]},
+        exact=True,
+        volatile=("efficiency/",),
+        files=("efficiency_*",),
+    ),
+]
+
+
+def named(name: str) -> TechniqueSetting:
+    """The setting of this name."""
+    return next(setting for setting in SETTINGS if setting.name == name)
+
+
+def every(condition: Callable[[TechniqueSetting], Any] = lambda setting: True) -> pytest.MarkDecorator:
+    """Run a test with each ``setting`` for which ``condition`` holds."""
+    chosen = [setting for setting in SETTINGS if condition(setting)]
+    return pytest.mark.parametrize("setting", chosen, ids=lambda setting: setting.name)

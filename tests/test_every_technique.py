@@ -1,0 +1,645 @@
+"""What every technique promises, held to each setting of the registry (G5, G8, X1, X2)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
+from tests.helpers.fitting import Run, assert_continues, assert_same_tree, fit, make_trainer
+from tests.helpers.models import CheckpointedModel, CompiledModel, ManualModel, ScheduledModel, SilentModel
+from tests.technique_settings import EPOCH, STEPS, TechniqueSetting, demo_model, every, named
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),  # it is what these tests want
+]
+
+changes_parameters = every(lambda setting: setting.changes_parameters)
+averages = every(lambda setting: "averaging" not in setting.refuses)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are added up in one order, and the other core is left to others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def assert_trained(run: Run, *, log_steps: int = 1, as_registered: bool = True) -> None:
+    """It learned, everything stayed finite, and it switched where it should have.
+
+    Args:
+        run: The run.
+        log_steps: The logger's steps for each optimizer step.
+        as_registered: Whether its gradients are those of the registered run, so that they agree as much.
+    """
+    assert mean(run.losses[-4:]) < mean(run.losses[:4]) - 0.1
+    assert all(value.isfinite().all() for value in run.weights.values())
+    if run.setting is not None and run.setting.changes_parameters:
+        steps = sorted({event.step for event in run.events})
+        if as_registered:
+            assert steps == [step * log_steps for step in run.setting.switches]
+        assert steps[-1] == run.setting.switches[-1] * log_steps
+        assert set(run.weights) == set(demo_names(run.module))
+    known = {name for optimizer in run.optimizers for group in optimizer["names"] for name in group}
+    assert known == {name for name, _ in run.module.named_parameters()}
+    for optimizer in run.optimizers:
+        assert set(optimizer["state"]) == {name for group in optimizer["names"] for name in group}
+
+
+def demo_names(module: pl.LightningModule) -> list[str]:
+    """The names in the ``state_dict`` of a full model of this kind."""
+    hyperparameters = dict(module.hparams)
+    return list(type(module)(**hyperparameters).state_dict())
+
+
+# -- it trains, and goes on --------------------------------------------------------------------------------------
+
+
+@every()
+def test_trains_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    run = fit(setting, root=tmp_path)
+    assert_trained(run)
+    assert run.trainer.global_step == STEPS
+
+
+@every(lambda setting: setting.exact)
+def test_changes_no_result_where_it_says_so(setting: TechniqueSetting, tmp_path: Path) -> None:
+    plain, with_it = fit(None), fit(setting, root=tmp_path)
+    with_it.events = []
+    assert_continues(with_it, plain)
+
+
+@every()
+def test_resumes_bit_equal_around_each_switch_g5_g8_x1(setting: TechniqueSetting, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}
+    whole = fit(setting, root=tmp_path, checkpoints={}, **arguments)
+    around = {step + offset for step in setting.switches for offset in (-1, 0, 1, 2)}
+    for step in sorted(around | {1, EPOCH - 1, EPOCH, EPOCH + 1, STEPS - 1}):
+        resumed = fit(setting, root=tmp_path / "resumed", ckpt_path=whole.checkpoints[step], **arguments)
+        assert len(resumed.losses) == STEPS - step, step
+        assert_continues(resumed, whole)
+
+
+@every()
+def test_resumes_bit_equal_from_the_end_of_an_epoch_g8_x1(setting: TechniqueSetting, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"max_steps": -1, "max_epochs": 4, "limit_val_batches": 1}
+    when = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    whole = fit(setting, data=setting.data(batches=4), root=tmp_path, checkpoints=when, **arguments)
+    assert sorted(whole.checkpoints) == [4, 8, 12, 16]
+    for step in (4, 8, 12):
+        path = whole.checkpoints[step]
+        resumed = fit(setting, data=setting.data(batches=4), root=tmp_path / "r", ckpt_path=path, **arguments)
+        assert len(resumed.losses) == STEPS - step
+        assert_continues(resumed, whole)
+
+
+@every()
+def test_resumes_bit_equal_while_gradients_accumulate_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    arguments = {"accumulate_grad_batches": 2, "max_steps": 12}
+    whole = fit(setting, root=tmp_path, checkpoints={}, **arguments)
+    for step in {11, *setting.switches}:
+        resumed = fit(setting, root=tmp_path / "resumed", ckpt_path=whole.checkpoints[step], **arguments)
+        assert_continues(resumed, whole)
+
+
+@every()
+def test_the_same_objects_resume_from_an_earlier_phase_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    build, module, data = setting.build(), setting.model(), setting.data()
+    whole = fit(setting, module=module, data=data, build=build, root=tmp_path, checkpoints={})
+    for step in (2, *setting.switches):
+        path = whole.checkpoints[step]
+        again = fit(setting, module=module, data=setting.data(), build=build, root=tmp_path / "again", ckpt_path=path)
+        assert_continues(again, whole)
+
+
+@every()
+def test_a_second_fit_of_the_trainer_continues_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    first = 4
+    run = fit(setting, root=tmp_path, max_steps=first, each_step=True)
+    assert run.trainer.global_step == first
+    depth = len(list(run.module.parameters()))
+    run.trainer.fit_loop.epoch_loop.max_steps = STEPS
+    run.trainer.fit(run.module, run.trainer.datamodule)
+    assert run.trainer.global_step == STEPS
+    assert run.names[first][:depth] == run.names[first - 1] or first in setting.switches, "it goes on in its phase"
+    assert_trained(run)
+    batches = [batch for _, _, batch in run.batches]
+    assert len({str(batch) for batch in batches[:EPOCH]}) == len(batches[:EPOCH]) or run.batches[first][1] == 0
+
+
+@every(lambda setting: setting.exact)
+def test_a_second_fit_is_that_of_plain_lightning_where_it_says_so(setting: TechniqueSetting, tmp_path: Path) -> None:
+    runs = []
+    for who in (None, setting):
+        run = fit(who, root=tmp_path, max_steps=6)
+        run.trainer.fit_loop.epoch_loop.max_steps = STEPS
+        run.trainer.fit(run.module, run.trainer.datamodule)
+        runs.append(run)
+    assert runs[0].losses == runs[1].losses
+    assert_same_tree(runs[1].weights, runs[0].weights, "weights")
+
+
+@every()
+def test_evaluates_after_fit_and_checkpoints_of_earlier_phases_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    run = fit(setting, root=tmp_path, checkpoints={}, each_step=True, limit_val_batches=2)
+    early, last = run.checkpoints[2], run.checkpoints[STEPS]
+    quiet = {"datamodule": setting.data(), "verbose": False}
+    fresh = make_trainer(*setting.build().get("callbacks", []), limit_val_batches=2, default_root_dir=tmp_path)
+    losses = []
+    for trainer, module in ((run.trainer, run.module), (fresh, setting.model())):
+        [at_the_end] = trainer.validate(module, ckpt_path=last, **quiet)
+        [validated] = trainer.validate(module, ckpt_path=early, **quiet)
+        assert_same_tree(dict(module.state_dict()), run.weights_at[1], "weights of the second step")
+        [tested] = trainer.test(module, ckpt_path=early, **quiet)
+        assert validated["val_loss"] == tested["test_loss"] > at_the_end["val_loss"]
+        assert len(trainer.predict(module, datamodule=setting.data(), ckpt_path=early)) == 2
+        assert [at_the_end] == trainer.validate(module, ckpt_path=last, **quiet)
+        assert_same_tree(dict(module.state_dict()), run.weights, "weights at the end")
+        losses.append((validated["val_loss"], at_the_end["val_loss"]))
+    assert losses[0] == losses[1]
+
+
+# -- it leaves nothing behind ------------------------------------------------------------------------------------
+
+
+def traces(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Counter[str]:
+    """Hooks by owner, and the attributes of the modules."""
+    found: Counter[str] = Counter()
+    for path, sub in module.named_modules():
+        for name, value in vars(sub).items():
+            if "hooks" in name:
+                found[f"{path}.{name}"] = len(value or ())
+            else:
+                found[f"{path} has {name}"] = 1
+    for name, parameter in module.named_parameters():
+        found[f"{name} backward"] = len(parameter._backward_hooks or ())
+        found[f"{name} accumulated"] = len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
+        found.update(f"{name} has {attribute}" for attribute in vars(parameter))
+        assert parameter.is_leaf
+    for i, optimizer in enumerate(optimizers):
+        found.update({f"{i}.{k}": len(v or ()) for k, v in vars(optimizer).items() if "hooks" in k})
+    for place in ("torch.nn.modules.module", "torch.optim.optimizer"):
+        found.update(
+            {k: len(v or ()) for k, v in vars(sys.modules[place]).items() if k.startswith("_global_") and "hook" in k}
+        )
+    return +found
+
+
+def surroundings() -> tuple[set[int], set[int], int]:
+    gc.collect()
+    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert not multiprocessing.active_children()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return {thread.ident for thread in threading.enumerate() if thread.ident}, children, int(hooks is not None)
+
+
+@every()
+@pytest.mark.parametrize("interrupted_at", [None, 0, 2, 9])
+def test_leaves_nothing_behind(setting: TechniqueSetting, tmp_path: Path, interrupted_at: int | None) -> None:
+    def run(who: TechniqueSetting | None, where: Path) -> Run:
+        module = demo_model()
+        when = {"every_n_train_steps": 8}
+        if interrupted_at is None:
+            return fit(who, module=module, root=where, checkpoints=when)
+        interruption = Interruption(interrupted_at)
+        with pytest.raises(RuntimeError, match="interrupted on purpose"):
+            fit(who, module=module, root=where, checkpoints=when, after=[interruption])
+        return Run(interruption.trainer, module, who, [])
+
+    plain = run(None, tmp_path / "plain")
+    before = surroundings()
+    ours = run(setting, tmp_path / "ours")
+    assert surroundings() == before
+    left = traces(ours.module, ours.trainer.optimizers) - traces(plain.module, plain.trainer.optimizers)
+    assert not left, f"left behind: {left}"
+    expected = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*")}
+    asked = {path for pattern in setting.files for path in (tmp_path / "ours").glob(pattern)}
+    written = {path for path in (tmp_path / "ours").rglob("*") if asked.isdisjoint({path, *path.parents})}
+    assert {path.relative_to(tmp_path / "ours") for path in written} == expected
+
+
+class Interruption(Callback):
+    """Ends a fit in the middle of a step, between forward and backward."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.trainer = trainer
+        if trainer.global_step == self.at:
+            raise RuntimeError("interrupted on purpose")
+
+
+@changes_parameters
+def test_a_first_form_is_not_taken_for_the_full_model(setting: TechniqueSetting) -> None:
+    """A module that another callback left in its first form is refused; this one cannot know what is missing."""
+    left = fit(setting, max_steps=2, enable_checkpointing=False)
+    with pytest.raises((ValueError, MisconfigurationException)):
+        fit(setting, module=left.module, enable_checkpointing=False)
+
+
+@every()
+def test_its_objects_serve_another_model_and_another_fit(setting: TechniqueSetting, tmp_path: Path) -> None:
+    build = setting.build()
+    whole = fit(setting, build=build, root=tmp_path)
+    other = fit(setting, build=build, root=tmp_path)
+    assert other.module is not whole.module
+    assert_continues(other, whole)
+    more = fit(setting, build=build, module=other.module, root=tmp_path)
+    assert not more.switched_at()
+    assert mean(more.losses) < mean(whole.losses)
+    assert len(more.weights) == len(whole.weights)
+
+
+# -- it keeps what the Trainer promises --------------------------------------------------------------------------
+
+
+class GradientWatch(Callback):
+    """What the gradients are after each update, and that nobody touches them in the middle of an accumulation."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.largest: list[float] = []
+        self.pending: list[bool] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.pending.append(trainer.fit_loop.epoch_loop._should_accumulate() is False)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        self.norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        self.largest.append(max(float(g.abs().max()) for g in gradients))
+
+
+@every()
+@pytest.mark.parametrize("batches", [10, 5], ids=["even-epochs", "odd-epochs"])
+def test_accumulates_gradients_g5_g8(setting: TechniqueSetting, tmp_path: Path, batches: int) -> None:
+    data = setting.data(batches=batches)
+    run = fit(setting, data=data, root=tmp_path, accumulate_grad_batches=2, max_steps=12, after=[GradientWatch()])
+    assert_trained(run)
+    for batch in run.switched_at():
+        assert run.batches[batch][1] % 2 == 0, "parameters changed while gradients accumulated"
+    if batches == 10:  # the windows of two batches are those of one batch of twice the size
+        large = fit(setting, data=setting.data(batch_size=8, batches=5), root=tmp_path, max_steps=12)
+        pairs = [mean(run.losses[i : i + 2]) for i in range(0, len(run.losses), 2)]
+        scale = large.losses[0] / pairs[0]  # Lightning reports the share of the accumulated loss
+        assert scale == pytest.approx(2, rel=1e-4) or scale == pytest.approx(1, rel=1e-4)
+        # Adam divides rounding errors of the first steps by gradients near zero; a mistake would be of another size.
+        assert [pair * scale for pair in pairs] == pytest.approx(large.losses, rel=2e-2)
+
+
+@every()
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clips_gradients_g8(setting: TechniqueSetting, tmp_path: Path, algorithm: str) -> None:
+    watch, limit = GradientWatch(), {"norm": 0.05, "value": 0.002}[algorithm]
+    arguments = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm}
+    run = fit(setting, root=tmp_path, after=[watch], **arguments)
+    assert_trained(run)
+    clipped = watch.norms if algorithm == "norm" else watch.largest
+    assert max(clipped) <= limit * 1.001
+    assert clipped == pytest.approx([limit] * STEPS, rel=1e-3), "every step of this model is clipped"
+
+
+@every()
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"optimizers": 2}, {"accumulate": 2}, {"optimizers": 2, "accumulate": 2}],
+    ids=["one", "two", "one-accumulating", "two-accumulating"],
+)
+def test_manual_optimization_g8(setting: TechniqueSetting, tmp_path: Path, variant: dict[str, int]) -> None:
+    optimizers = variant.get("optimizers", 1)
+    arguments = {"max_steps": 12 * optimizers}
+    model = lambda: setting.model(ManualModel, **variant)  # noqa: E731
+    whole = fit(setting, module=model(), root=tmp_path, checkpoints={}, **arguments)
+    assert len(whole.optimizers) == optimizers
+    assert_trained(whole, log_steps=variant.get("accumulate", 1), as_registered=False)
+    for batch in whole.switched_at():
+        assert whole.batches[batch][1] % variant.get("accumulate", 1) == 0
+    for step in {7, *setting.switches}:
+        path = whole.checkpoints[step * optimizers]
+        resumed = fit(setting, module=model(), root=tmp_path / "resumed", ckpt_path=path, **arguments)
+        assert_continues(resumed, whole)
+
+
+@every()
+def test_bf16_mixed_precision_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    whole = fit(setting, root=tmp_path, checkpoints={}, precision="bf16-mixed")
+    assert_trained(whole)
+    assert whole.losses != fit(setting, root=tmp_path).losses
+    for step in setting.switches or (8,):
+        path = whole.checkpoints[step]
+        assert_continues(fit(setting, root=tmp_path / "r", ckpt_path=path, precision="bf16-mixed"), whole)
+
+
+def half(scale: float) -> MixedPrecision:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+@every()
+def test_fp16_mixed_precision_with_a_scaler_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+    if setting.yaml.get("plugins"):
+        pytest.skip("this setting brings a plugin of its own, and there is one place for a precision")
+    whole = fit(setting, root=tmp_path, checkpoints={}, plugins=[half(2.0**8)])
+    assert_trained(whole)
+    scaler = whole.trainer.precision_plugin.scaler
+    assert scaler.get_scale() == 2.0 ** (8 + STEPS // 3), "no step was skipped, and none forgotten"
+    for step in setting.switches or (8,):
+        resumed = fit(setting, root=tmp_path / "r", ckpt_path=whole.checkpoints[step], plugins=[half(2.0**8)])
+        assert_continues(resumed, whole)
+        assert resumed.trainer.precision_plugin.scaler.get_scale() == scaler.get_scale()
+
+
+@every()
+def test_activation_checkpointing_inside_the_layers_g7(setting: TechniqueSetting, tmp_path: Path) -> None:
+    plain = fit(setting, root=tmp_path)
+    checkpointed = fit(setting, module=setting.model(CheckpointedModel), root=tmp_path)
+    assert checkpointed.losses == plain.losses
+    weights = {name.replace(".block.", "."): value for name, value in checkpointed.weights.items()}
+    assert_same_tree(weights, plain.weights, "weights")
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Nothing compiled stays from test to test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@every()
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("what", ["network", "module"])
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at aliases
+def test_compiled_x2(setting: TechniqueSetting, tmp_path: Path, backend: str, what: str) -> None:
+    plain = fit(setting, root=tmp_path)
+    if what == "network":
+        run = fit(setting, module=setting.model(CompiledModel, backend=backend), root=tmp_path, checkpoints={})
+    else:
+        module = setting.model(SilentModel)
+        compiled = torch.compile(module, backend=backend)
+        run = fit(setting, module=module, compiled=compiled, root=tmp_path, checkpoints={})
+    assert_trained(run)
+    assert run.losses == pytest.approx(plain.losses, rel=1e-3)
+    if backend == "eager" and what == "network":
+        step = (setting.switches or (8,))[-1]
+        for offset in (0, 1):
+            path = run.checkpoints[step + offset]
+            module = setting.model(CompiledModel, backend=backend)
+            assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path), run)
+
+
+# -- averaged weights --------------------------------------------------------------------------------------------
+
+
+def layers_in(weights: dict[str, Tensor]) -> int:
+    return len({match[1] for name in weights if (match := re.search(r"blocks\.(\d+)\.", name))})
+
+
+def follow_growth(setting: TechniqueSetting, average: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The average of a model that has just grown to ``depth`` layers: each layer's is that of the one it came from."""
+    before = layers_in(average)
+    if depth == before:
+        return average
+    interleaves = setting.arguments["mode"] == "interleave"
+    grown = {name: value for name, value in average.items() if "blocks." not in name}
+    for layer in range(depth):
+        source = layer * before // depth if interleaves else layer % before
+        for name, value in average.items():
+            if f"blocks.{source}." in name:
+                grown[name.replace(f"blocks.{source}.", f"blocks.{layer}.")] = value
+    return grown
+
+
+def independent_average(run: Run, update: Any, points: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average ``points`` with ``update(average, value, number)``."""
+    average: dict[str, Tensor] = dict(points[0])
+    for number, weights in enumerate(points[1:], start=1):
+        if run.setting and run.setting.changes_parameters:
+            average = follow_growth(run.setting, average, layers_in(weights))
+        average = {
+            name: update(average[name], value, number) if value.is_floating_point() else value
+            for name, value in weights.items()
+        }
+    return average
+
+
+def parameters_of(run: Run, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the buffers of metrics and the like."""
+    names = {name for name, _ in run.module.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in weights.items() if name in names}
+
+
+@averages
+@pytest.mark.parametrize("first", [True, False], ids=["average-first", "technique-first"])
+@pytest.mark.parametrize("kind", ["ema", "mean"])
+def test_weight_averaging_g8(setting: TechniqueSetting, tmp_path: Path, kind: str, first: bool) -> None:
+    def averaging() -> WeightAveraging:
+        return EMAWeightAveraging(decay=0.8) if kind == "ema" else WeightAveraging()
+
+    def run(**arguments: Any) -> Run:
+        where = "before" if first else "after"
+        return fit(
+            setting, each_step=True, **{where: [averaging()]}, limit_val_batches=1, val_check_interval=4, **arguments
+        )
+
+    whole = run(root=tmp_path, checkpoints={})
+    bare = fit(setting, root=tmp_path, each_step=True)
+    assert whole.losses == bare.losses, "averaging watches and does not change the training"
+    update = {"ema": lambda a, w, n: 0.8 * a + 0.2 * w, "mean": lambda a, w, n: a + (w - a) / (n + 1)}[kind]
+    expected = independent_average(whole, update, whole.weights_at)
+    at_the_end = parameters_of(whole, dict(whole.module.state_dict()))
+    for name, value in at_the_end.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    for step in {8, *setting.switches, *(s + 1 for s in setting.switches)}:
+        resumed = run(root=tmp_path / "resumed", ckpt_path=whole.checkpoints[step])
+        assert_continues(resumed, whole)
+        assert_same_tree(dict(resumed.module.state_dict()), dict(whole.module.state_dict()), "averaged")
+
+
+@averages
+@pytest.mark.parametrize("first", [True, False], ids=["average-first", "technique-first"])
+def test_stochastic_weight_averaging_g8(setting: TechniqueSetting, tmp_path: Path, first: bool) -> None:
+    def averaging() -> StochasticWeightAveraging:
+        return StochasticWeightAveraging(swa_lrs=4e-3, swa_epoch_start=1, annealing_epochs=1)
+
+    def run(**arguments: Any) -> Run:
+        where = "before" if first else "after"
+        return fit(
+            setting,
+            module=setting.model(ScheduledModel),
+            data=setting.data(batches=2),
+            **{where: [averaging()]},
+            each_step=True,
+            max_steps=-1,
+            max_epochs=8,
+            **arguments,
+        )
+
+    whole = run(root=tmp_path)
+    assert_trained(whole)
+    initial = {name: value for name, value in fit_start(setting).items() if name in whole.weights_at[0]}
+    starts = [initial, *whole.weights_at[1:-1:2]]  # at the beginning of each epoch
+    expected = independent_average(whole, lambda a, w, n: a + (w - a) / (n + 1), starts)
+    for name, value in parameters_of(whole, dict(whole.module.state_dict())).items():
+        grown = follow_growth(setting, expected, 4) if setting.changes_parameters else expected
+        torch.testing.assert_close(value, grown[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def fit_start(setting: TechniqueSetting) -> dict[str, Tensor]:
+    """The weights that a run begins with, in its first form."""
+    seen: dict[str, Tensor] = {}
+
+    class First(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            seen.update({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    fit(setting, module=setting.model(ScheduledModel), max_steps=1, after=[First()], enable_checkpointing=False)
+    return seen
+
+
+@every(lambda setting: "averaging" in setting.refuses)
+@pytest.mark.parametrize("first", [True, False], ids=["average-first", "technique-first"])
+@pytest.mark.parametrize(
+    "averaging",
+    [lambda: EMAWeightAveraging(), lambda: WeightAveraging(), lambda: StochasticWeightAveraging(swa_lrs=1e-3)],
+    ids=["EMAWeightAveraging", "WeightAveraging", "StochasticWeightAveraging"],
+)
+def test_refuses_averaging_by_name_g4(setting: TechniqueSetting, averaging: Any, first: bool) -> None:
+    callback = averaging()
+    message = setting.refuses["averaging"].format(callback=type(callback).__name__)
+    where = "before" if first else "after"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(setting, **{where: [callback]}, enable_checkpointing=False)
+
+
+# -- schedules and logs ------------------------------------------------------------------------------------------
+
+
+@every()
+@pytest.mark.parametrize("schedule", ["constant", "onecycle", "exponential", "plateau"])
+def test_the_users_learning_rates_are_unchanged_g8(setting: TechniqueSetting, tmp_path: Path, schedule: str) -> None:
+    def run(who: TechniqueSetting | None, name: str, **arguments: Any) -> Run:
+        return fit(who, module=demo_model(ScheduledModel, schedule=schedule), root=tmp_path / name, **arguments)
+
+    plain, whole = run(None, "plain", checkpoints={}), run(setting, "ours", checkpoints={})
+    assert_trained(whole, as_registered=False)
+    assert whole.rates == plain.rates
+    assert_same_tree(whole.schedulers, plain.schedulers, "schedulers")
+    assert_same_tree(whole.optimizers[0]["options"], plain.optimizers[0]["options"], "options")
+    step = (setting.switches or (8,))[-1]
+    resumed = run(setting, "resumed", ckpt_path=whole.checkpoints[step])
+    if schedule == "plateau":  # Lightning saves before it updates this scheduler, and then misses one update
+        assert resumed.rates == run(None, "plain", ckpt_path=plain.checkpoints[step]).rates
+    else:
+        assert_continues(resumed, whole)
+
+
+@every()
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adagrad", "NAdam", "Adafactor"])
+def test_other_optimizers_resume_bit_equal_g8(setting: TechniqueSetting, tmp_path: Path, optimizer: str) -> None:
+    if optimizer == "Adafactor" and "width" in setting.name:
+        module = setting.model(ScheduledModel, optimizer=optimizer)
+        with pytest.raises(ValueError, match=r"Adafactor keeps 'row_var' of shape .* optimizer_state='reset'"):
+            fit(setting, module=module, root=tmp_path)
+        return
+    arguments = {"max_steps": 12}
+    whole = fit(
+        setting,
+        module=setting.model(ScheduledModel, optimizer=optimizer),
+        root=tmp_path,
+        checkpoints={},
+        **arguments,
+    )
+    assert all(value.isfinite().all() for value in whole.weights.values())
+    for step in setting.switches[-1:] or (5,):
+        for offset in (0, 1):
+            path = whole.checkpoints[step + offset]
+            module = setting.model(ScheduledModel, optimizer=optimizer)
+            assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path, **arguments), whole)
+
+
+@changes_parameters
+def test_logs_each_switch_g5(setting: TechniqueSetting, tmp_path: Path) -> None:
+    run = fit(setting, root=tmp_path, log_every_n_steps=1000)
+    values = {(step, tag): value for step, metrics in run.logged for tag, value in metrics.items()}
+    for tag in ("growth/parameters", "growth/phase", "growth/gradient_bytes", "growth/optimizer_state_bytes"):
+        at = [step for step, name in values if name == tag]
+        assert at == [0, *setting.switches], tag
+        assert [values[step, tag] for step in at] == sorted(values[step, tag] for step in at)
+    full = sum(p.numel() for p in run.module.parameters())
+    assert values[setting.switches[-1], "growth/parameters"] == full
+    assert [event.step for event in run.events] == list(setting.switches)
+    assert all("->" in event.text and ": " in event.text for event in run.events)
+
+
+@every()
+def test_runs_without_a_logger_and_with_two(setting: TechniqueSetting, tmp_path: Path) -> None:
+    silent = fit(setting, root=tmp_path, logger=False)
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    noisy = fit(setting, root=tmp_path, logger=loggers, log_every_n_steps=3)
+    assert silent.losses == noisy.losses
+    table = Path(loggers[0].log_dir, "metrics.csv").read_text()
+    assert "train_loss" in table
+    assert ("growth/parameters" in table) == setting.changes_parameters
+
+
+# -- from a config -----------------------------------------------------------------------------------------------
+
+
+@every()
+def test_comes_from_yaml_x1(setting: TechniqueSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["test"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what Lightning 2.6 calls
+    trainer = {"accelerator": "cpu", "devices": 1, "max_steps": STEPS, "limit_val_batches": 0, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    overlay = copy.deepcopy(dict(setting.yaml))
+    config = {"seed_everything": 0, "trainer": {**trainer, **quiet, "default_root_dir": str(tmp_path), **overlay}}
+    cli = LightningCLI(
+        ByteLanguageModel, StdlibDataModule, run=False, args=config, save_config_callback=None, parser_kwargs={}
+    )
+    run = fit(setting, root=tmp_path)
+    module = setting.model()
+    cli.trainer.fit(module, setting.data())
+    assert_same_tree(dict(module.state_dict()), run.weights, "weights")
+
+
+def test_names_are_unique() -> None:
+    from tests.technique_settings import SETTINGS
+
+    assert len({setting.name for setting in SETTINGS}) == len(SETTINGS)
+    assert named("stack") is SETTINGS[0]
