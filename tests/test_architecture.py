@@ -34,7 +34,9 @@ def test_cores_know_nothing_of_lightning(path: Path) -> None:
     in_core = parts[0] == "core" or (parts[0] in TECHNIQUES and path.name not in ROLES and path.name != "__init__.py")
     if in_core:
         used = {name for name in imports(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")}
-        used |= {n for n in imports(path) if n.startswith(("lightning_efficient.compat", "lightning_efficient.telemetry"))}
+        used |= {
+            n for n in imports(path) if n.startswith(("lightning_efficient.compat", "lightning_efficient.telemetry"))
+        }
         assert not used, f"{relative(path)} is a core and must not import {used}"
 
 
@@ -42,7 +44,10 @@ def test_cores_know_nothing_of_lightning(path: Path) -> None:
 def test_no_technique_imports_another(path: Path) -> None:
     own = path.relative_to(ROOT).parts[0]
     others = {
-        name for name in imports(path) for other in TECHNIQUES - {own} if name.startswith(f"lightning_efficient.{other}")
+        name
+        for name in imports(path)
+        for other in TECHNIQUES - {own}
+        if name.startswith(f"lightning_efficient.{other}")
     }
     if own in TECHNIQUES | {"core"}:
         assert not others, f"{relative(path)} imports {others}"
@@ -62,7 +67,7 @@ def test_only_one_lightning_tree(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_private_symbols_of_lightning_live_in_compat(path: Path) -> None:
-    """No attribute of a trainer, strategy or Lightning callback that begins with an underscore, outside ``compat.py``."""
+    """No attribute of a trainer or strategy that begins with an underscore, outside ``compat.py``."""
     if path.name == "compat.py":
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))

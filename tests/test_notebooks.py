@@ -25,7 +25,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mpl.use("agg")
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells(path):
-        exec(compile("".join(cell["source"]), str(path), "exec"), names)  # noqa: S102
+        exec(compile("".join(cell["source"]), str(path), "exec"), names)
     assert not list(tmp_path.iterdir()), "a notebook leaves no file behind"
 
 

@@ -21,11 +21,11 @@ def group_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str
 
     Args:
         optimizer: The optimizer.
-        names: The name of each parameter by ``id``; a parameter that has none is called ``<unnamed i>``.
+        names: The name of each parameter by ``id``; one that has none is called ``<unnamed group.position>``.
     """
     return [
-        [names.get(id(parameter), f"<unnamed {i}>") for i, parameter in enumerate(group["params"])]
-        for group in optimizer.param_groups
+        [names.get(id(parameter), f"<unnamed {g}.{i}>") for i, parameter in enumerate(group["params"])]
+        for g, group in enumerate(optimizer.param_groups)
     ]
 
 
@@ -42,6 +42,7 @@ class GroupPlan:
         self.groups: list[list[str | nn.Parameter]] = [
             [names.get(id(parameter), parameter) for parameter in group["params"]] for group in optimizer.param_groups
         ]
+        self._own_names: list[list[str] | None] = [group.get("param_names") for group in optimizer.param_groups]
 
     def apply(self, live: Mapping[str, nn.Parameter]) -> None:
         """Give each group the live parameters that belong to it, in the planned order; forget the state of others.
@@ -49,9 +50,11 @@ class GroupPlan:
         Args:
             live: The parameters that exist now, by name, each once.
         """
-        for group, entries in zip(self.optimizer.param_groups, self.groups, strict=True):
+        for group, entries, names in zip(self.optimizer.param_groups, self.groups, self._own_names, strict=True):
             chosen = [live.get(entry) if isinstance(entry, str) else entry for entry in entries]
             group["params"] = [parameter for parameter in chosen if parameter is not None]
+            if names is not None:  # torch keeps them where it was given named parameters
+                group["param_names"] = [n for n, parameter in zip(names, chosen, strict=True) if parameter is not None]
         kept = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for parameter in [p for p in self.optimizer.state if isinstance(p, Tensor) and id(p) not in kept]:
             del self.optimizer.state[parameter]

@@ -56,7 +56,7 @@ class LayerArrangement:
         stacks: Its repeated layers; all stacks are arranged alike and have the same number of layers.
 
     Raises:
-        ValueError: If the stacks differ in length, or layers are sharded, uninitialised or share all they have.
+        ValueError: If the stacks differ in length, or layers are sharded or uninitialised.
     """
 
     def __init__(self, module: nn.Module, stacks: Sequence[LayerStack]) -> None:
@@ -69,13 +69,8 @@ class LayerArrangement:
         self.full_depth = lengths.pop()
         self.layers = [[module.get_submodule(s.path(i)) for i in range(len(s))] for s in stacks]
         self.leaders: Leaders = tuple(range(self.full_depth))
+        self._tied: set[tuple[int, int, Slot]] = set()
         self.slots = self._find_slots()
-        for stack, slots in zip(self.stacks, self.slots, strict=True):
-            if not slots:
-                raise ValueError(
-                    f"Every parameter of {stack} is shared with other layers already: the network was built so, or an "
-                    "earlier run left it in its first phase. Build it anew, or use the callback of that run."
-                )
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -125,14 +120,18 @@ class LayerArrangement:
         old_sizes = group_sizes(self.leaders)
         new_sizes = group_sizes(leaders)
         transfers: list[Transfer] = []
-        for stack, slots, layers in zip(self.stacks, self.slots, self.layers, strict=True):
+        for s, (stack, slots, layers) in enumerate(zip(self.stacks, self.slots, self.layers, strict=True)):
             before = [[slot.get(layer) for slot in slots] for layer in layers[: self.depth]]
+            trainable = [[parameter.requires_grad for parameter in layer] for layer in before]
             overwrite: list[tuple[Tensor, Tensor]] = []
             made: dict[tuple[int, int], nn.Parameter] = {}
             for i, layer in enumerate(layers):
                 for k, slot in enumerate(slots):
+                    if (s, i, slot) in self._tied:
+                        continue
                     if i >= len(leaders):
-                        slot.set(layer, hollow(slot.get(layer)))
+                        present = slot.get(layer)
+                        slot.set(layer, made.setdefault((i, id(present)), hollow(present)))
                     elif leaders[i] != i:
                         slot.set(layer, slot.get(layers[leaders[i]]))
                     else:
@@ -148,10 +147,10 @@ class LayerArrangement:
                                 overwrite.append((target, origin.clone()))
                         else:
                             target = like(slot.get(layer), origin.clone())
-                            target.requires_grad_(origin.requires_grad)
                         slot.set(layer, target)
                         if key not in made:
                             made[key] = target
+                            target.requires_grad_(trainable[source[i]][k])
                             transfers.append(Transfer(origin, target, Scaled(scale)))
             overwrite += self._buffer_copies(layers, leaders, source)
             for tensor, value in overwrite:
@@ -199,6 +198,7 @@ class LayerArrangement:
         mirrored.module = twin
         mirrored.layers = []
         complete = True
+        in_module = dict(self.module.named_parameters())
         for stack, layers in zip(self.stacks, self.layers, strict=True):
             container = twin.get_submodule(stack.parent)
             present = [child for key in stack.keys if (child := container._modules.get(key)) is not None]
@@ -206,6 +206,7 @@ class LayerArrangement:
             missing = []
             for layer in layers[len(present) :]:
                 memo: dict[int, object] = {id(p): hollow(p) for p in layer.parameters()}
+                memo |= {id(p): twin.get_parameter(name) for name, p in in_module.items() if id(p) in memo}
                 missing.append(copy.deepcopy(layer, memo))
             mirrored.layers.append([*present, *missing])
         if (complete and self.depth < self.full_depth) or not self._tied_like(mirrored):
@@ -220,10 +221,11 @@ class LayerArrangement:
             slots[0].get(layers[i]) is slots[0].get(layers[leader])
             for slots, layers in zip(self.slots, twin.layers, strict=True)
             for i, leader in enumerate(self.leaders)
+            if slots
         )
 
     def _find_slots(self) -> list[list[Slot]]:
-        """The places of the parameters that belong to one layer alone; those tied elsewhere are left as they are."""
+        """The places of parameters that belong to one layer alone; a parameter tied elsewhere is left as it is."""
         owners: dict[int, set[object]] = {}
         inside: set[int] = set()
         for stack, layers in zip(self.stacks, self.layers, strict=True):
@@ -236,15 +238,18 @@ class LayerArrangement:
             if id(sub) not in inside:
                 for parameter in sub.parameters(recurse=False):
                     owners.setdefault(id(parameter), set()).add("outside")
-        return [
-            [
+        found: list[list[Slot]] = []
+        for s, layers in enumerate(self.layers):
+            places = [
                 Slot(path, name)
                 for path, sub in layers[0].named_modules()
                 for name, parameter in sub._parameters.items()
-                if parameter is not None and len(owners[id(parameter)]) == 1
+                if parameter is not None
             ]
-            for layers in self.layers
-        ]
+            tied = {(s, i, x) for i, layer in enumerate(layers) for x in places if len(owners[id(x.get(layer))]) > 1}
+            found.append([x for x in places if sum((s, i, x) in tied for i in range(len(layers))) < len(layers)])
+            self._tied |= tied
+        return found
 
     def _buffer_copies(
         self, layers: list[nn.Module], leaders: Leaders, source: Sequence[int]
@@ -257,6 +262,7 @@ class LayerArrangement:
             here, there = layers[i], layers[source[i]]
             for path, sub in here.named_modules():
                 original = there.get_submodule(path)
+                sub.training = original.training
                 for name, buffer in sub._buffers.items():
                     value = original._buffers[name]
                     if buffer is None or value is None:
@@ -265,7 +271,6 @@ class LayerArrangement:
                         buffer = sub._buffers[name] = buffer.to(value.device, value.dtype)
                     if name not in sub._non_persistent_buffers_set:
                         copies.append((buffer, value.clone()))
-            here.train(there.training)
         return copies
 
     def _show(self, stack: LayerStack, layers: list[nn.Module], depth: int) -> None:

@@ -226,7 +226,13 @@ class GrowAndUnshareCallback(Callback):
         self._step = self._steps(trainer)
         progress.begin(self._step)
         # Not earlier: asking for the length of the run builds the loaders, and Lightning then forgets to restore them.
-        self._triggers.start(progress.phases, self.settings.width, self._total_steps(trainer), self._step)
+        self._triggers.start(
+            progress.phases,
+            self.settings.width,
+            self._total_steps(trainer),
+            self._step,
+            trial=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
+        )
         telemetry.log(trainer, self.measurements(), force=True)
         if not progress.complete:
             rank_zero_info(
@@ -377,9 +383,7 @@ class GrowAndUnshareCallback(Callback):
         return trainer.global_step // max(1, len(trainer.optimizers))
 
     def _total_steps(self, trainer: pl.Trainer) -> float:
-        untils = [phase.until for phase in self._grown().phases if phase.until]
-        untils += [self.settings.width.until] if self.settings.width else []
-        if all(until.fraction is None for until in untils):
+        if self._grown().complete:
             return math.inf
         total = float(trainer.estimated_stepping_batches)
         if trainer.max_steps > 0 and total >= trainer.max_steps:

@@ -55,7 +55,8 @@ def find_stacks(module: nn.Module, layers: str | Sequence[str] | None = None) ->
         module: The network.
         layers: Glob patterns of layer paths, component by component: ``"blocks.*"`` matches every child of every
             module called ``blocks``, at any depth, and nothing below those children. None: the longest run that is
-            not inside another run's layer; of equally long ones that with the most parameters.
+            not inside another run's layer; one in an ``nn.ModuleList``, ``nn.Sequential`` or ``nn.ModuleDict`` before
+            others, and of equally long ones that with the most parameters.
 
     Returns:
         One stack for each module that holds matching layers; exactly one where ``layers`` is None.
@@ -70,14 +71,16 @@ def find_stacks(module: nn.Module, layers: str | Sequence[str] | None = None) ->
                 f"No repeated layers were found in {type(module).__name__}: no module has two or more consecutive "
                 "children of equal structure that hold parameters. Name the layers, e.g. layers='encoder.layer.*'."
             )
-        return [max(runs, key=lambda run: (len(run), _parameters_in(module, run)))]
+        return [max(runs, key=lambda run: (_in_a_list(module, run), len(run), _parameters_in(module, run)))]
 
     patterns = [layers] if isinstance(layers, str) else list(layers)
     matched: dict[str, list[str]] = {}
+    first_path: dict[int, str] = {}  # a list that is registered under two names is one
     for path, _ in module.named_modules(remove_duplicate=False):
         if path and any(_matches(path, pattern) for pattern in patterns):
             parent, _, key = path.rpartition(".")
-            matched.setdefault(parent, []).append(key)
+            if first_path.setdefault(id(module.get_submodule(parent)), parent) == parent:
+                matched.setdefault(parent, []).append(key)
     if not matched:
         found = "; ".join(str(run) for run in runs) or "none"
         raise ValueError(
@@ -133,6 +136,10 @@ def _runs(module: nn.Module, path: str) -> Iterator[LayerStack]:
         else:
             for name, child in members:
                 yield from _runs(child, f"{path}.{name}" if path else name)
+
+
+def _in_a_list(module: nn.Module, stack: LayerStack) -> bool:
+    return isinstance(module.get_submodule(stack.parent), nn.ModuleList | nn.Sequential | nn.ModuleDict)
 
 
 def _parameters_in(module: nn.Module, stack: LayerStack) -> int:

@@ -49,16 +49,23 @@ def build_growing(
     wide = LayerArrangement(module, stacks) if stacks and mode is not None else None
     if wide and mode != "share":
         wide.check_depth_can_change()
+    elif wide and not any(wide.slots):
+        raise ValueError(
+            f"The layers {'; '.join(map(str, stacks))} have no parameters of their own: they share them already. If an "
+            "earlier fit left the module so, go on with the callback of that fit, or build the module anew."
+        )
     if width is None:
         return GrowingModule(module, wide)
     inside = {id(sub) for s in stacks for i in range(len(s)) for sub in module.get_submodule(s.path(i)).modules()}
-    outside = [path for path, sub in module.named_modules() if id(sub) not in inside]
+    order = list(module.named_modules())
+    last = max((n for n, (_, sub) in enumerate(order) if id(sub) in inside), default=-1)
+    after_layers = [path for path, _ in order[last + 1 :]]
     hyperparameters = dict(getattr(module, "hparams", {}))
     twin = NarrowTwin(
         module,
         build_narrow(module, hyperparameters, width.factor, width.arguments, width.build),
         width.factor,
-        outside=outside,
+        after_layers=after_layers,
         readout=width.readout,
         sections=width.sections,
     )
@@ -119,23 +126,35 @@ def load_grown(
     weights = {
         name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
     }
-    state = next((s for key, s in saved.get("callbacks", {}).items() if key.startswith("GrowAndUnshare")), None)
+    callbacks = saved.get("callbacks", {}).values()
+    state = next((s for s in callbacks if isinstance(s, Mapping) and {"stacks", "leaders", "width"} <= set(s)), None)
     if not state:
         full.load_state_dict(weights)
         return full
-    stacks = [LayerStack(parent.removeprefix(prefix), tuple(keys)) for parent, keys in state["stacks"]]
+
+    def path(name: str) -> str:
+        return f"{name}.".removeprefix(prefix).removesuffix(".")
+
+    stacks = [LayerStack(path(parent), tuple(keys)) for parent, keys in state["stacks"]]
     width = None
     if state["width"] == "narrow":
-        width = WidthSettings(until=Until(), **{**state["width_settings"], "build": build_narrow})
+        settings = {**state["width_settings"], "build": build_narrow}
+        if build_narrow is None and not getattr(full, "hparams", None):
+            raise ValueError(
+                f"The checkpoint is from before the width grew, and {type(full).__name__} has no saved hyperparameters "
+                "to build the narrow model from. Give a function that builds it: build_narrow=lambda: MyNetwork(...)."
+            )
+        if settings.get("readout"):
+            settings["readout"] = path(settings["readout"])
+        width = WidthSettings(until=Until(), **settings)
     growing = build_growing(full, None, state["mode"], width, stacks)
     growing.restore(state["leaders"], state["width"])
     full.load_state_dict(weights)
     if grown:
-        every = tuple(range(growing.full_depth))
-        if growing.leaders != every:
-            operator = DEPTH_OPERATORS.get(state["mode"])
-            source = operator(len(growing.leaders), growing.full_depth) if operator else every
-            growing.grow_layers(every, source, state="copy")
+        operator = DEPTH_OPERATORS.get(state["mode"])
+        for leaders in state["phases"][state["phase"] + 1 :]:
+            source = operator(len(growing.leaders), len(leaders)) if operator else range(len(leaders))
+            growing.grow_layers(leaders, source, state="copy")
         if growing.width == "narrow":
             growing.grow_width(state="copy")
     return full

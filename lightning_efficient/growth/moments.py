@@ -70,8 +70,9 @@ def transfer_state(optimizers: Iterable[Optimizer], transfers: Sequence[Transfer
         moved: dict[nn.Parameter, dict[str, Any]] = {}
         for transfer in transfers:
             if transfer.source not in optimizer.state:
-                continue
-            if mode == "reset":
+                if transfer.target in optimizer.state:
+                    moved[transfer.target] = {}
+            elif mode == "reset":
                 moved[transfer.target] = _initial_state(optimizer, transfer)
             elif not transfer.nothing_to_do:
                 state = optimizer.state[transfer.source]
@@ -85,10 +86,11 @@ def transfer_state(optimizers: Iterable[Optimizer], transfers: Sequence[Transfer
 def _follow(optimizer: Optimizer, key: str, value: Any, transfer: Transfer) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if transfer.operator.exact_copy or value.dim() == 0:
-        return value.clone()
     name = type(optimizer).__name__
     degree = EXCEPTIONS.get((name, key), DEGREES.get(key))
+    counts = degree is None and value.dim() == 0
+    if transfer.operator.exact_copy or counts:
+        return value.clone()
     if degree is None or value.shape != transfer.source.shape:
         raise ValueError(
             f"{name} keeps '{key}' of shape {tuple(value.shape)} for a parameter of shape "

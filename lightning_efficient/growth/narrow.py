@@ -97,15 +97,15 @@ class NarrowTwin:
         narrow: The narrow one; its children move into ``module``.
         factor: ``k``.
         options: ``readout`` and ``sections`` of :func:`~lightning_efficient.growth.width.plan_width`.
-        outside: Paths of the modules outside the repeated layers.
+        after_layers: Paths of the modules behind the repeated layers.
     """
 
     def __init__(
-        self, module: nn.Module, narrow: nn.Module, factor: int, *, outside: list[str], **options: Any
+        self, module: nn.Module, narrow: nn.Module, factor: int, *, after_layers: list[str], **options: Any
     ) -> None:
         self.module = module
         self.factor = factor
-        self.plan: dict[str, Widened] = plan_width(narrow, module, factor, outside=outside, **options)
+        self.plan: dict[str, Widened] = plan_width(narrow, module, factor, after_layers=after_layers, **options)
         changed = {id(narrow.get_parameter(name)) for name, operator in self.plan.items() if not operator.exact_copy}
         for name, parameter in module.named_parameters():
             narrow.get_parameter(name).requires_grad_(parameter.requires_grad)
@@ -167,7 +167,9 @@ class NarrowTwin:
             source, operator = before[name], self.plan[name]
             if parameter is source:
                 continue
-            made[id(parameter)] = target = like(parameter, operator.weight(source.detach()))
+            target = like(parameter, operator.weight(source.detach()))
+            target.requires_grad_(source.requires_grad)
+            made[id(parameter)] = target
             transfers.append(Transfer(source, target, operator))
         self._replace(self.module, made)
         return transfers

@@ -77,7 +77,7 @@ class Progress:
             self.phase += 1
             leaders = self.phases[self.phase].leaders
             operator = DEPTH_OPERATORS.get(self.settings.mode or "")
-            source = operator(len(self.growing.leaders), len(leaders)) if operator else leaders
+            source = operator(len(self.growing.leaders), len(leaders)) if operator else range(len(leaders))
             yield self._grow_layers(leaders, source, step, reason)
         if self.growing.width == "narrow" and (reason := self.triggers.width_due(step)):
             before = self.form()
@@ -96,7 +96,7 @@ class Progress:
             if len(set(leaders)) == len(leaders):
                 self.phase = len(self.phases) - 1
             reason = f"gradients correlated less than {until.correlation_below:g}"
-            yield self._grow_layers(leaders, leaders, step, reason)
+            yield self._grow_layers(leaders, range(len(leaders)), step, reason)
 
     def _grow_layers(self, leaders: Sequence[int], source: Sequence[int], step: int, reason: str) -> Switch:
         before = self.form()
@@ -144,7 +144,12 @@ class Progress:
         return values | self.triggers.measurements()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phase": self.phase, "last_switch": self.last_switch, "triggers": self.triggers.state_dict()}
+        return {
+            "phase": self.phase,
+            "phases": [list(phase.leaders) for phase in self.phases],
+            "last_switch": self.last_switch,
+            "triggers": self.triggers.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phase, self.last_switch = state["phase"], state["last_switch"]

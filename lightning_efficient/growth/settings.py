@@ -94,12 +94,19 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {list(allowed)}.")
         check_count("rewarm_steps", self.rewarm_steps, least=0)
+        if self.unit is not None:
+            check_count("unit", self.unit, least=1)
         if not self.lr_scale > 0:
             raise ValueError(f"lr_scale={self.lr_scale!r}: expected a factor above 0.")
         if self.unshare == "by_correlation" and self.mode != "share":
             raise ValueError(f"unshare='by_correlation' is for mode='share', not for mode={self.mode!r}.")
         if self.mode == "share" and self.stages is None:
-            parse_until(self.until, where="until", default_fraction=DEFAULT_FRACTIONS["share"])
+            until = parse_until(self.until, where="until", default_fraction=DEFAULT_FRACTIONS["share"])
+            if self.unshare == "by_correlation" and until.correlation_below is None:
+                raise ValueError(
+                    "unshare='by_correlation' needs the threshold under which groups are split: "
+                    "until={'correlation_below': 0.5, 'fraction': 0.1}."
+                )
 
     def phases(self, full_depth: int) -> list[Phase]:
         """The phases of a model with ``full_depth`` repeated layers; see :func:`make_phases`."""
@@ -216,7 +223,8 @@ def make_phases(
         last = i == len(stages) - 1
         condition = None
         if not last:
-            condition = parse_until(stage.get("until"), where=f"stages[{i}].until", default_fraction=fraction)
+            share_of_cap = fraction * (i + 1) / (len(stages) - 1)
+            condition = parse_until(stage.get("until"), where=f"stages[{i}].until", default_fraction=share_of_cap)
         leaders = build(stage.get(size))
         if len(leaders) > full_depth:
             raise ValueError(f"stages[{i}].depth={stage[size]}, but the model has {full_depth} repeated layers.")
@@ -234,6 +242,13 @@ def make_phases(
                 f"stages[{i + 1}] ({after}) does not continue stages[{i}] ({before}): each stage must have more layers "
                 "of its own than the one before and, with mode='share', split its groups."
             )
+        for field in ("step", "fraction"):
+            first, second = getattr(before.until, field, None), getattr(after.until, field, None)
+            if first is not None and second is not None and second <= first:
+                raise ValueError(
+                    f"stages[{i + 1}].until.{field}={second} does not come after stages[{i}].until.{field}={first}. "
+                    "`until` counts from the start of the run; give increasing values."
+                )
     return phases
 
 

@@ -158,8 +158,11 @@ class GradientAgreement:
     def products(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """Dot product and squared norms of each pair, ``[pairs, 3]``; a sum over ranks is theirs together."""
         device = next(iter(self._products.values())).device if self._products else None
-        nothing = torch.zeros(3, device=device)
-        return torch.stack([self._products.get(pair, nothing) for pair in pairs])
+        rows = torch.zeros(len(pairs), 3, device=device)
+        for row, pair in zip(rows, pairs, strict=True):
+            if pair in self._products:
+                row.copy_(self._products[pair])
+        return rows
 
 
 def neighbours(leaders: Sequence[int]) -> list[tuple[int, int]]:
@@ -175,6 +178,6 @@ def neighbours(leaders: Sequence[int]) -> list[tuple[int, int]]:
 
 def correlations(products: Tensor) -> list[float]:
     """Cosines from :meth:`GradientAgreement.products`; one for a pair without gradients."""
-    dot, one, other = products.double().unbind(-1)
+    dot, one, other = products.double().reshape(-1, 3).unbind(-1)
     norm = (one * other).sqrt()
     return torch.where(norm > 0, dot / norm.clamp_min(1e-300), torch.ones_like(dot)).tolist()

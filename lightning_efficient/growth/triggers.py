@@ -57,8 +57,23 @@ class Triggers:
         self._streak = 0
         self.correlations: dict[tuple[int, int], float] = {}
 
-    def start(self, phases: Sequence[Phase], width: WidthSettings | None, total_steps: float, step: int = 0) -> None:
+    def start(
+        self,
+        phases: Sequence[Phase],
+        width: WidthSettings | None,
+        total_steps: float,
+        step: int = 0,
+        *,
+        trial: bool = False,
+    ) -> None:
         """Fix the caps for a run of ``total_steps`` optimizer steps, of which ``step`` are done.
+
+        Args:
+            phases: Of the layers.
+            width: Of the width, if it grows.
+            total_steps: Infinite where the run has no known end.
+            step: Optimizer steps before this fit.
+            trial: Whether the run only tries whether everything works, and may end before a cap.
 
         Raises:
             ValueError: If the caps of successive phases do not increase, or a cap lies behind the end of the run.
@@ -70,11 +85,17 @@ class Triggers:
         self._width = width.until if width else None
         self._width_cap = self._width.cap(total_steps) if self._width else math.inf
         for i, (before, after) in enumerate(pairwise(self._caps)):
-            if after <= before:
+            if after < before:
                 raise ValueError(
                     f"Stage {i + 1} would end at step {after:g}, not after stage {i}, which ends at step {before:g} at "
                     "the latest. `until` counts from the start of the run; give increasing values."
                 )
+        last = max(cap for cap in (0.0, *self._caps, self._width_cap) if cap < math.inf)
+        if last > total_steps and not trial:
+            raise ValueError(
+                f"A phase would last until step {last:g}, but the run ends at step {total_steps:g}: it would never "
+                "train the full model. Give an earlier `until`, or a fraction of the run."
+            )
 
     def plan_text(self) -> str:
         """The caps, for a log."""
@@ -96,7 +117,8 @@ class Triggers:
 
     def _reason(self, until: Until, cap: float, step: int) -> str | None:
         if step >= cap:
-            return f"reached its cap, step {cap:g}"
+            unseen = self.monitor is not None and math.isnan(self.loss.value)
+            return f"reached its cap, step {cap:g}" + (f" ('{self.monitor}' was never logged)" if unseen else "")
         if until.loss_below is not None and self.loss.value < until.loss_below:
             return f"{self._name} {self.loss.value:.4f} is below {until.loss_below:g}"
         if until.plateau is not None and self._read_at - self.loss.best_step >= until.plateau:
@@ -136,8 +158,10 @@ class Triggers:
             self._sum = value if self._sum is None else self._sum + value
             self._count += 1
         if step - self._read_at >= self.check_every and self._sum is not None:
-            mean = reduce(self._sum / self._count)
-            self.loss.update(mean.item(), step)
+            mean = reduce(self._sum / self._count).item()
+            self.loss.update(mean, step)
+            if not math.isfinite(mean):
+                self.loss.best_step += step - self._read_at  # no reading, so these steps are no plateau
             self._sum, self._count, self._read_at = None, 0, step
 
     # -- the gradients' correlation ------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ The wide model's activations are ``k`` copies of the narrow one's, ``h' = [h; ..
 sum to one; the reader of the copies that does not write copies (the head) takes the share ``p_c`` of each.
 
 Equal shares would leave the copies equal for ever. Here ``a = (1 - t) 1 p' + t I`` with uneven ``p``: its rows sum to
-one, and ``p`` is its stationary distribution, ``a' p = p``. The gradient that reaches copy ``c`` is then ``p_c`` times
-the narrow one at every depth, and so the optimizer's statistics carry over exactly (up to rounding).
+one, and ``p`` is its stationary distribution, ``a' p = p``. Through linear maps and whatever acts channel by channel,
+the gradient that reaches copy ``c`` is then ``p_c`` times the narrow one at every depth, and the optimizer's statistics
+carry over exactly (up to rounding). A norm over channels shares part of its gradient out evenly instead: behind norms
+the statistics of single copies are off by up to a quarter, while their sum over the copies stays exact.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def plan_width(
     wide: nn.Module,
     factor: int,
     *,
-    outside: Iterable[str] = (),
+    after_layers: Iterable[str] = (),
     readout: str | None = None,
     sections: Mapping[str, Sequence[int] | int] | None = None,
 ) -> dict[str, Widened]:
@@ -149,8 +151,9 @@ def plan_width(
         narrow: The model of the first phase.
         wide: The model of the second, with the same names.
         factor: ``k``; every axis that differs must be this many times as long.
-        outside: Paths of modules outside the repeated layers, in order; where a tied head's last norm is looked for.
-        readout: Path of that norm, if it is not the last one outside the layers.
+        after_layers: Paths of modules behind the repeated layers, in order; where a tied head's norm is looked for.
+        readout: Path of the norm before a head that is tied to the embedding, if it is not the last one behind the
+            layers, or the tie is made in ``forward`` and cannot be seen.
         sections: For fused projections, by the last part of their path: the number of equal sections of the output
             axis, or their relative sizes (grouped-query attention: ``[heads, kv_heads, kv_heads]``). Overrides what is
             assumed of names such as ``qkv``.
@@ -174,18 +177,38 @@ def plan_width(
         grown = _grown_axes(name, tuple(small.shape), tuple(wide_parameters[name].shape), factor)
         modules = uses[id(small)]
         table = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module, _ in modules)
-        tied_head |= table and len(modules) > 1 and bool(grown)
+        tied_head |= table and bool(grown) and any(isinstance(module, nn.Linear) for module, _ in modules)
+        _check_groups(name, narrow, wide)
         plan[name] = _operator(name, small, grown, modules, factor, fused, table)
     if not any(not operator.exact_copy for operator in plan.values()):
         raise WidthError("The narrow model is as wide as the wide one: none of the changed arguments changes a shape.")
-    if tied_head:
-        norm = readout or _last_norm(narrow, outside, plan)
+    if tied_head or readout is not None:
+        norm = readout or _last_norm(narrow, after_layers, plan)
         found = [name for name in plan if name.rpartition(".")[0] == norm]
-        if not found:
-            raise WidthError(f"readout='{norm}' has no parameters; name the norm whose output goes to the tied head.")
+        if not found or any(narrow_parameters[name].dim() != 1 or plan[name].written is None for name in found):
+            raise WidthError(
+                f"readout='{norm}' has no scale along the width; name the norm whose output goes to the tied head."
+            )
         for name in found:
             plan[name] = Widened(factor, written=plan[name].written, readout=True)
     return plan
+
+
+def _check_groups(name: str, narrow: nn.Module, wide: nn.Module) -> None:
+    """Copies of channels are appended, so that groups of channels stay groups only if they are appended too."""
+    path = name.rpartition(".")[0]
+    small, large = narrow.get_submodule(path), wide.get_submodule(path)
+    for attribute in ("groups", "num_groups"):
+        before, after = getattr(small, attribute, 1), getattr(large, attribute, 1)
+        channels = (
+            getattr(small, "out_channels", getattr(small, "num_channels", 1)),
+            getattr(large, "out_channels", getattr(large, "num_channels", 1)),
+        )
+        if before > 1 and channels[0] != channels[1] and before * channels[1] != after * channels[0]:
+            raise WidthError(
+                f"'{name}': its {type(small).__name__} has {before} groups in the narrow model and {after} in the wide "
+                f"one; its channels grow from {channels[0]} to {channels[1]}, and the groups must grow alike."
+            )
 
 
 def _uses(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -266,10 +289,10 @@ def _sections(name: str, size: int, fused: Mapping[str, Sequence[int] | int]) ->
     return tuple(unit * weight for weight in weights)
 
 
-def _last_norm(module: nn.Module, outside: Iterable[str], plan: Mapping[str, Widened]) -> str:
+def _last_norm(module: nn.Module, after_layers: Iterable[str], plan: Mapping[str, Widened]) -> str:
     norms = [
         path
-        for path in outside
+        for path in after_layers
         if any(name.rpartition(".")[0] == path and plan[name].written is not None for name in plan)
         and all(p.dim() == 1 for p in module.get_submodule(path).parameters(recurse=False))
         and "norm" in type(module.get_submodule(path)).__name__.lower()

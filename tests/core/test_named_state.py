@@ -155,4 +155,4 @@ def test_plan_keeps_parameters_without_a_name_at_their_place_g8() -> None:
     known = {i: name for i, name in ids(named).items() if name != "b"}
     GroupPlan(optimizer, known).apply({"c": named["c"]})
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(named["b"]), id(named["c"])]
-    assert group_names(optimizer, known) == [["<unnamed 0>", "c"]]
+    assert group_names(optimizer, known) == [["<unnamed 0.0>", "c"]]

@@ -130,4 +130,5 @@ def checkpoint_of(growing: Any, mode: str | None, prefix: str = "", **extra: Any
     form["stacks"] = [[(prefix + parent).rstrip("."), keys] for parent, keys in form["stacks"]]
     weights = {prefix + name: value.clone() for name, value in growing.module.state_dict().items()}
     state = {"format": 1, **form, "mode": mode, "width_settings": None, "phase": 0, **extra}
+    state["phases"] = [form["leaders"], list(range(growing.full_depth))] if growing.leaders else [[]]
     return {"state_dict": weights, "callbacks": {"GrowAndUnshareCallback": state}}

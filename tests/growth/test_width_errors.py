@@ -53,7 +53,7 @@ class NormOfEmbeddingsOnly(nn.Module):
 
 def refusal(narrow: nn.Module, wide: nn.Module, factor: int = 2, **options: Any) -> str:
     with pytest.raises(WidthError) as caught:
-        plan_width(narrow, wide, factor, outside=outside_of(narrow), **options)
+        plan_width(narrow, wide, factor, after_layers=outside_of(narrow), **options)
     return str(caught.value)
 
 
@@ -118,7 +118,7 @@ def test_a_norm_before_the_layers_is_not_taken_for_the_one_before_the_head_g4_g7
 
 def test_a_norm_without_parameters_cannot_share_the_copies_out_g4() -> None:
     build = nano_gpt(affine=False)
-    assert "readout='ln_f' has no parameters" in refusal(build(1), build(2), readout="ln_f")
+    assert "readout='ln_f' has no scale along the width" in refusal(build(1), build(2), readout="ln_f")
 
 
 def test_readout_that_names_a_linear_map_is_refused_g4() -> None:
@@ -128,7 +128,7 @@ def test_readout_that_names_a_linear_map_is_refused_g4() -> None:
 
 
 def test_readout_that_names_nothing_is_refused_g4() -> None:
-    assert "readout='ln_x' has no parameters" in refusal(nano_gpt()(1), nano_gpt()(2), readout="ln_x")
+    assert "readout='ln_x' has no scale along the width" in refusal(nano_gpt()(1), nano_gpt()(2), readout="ln_x")
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------

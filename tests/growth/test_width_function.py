@@ -142,14 +142,14 @@ def test_growth_can_be_repeated_g4() -> None:
     """Once wide, the network can be the narrow one of the next growth."""
     narrow, wide, _ = widened(byte_transformer(), 2)
     wider = byte_transformer()(4).double()
-    fill(wide, wider, plan_width(wide, wider, 2, outside=outside_of(wide)))
+    fill(wide, wider, plan_width(wide, wider, 2, after_layers=outside_of(wide)))
     assert relative_error(narrow(tokens()), wider(tokens())) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_keep_their_dtype_and_are_new_tensors_g4(dtype: torch.dtype) -> None:
     narrow, wide = randomised(byte_transformer()(1)).to(dtype), byte_transformer()(2)
-    for name, operator in plan_width(narrow, wide, 2, outside=outside_of(narrow)).items():
+    for name, operator in plan_width(narrow, wide, 2, after_layers=outside_of(narrow)).items():
         source = narrow.get_parameter(name).detach()
         for made in (operator.weight(source), operator.moment(source, 1), operator.moment(source, 0)):
             assert (made.dtype, made.shape) == (dtype, wide.get_parameter(name).shape), name

@@ -85,7 +85,7 @@ def test_gradients_of_all_copies_are_exact_where_nothing_mixes_channels_g4(
     """``a' p = p``: at every depth copy ``c`` gets ``p_c`` of the narrow gradient, after training as before it."""
     build, batch, options = WITHOUT_LAYER_NORM[network]
     narrow, wide = randomised(build(1)), build(factor).double()
-    plan = plan_width(narrow, wide, factor, outside=outside_of(narrow), **options)
+    plan = plan_width(narrow, wide, factor, after_layers=outside_of(narrow), **options)
     train(narrow, OPTIMIZERS[optimizer](narrow.parameters()), batch)
     fill(narrow, wide, plan)
     backward(narrow, batch(9))

@@ -20,19 +20,21 @@ TOKENS = 11
 
 
 def outside_of(module: nn.Module) -> list[str]:
-    """As ``build_growing`` finds it: the paths of what is not in a repeated layer."""
+    """As ``build_growing`` finds it: the paths of what stands behind the repeated layers."""
     try:
         stack = find_stacks(module)[0]
     except ValueError:
         return [path for path, _ in module.named_modules()]
     inside = {id(s) for i in range(len(stack)) for s in module.get_submodule(stack.path(i)).modules()}
-    return [path for path, sub in module.named_modules() if id(sub) not in inside]
+    order = list(module.named_modules())
+    last = max(n for n, (_, sub) in enumerate(order) if id(sub) in inside)
+    return [path for path, _ in order[last + 1 :]]
 
 
 def widened(build: Build, factor: int, **options: Any) -> tuple[nn.Module, nn.Module, dict[str, Widened]]:
     """A narrow model of random weights in float64, and the wide one that growth makes of it."""
     narrow, wide = randomised(build(1)), build(factor).double()
-    plan = plan_width(narrow, wide, factor, outside=outside_of(narrow), **options)
+    plan = plan_width(narrow, wide, factor, after_layers=outside_of(narrow), **options)
     fill(narrow, wide, plan)
     return narrow, wide, plan
 
