@@ -1,0 +1,151 @@
+"""The command line and every shipped configuration (README, "Use")."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from lightning_efficient.__main__ import main
+from lightning_efficient.demos.compare import main as compare
+from lightning_efficient.monitoring.report import read_report
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
+SMALL = [
+    "--model.init_args.layers=4",
+    "--model.init_args.width=32",
+    "--model.init_args.context=32",
+    "--data.init_args.context=32",
+    "--data.init_args.validation_bytes=2000",
+    "--trainer.limit_train_batches=16",
+    "--trainer.val_check_interval=8",
+    "--trainer.enable_progress_bar=false",
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter.*"),
+]
+
+ISSUE = """
+trainer:
+  max_steps: 800
+  callbacks:
+    - class_path: lightning_efficient.GrowAndUnshareCallback
+      init_args:
+        layers: "blocks.*"
+        mode: stack
+        stages: [{depth: 1, until: 0.125}, {depth: 2, until: 0.30}, {depth: 4}]
+        optimizer_state: copy
+    - class_path: lightning_efficient.EfficiencyMonitor
+"""
+VARIANTS: list[dict[str, Any]] = [
+    {"mode": "share", "unit": 2, "until": {"fraction": 0.1, "loss_below": 2.5, "plateau": 50}},
+    {"width": {"factor": 2, "until": 0.2}},
+    {"mode": "interleave"},
+    {"mode": "middle", "stages": [{"depth": 2, "until": 4}, {"depth": 4}], "rewarm_steps": 2},
+]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_runs(overlay: Path, tmp_path: Path) -> None:
+    main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={overlay}", *SMALL[1:]])
+    report = read_report(next(tmp_path.rglob("efficiency_report.json")))
+    assert report.totals["batches"] == 16
+
+
+def test_the_base_configuration_runs_alone(tmp_path: Path) -> None:
+    main(["fit", f"--config={CONFIGS / 'base.yaml'}", *SMALL])
+    assert list(tmp_path.rglob("efficiency_report.md"))
+
+
+def test_a_users_callbacks_in_yaml_replace_the_base_ones(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(ISSUE)
+    main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={config}", *SMALL])
+    report = read_report(next(tmp_path.rglob("efficiency_report.json")))
+    assert [event.step for event in report.events] == [2, 5]
+
+
+@pytest.mark.parametrize("arguments", VARIANTS, ids=lambda arguments: "-".join(arguments))
+def test_each_mode_is_written_in_yaml(arguments: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    callback = {"class_path": "lightning_efficient.GrowAndUnshareCallback", "init_args": arguments}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
+    main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={config}", *SMALL])
+    assert read_report(next(tmp_path.rglob("efficiency_report.json"))).events
+
+
+class MyModule(pl.LightningModule):
+    """A user's own class."""
+
+    def __init__(self, features: int = 4) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(features, features) for _ in range(4))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        for layer in self.layers:
+            batch = batch + layer(batch).tanh()
+        return batch.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class MyData(pl.LightningDataModule):
+    """A user's own data."""
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader[torch.Tensor]:
+        return torch.utils.data.DataLoader(torch.randn(16, 4), batch_size=2)  # type: ignore[arg-type]
+
+
+def test_a_users_own_classes_by_class_path(tmp_path: Path) -> None:
+    module = f"{MyModule.__module__}"
+    main([
+        "fit",
+        f"--model={module}.MyModule",
+        f"--data={module}.MyData",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks=lightning_efficient.GrowAndUnshareCallback",
+    ])  # fmt: skip
+
+
+def test_without_jsonargparse_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r"lightning-efficient\[cli\]"):
+        main(["fit"])
+
+
+@pytest.mark.slow
+def test_the_demo_compares_two_runs_and_fails_where_one_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "configs"
+    small.mkdir()
+    base = yaml.safe_load((CONFIGS / "base.yaml").read_text())
+    base["model"]["init_args"] |= {"layers": 4, "width": 32, "context": 32}
+    base["data"]["init_args"] |= {"context": 32, "validation_bytes": 2000}
+    (small / "base.yaml").write_text(yaml.safe_dump(base))
+    (small / "growth.yaml").write_text(
+        (CONFIGS / "growth.yaml").read_text().replace("8}", "4}").replace("4, u", "3, u")
+    )
+    monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
+    assert compare(["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "final validation bits per byte" in printed
+    assert "growth: 2 layers -> 3 layers" in printed
+    assert len(list(tmp_path.rglob("comparison.png"))) == 1
+    assert "| peak memory of the process |" in next(tmp_path.rglob("comparison.md")).read_text()
+    (small / "growth.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
+    assert compare(["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]) == 1
