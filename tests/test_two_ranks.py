@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
-from tests.helpers.fitting import Run, assert_same_tree, fit, make_trainer
+from tests.helpers.fitting import Run, StopAt, assert_same_tree, fit, make_trainer
 from tests.helpers.models import CompiledModel, ManualModel, ShiftedLossModel
 from tests.helpers.ranks import RankError, run_on_two_ranks
-from tests.technique_settings import STEPS, TechniqueSetting, demo_model, every, named
+from tests.technique_settings import SETTINGS, STEPS, TechniqueSetting, demo_model, every, named
 
 DDP = {"devices": 2, "use_distributed_sampler": False}
 
@@ -213,13 +213,15 @@ class ShardedModel(ByteLanguageModel):
         fully_shard(self.model, mesh=mesh)
 
 
-def sharding_is_refused(rank: int, name: str) -> str:
-    try:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        fit(named(name), module=demo_model(ShardedModel), strategy=strategy, enable_checkpointing=False, **DDP)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was refused"
+def sharding_is_refused(rank: int, names: list[str]) -> dict[str, str]:
+    said = dict.fromkeys(names, "nothing was refused")
+    for name in names:
+        try:
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            fit(named(name), module=demo_model(ShardedModel), strategy=strategy, enable_checkpointing=False, **DDP)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
 
 
 def train_sharded(rank: int, checkpoint: Path, root: Path) -> dict[str, Any]:
@@ -239,16 +241,17 @@ def train_sharded(rank: int, checkpoint: Path, root: Path) -> dict[str, Any]:
     return {"losses": losses, "weights": weights}
 
 
-@changes_parameters
-def test_fsdp2_is_refused_with_a_route_g8_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
-    for said in run_on_two_ranks(sharding_is_refused, tmp_path, setting.name):
-        assert setting.refuses["sharding"] in said
-        assert "load_grown(..., grown=True)" in said
+def test_fsdp2_is_refused_with_a_route_g8_x2(tmp_path: Path) -> None:
+    refusing = {setting.name: setting.refuses["sharding"] for setting in SETTINGS if "sharding" in setting.refuses}
+    for said in run_on_two_ranks(sharding_is_refused, tmp_path, list(refusing)):
+        for name, message in refusing.items():
+            assert message in said[name]
+            assert "load_grown(..., grown=True)" in said[name]
 
 
 @changes_parameters
 def test_fsdp2_goes_on_from_a_first_phase_g8_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
-    first = fit(setting, root=tmp_path, checkpoints={}, max_steps=3)
+    first = fit(setting, root=tmp_path, checkpoints={}, after=[StopAt(3)])
     checkpoint = first.checkpoints[3]
     sharded, same = run_on_two_ranks(train_sharded, tmp_path, checkpoint, tmp_path / "sharded")
     assert_same_tree(sharded["weights"], same["weights"], "weights")

@@ -22,6 +22,9 @@ __all__ = ["LayerArrangement", "group_sizes"]
 
 Leaders = tuple[int, ...]
 
+SHORTENED = "_layers_of_the_full_model"
+"""Attribute that a list of layers has while it is shorter than the full model's."""
+
 
 def group_sizes(leaders: Sequence[int]) -> dict[int, int]:
     """How many layers use each leader's parameters."""
@@ -64,6 +67,12 @@ class LayerArrangement:
         if len(lengths) != 1:
             listing = "; ".join(map(str, stacks))
             raise ValueError(f"All stacks must have the same number of layers, got {listing}. Name one with `layers=`.")
+        for stack in stacks:
+            if full := module.get_submodule(stack.parent).__dict__.get(SHORTENED):
+                raise ValueError(
+                    f"'{stack.parent}' was left with {len(stack)} of its {full} layers by an earlier run. Build the "
+                    "module anew, or go on with the callback of that run."
+                )
         self.module = module
         self.stacks = list(stacks)
         self.full_depth = lengths.pop()
@@ -86,13 +95,6 @@ class LayerArrangement:
                 for slots, layers in zip(self.slots, self.layers, strict=True):
                     for parameter in {id(p): p for p in (slot.get(layers[leader]) for slot in slots)}.values():
                         yield parameter, size
-
-    def layer_parameters(self) -> list[list[list[nn.Parameter]]]:
-        """The parameters of each live layer, indexed by stack, layer and slot."""
-        return [
-            [[slot.get(layer) for slot in slots] for layer in layers[: self.depth]]
-            for slots, layers in zip(self.slots, self.layers, strict=True)
-        ]
 
     # -- changes -------------------------------------------------------------------------------------------------
 
@@ -281,6 +283,10 @@ class LayerArrangement:
         first = next(n for n, (key, _) in enumerate(children) if key in inside)
         before = children[:first]
         after = [(key, child) for key, child in children[first:] if key not in inside]
+        if depth < self.full_depth:
+            container.__dict__[SHORTENED] = self.full_depth
+        else:
+            container.__dict__.pop(SHORTENED, None)
         container._modules.clear()
         container._modules.update([*before, *zip(stack.keys[:depth], layers[:depth], strict=True), *after])
 

@@ -169,7 +169,10 @@ def plan_width(
     wide_parameters = dict(wide.named_parameters())
     if list(narrow_parameters) != list(wide_parameters):
         difference = sorted(set(narrow_parameters) ^ set(wide_parameters))[:3]
-        raise WidthError(f"The narrow model has other parameters than the wide one, e.g. {difference}.")
+        hint = (
+            " Compile the network inside __init__, so that both are compiled." if "_orig_mod" in str(difference) else ""
+        )
+        raise WidthError(f"The narrow model has other parameters than the wide one, e.g. {difference}.{hint}")
     uses = _uses(narrow)
     plan: dict[str, Widened] = {}
     tied_head = False

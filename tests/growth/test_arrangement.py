@@ -244,3 +244,14 @@ def test_a_class_that_others_changed_in_the_live_layers_is_noticed(net: Residual
     net.layers[1].linear = nn.Sequential(net.layers[1].linear)
     with pytest.raises(ValueError, match=r"'layers\.1' no longer has the structure of 'layers\.0'"):
         arrangement.check_layers_still_equal()
+
+
+def test_a_network_that_an_earlier_run_left_shortened_is_refused_g3() -> None:
+    """Nobody else could know that layers are missing."""
+    network = Residual(4)
+    arrangement = arrangement_of(network)
+    arrangement.arrange((0, 1))
+    with pytest.raises(ValueError, match=r"'layers' was left with 2 of its 4 layers"):
+        arrangement_of(network)
+    arrangement.arrange((0, 1, 2, 3))
+    arrangement_of(network)

@@ -17,7 +17,16 @@ from torch import Tensor
 from lightning_efficient import compat, telemetry
 from tests.technique_settings import STEPS, TechniqueSetting, demo_data, demo_model
 
-__all__ = ["ListLogger", "Run", "assert_continues", "assert_same_tree", "fit", "make_trainer", "optimizer_by_name"]
+__all__ = [
+    "ListLogger",
+    "Run",
+    "StopAt",
+    "assert_continues",
+    "assert_same_tree",
+    "fit",
+    "make_trainer",
+    "optimizer_by_name",
+]
 
 
 class ListLogger(Logger):
@@ -130,6 +139,16 @@ class Recorder(Callback):
         self.run.optimizers = [optimizer_by_name(optimizer, pl_module) for optimizer in trainer.optimizers]
         self.run.schedulers = [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs]
         self.run.events = telemetry.events(trainer)
+
+
+class StopAt(Callback):
+    """Ends a fit early, as a user or a time limit would, where the Trainer had planned a longer one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
 
 
 def optimizer_by_name(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, Any]:

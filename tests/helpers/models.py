@@ -55,19 +55,29 @@ class ScheduledModel(ByteLanguageModel):
     """Another schedule: ``constant``, ``onecycle`` (rates and betas), ``exponential``, or ``plateau``.
 
     The plateau is of a metric that does not depend on the model, so that two models have the same schedule.
+
+    Args:
+        schedule: Which.
+        optimizer: Of ``torch.optim``.
+        backwards: Whether the optimizer gets the parameters in reverse order.
+        **arguments: Of the demo model.
     """
 
-    def __init__(self, *, schedule: str = "constant", optimizer: str = "AdamW", **arguments: Any) -> None:
+    def __init__(
+        self, *, schedule: str = "constant", optimizer: str = "AdamW", backwards: bool = False, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.schedule = schedule
         self.optimizer = optimizer
+        self.backwards = backwards
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.log("clock", float(self.global_step < 4))
         return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
-        optimizer = getattr(torch.optim, self.optimizer)(self.parameters(), lr=4e-3)
+        parameters = list(self.parameters())[:: -1 if self.backwards else 1]
+        optimizer = getattr(torch.optim, self.optimizer)(parameters, lr=4e-3)
         schedulers = torch.optim.lr_scheduler
         every_step = {"interval": "step"}
         if self.schedule == "onecycle":

@@ -74,13 +74,14 @@ def _raise_what_failed(processes: list[Any], folder: Path) -> None:
         raise RankError(f"rank {errors[0].stem}:\n{errors[0].read_text()}")
     for rank, process in enumerate(processes):
         if process.exitcode:
-            raise RankError(f"rank {rank} died with exit code {process.exitcode}")
+            raise RankError(f"rank {rank} died with exit code {process.exitcode}, before it began")
 
 
 def _rank(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     local = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": WORLD_SIZE}
     os.environ.update({name: str(value) for name, value in local.items()})
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: DDP would seed with it
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a machine may not know its own name
     try:
