@@ -653,8 +653,7 @@ def test_comes_from_yaml_x1(setting: TechniqueSetting, tmp_path: Path, monkeypat
 
 
 def test_names_are_unique() -> None:
-    from lightning_efficient.growth.arrangement import SHORTENED
-from tests.technique_settings import SETTINGS
+    from tests.technique_settings import SETTINGS
 
     assert len({setting.name for setting in SETTINGS}) == len(SETTINGS)
     assert named("stack") is SETTINGS[0]
