@@ -24,9 +24,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
+from lightning_efficient.growth.arrangement import SHORTENED
 from tests.helpers.fitting import Run, StopAt, assert_continues, assert_same_tree, fit, make_trainer
 from tests.helpers.models import CheckpointedModel, CompiledModel, ManualModel, ScheduledModel, SilentModel
-from lightning_efficient.growth.arrangement import SHORTENED
 from tests.technique_settings import EPOCH, STEPS, TechniqueSetting, demo_model, every, named
 
 pytestmark = [
