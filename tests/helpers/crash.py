@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Killed:
 
 
 def run_and_kill(
-    script: Callable[..., None], folder: Path, *args: Any, seed: int, kills: int, whole: float, timeout: float = 60
+    script: Callable[..., None], folder: Path, *args: Any, seed: int, kills: int, timeout: float = 120
 ) -> Killed:
     """Run ``script(folder, checkpoint, *args)`` in a process of its own until it ends well.
 
@@ -40,8 +41,8 @@ def run_and_kill(
         folder: For all that it writes.
         *args: Can be pickled.
         seed: Of the moments at which it is killed (SIGKILL: no handler, no flush, no teardown).
-        kills: How often; after that it runs to its end.
-        whole: Seconds that it takes if nobody kills it: it is killed somewhere in that time.
+        kills: How often, each a random moment after a random number of further checkpoints, so that it does not
+            depend on the speed of the machine; after that it runs to its end.
         timeout: Seconds for all of it.
 
     Raises:
@@ -56,12 +57,14 @@ def run_and_kill(
         resumed_from.append(checkpoint.name if checkpoint else "")
         process = context().Process(target=script, args=(folder, checkpoint, *args))
         process.start()
-        patience = draw.uniform(0.1, 0.9) * whole if killed < kills else deadline - monotonic()
-        process.join(max(0.0, patience))
-        if process.is_alive() and killed >= kills:
-            process.kill()
-            process.join()
-            raise TimeoutError(f"The run did not end in {timeout} s.")
+        enough = _written(folder) + draw.randint(1, 4) if killed < kills else sys.maxsize
+        while process.is_alive() and _written(folder) < enough:
+            process.join(0.002)
+            if monotonic() > deadline:
+                process.kill()
+                process.join()
+                raise TimeoutError(f"The run did not end in {timeout} s.")
+        process.join(draw.uniform(0.0, 0.04))
         if process.is_alive():
             process.kill()
             process.join()
@@ -70,6 +73,10 @@ def run_and_kill(
             raise RuntimeError(f"The run ended by itself with exit code {process.exitcode}.")
         else:
             return Killed(killed, resumed_from)
+
+
+def _written(folder: Path) -> int:
+    return len(list((folder / "checkpoints").glob("*.ckpt")))
 
 
 def newest_loadable(folder: Path) -> Path | None:
