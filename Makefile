@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Where there is no GPU: make demo PIP_EXTRA="--extra-index-url <the index of torch's CPU builds>" saves gigabytes.
+PIP_EXTRA ?=
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
 
 .PHONY: demo test lint docs bench clean
 
@@ -42,5 +44,5 @@ $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e .[cli,bench]
+	$(PIP) -e .[cli]
 	@touch $@

@@ -10,7 +10,15 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
-__all__ = ["accumulating", "averaged_models", "log_step", "rewrap_ddp", "should_log", "validation_metrics"]
+__all__ = [
+    "accumulating",
+    "averaged_models",
+    "averaging_callbacks",
+    "log_step",
+    "rewrap_ddp",
+    "should_log",
+    "validation_metrics",
+]
 
 
 def log_step(trainer: pl.Trainer) -> int:

@@ -49,7 +49,16 @@ class GroupPlan:
 
         Args:
             live: The parameters that exist now, by name, each once.
+
+        Raises:
+            ValueError: If groups were added since.
         """
+        if len(self.optimizer.param_groups) != len(self.groups):
+            raise ValueError(
+                f"{type(self.optimizer).__name__} had {len(self.groups)} parameter groups when it was built and has "
+                f"{len(self.optimizer.param_groups)} now, so that it is not known where parameters that come later "
+                "belong. Make all groups in `configure_optimizers`; freeze with requires_grad or a learning rate of 0."
+            )
         for group, entries, names in zip(self.optimizer.param_groups, self.groups, self._own_names, strict=True):
             chosen = [live.get(entry) if isinstance(entry, str) else entry for entry in entries]
             group["params"] = [parameter for parameter in chosen if parameter is not None]

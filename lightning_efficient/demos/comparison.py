@@ -94,8 +94,8 @@ class Comparison:
         lines = [
             "# The demo task, plain and with the suite",
             "",
-            f"A byte-level language model on the standard library's sources; {self.plain.facts.get('parameters', '')} "
-            "Every figure is measured in these two runs; times are of training, without validation.",
+            f"A byte-level language model on the standard library's sources; {human(self.plain.totals['parameters'])} "
+            "parameters. Every figure is measured in these two runs; times are of training, without validation.",
             "",
             f"| {' | '.join(head)} |",
             f"|{'---|' * 4}",

@@ -8,7 +8,7 @@ a unit of two layers four times, and ``(0, 1, ..., 7)`` is the full model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,9 @@ class Slot:
 
     module: str
     name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}" if self.module else self.name
 
     def get(self, layer: nn.Module) -> nn.Parameter:
         parameter = layer.get_submodule(self.module)._parameters[self.name]
@@ -80,6 +83,10 @@ class LayerArrangement:
         self.leaders: Leaders = tuple(range(self.full_depth))
         self._tied: set[tuple[int, int, Slot]] = set()
         self.slots = self._find_slots()
+        self._trainable = [
+            [[slot.get(layer).requires_grad for slot in slots] for layer in layers]
+            for slots, layers in zip(self.slots, self.layers, strict=True)
+        ]
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -124,7 +131,7 @@ class LayerArrangement:
         transfers: list[Transfer] = []
         for s, (stack, slots, layers) in enumerate(zip(self.stacks, self.slots, self.layers, strict=True)):
             before = [[slot.get(layer) for slot in slots] for layer in layers[: self.depth]]
-            trainable = [[parameter.requires_grad for parameter in layer] for layer in before]
+            thawed = [[parameter.requires_grad for parameter in layer] for layer in before]
             overwrite: list[tuple[Tensor, Tensor]] = []
             made: dict[tuple[int, int], nn.Parameter] = {}
             for i, layer in enumerate(layers):
@@ -135,6 +142,11 @@ class LayerArrangement:
                         present = slot.get(layer)
                         slot.set(layer, made.setdefault((i, id(present)), hollow(present)))
                     elif leaders[i] != i:
+                        if self._trainable[s][i][k] != self._trainable[s][leaders[i]][k]:
+                            raise ValueError(
+                                f"'{stack.path(i)}' cannot share weights with '{stack.path(leaders[i])}': "
+                                f"'{slot}' is frozen in only one of them."
+                            )
                         slot.set(layer, slot.get(layers[leaders[i]]))
                     else:
                         origin = before[source[i]][k]
@@ -152,7 +164,9 @@ class LayerArrangement:
                         slot.set(layer, target)
                         if key not in made:
                             made[key] = target
-                            target.requires_grad_(trainable[source[i]][k])
+                            # A layer keeps its own flag, unless its source was thawed or frozen since.
+                            if thawed[source[i]][k] != self._trainable[s][source[i]][k]:
+                                target.requires_grad_(thawed[source[i]][k])
                             transfers.append(Transfer(origin, target, Scaled(scale)))
             overwrite += self._buffer_copies(layers, leaders, source)
             for tensor, value in overwrite:
@@ -290,6 +304,24 @@ class LayerArrangement:
         container._modules.clear()
         container._modules.update([*before, *zip(stack.keys[:depth], layers[:depth], strict=True), *after])
 
+    def mixed_weights(self, state_dict: Mapping[str, object], prefix: str = "") -> str | None:
+        """Why a state dict cannot be loaded while layers share: it has other weights for each, and the last would win.
+
+        Args:
+            state_dict: Names as in the module.
+            prefix: What they begin with.
+
+        Returns:
+            The path of a layer that differs from its leader, or None.
+        """
+        for stack, slots in zip(self.stacks, self.slots, strict=True):
+            for i, leader in enumerate(self.leaders):
+                for slot in slots if leader != i else []:
+                    one, other = (state_dict.get(f"{prefix}{stack.path(k)}.{slot}") for k in (i, leader))
+                    if isinstance(one, Tensor) and isinstance(other, Tensor) and not torch.equal(one, other):
+                        return stack.path(i)
+        return None
+
     def check_depth_can_change(self) -> None:
         """Whether every stack sits in a container whose users iterate over it.
 
@@ -329,5 +361,7 @@ class LayerArrangement:
 def _check_kind(parameter: nn.Parameter, path: str) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"'{path}' is a lazy parameter; run the model once before training so that it has a shape.")
+    if type(parameter) is not nn.Parameter:
+        raise ValueError(f"'{path}' is a {type(parameter).__name__}; growth copies plain parameters only.")
     if hasattr(parameter, "placements"):
         raise ValueError(f"'{path}' is sharded (DTensor); growth changes whole parameters. See the card, 'refuses'.")

@@ -20,7 +20,7 @@ from lightning_efficient.coordination import Offloader, ParameterChange, announc
 from lightning_efficient.core.named_state import reorder_state
 from lightning_efficient.growth.attachment import ModuleAttachment
 from lightning_efficient.growth.learning_rate import LearningRateScale
-from lightning_efficient.growth.loading import build_growing, describe
+from lightning_efficient.growth.loading import FORM_KEY, build_growing, describe
 from lightning_efficient.growth.moments import StateMode, unsupported_optimizer
 from lightning_efficient.growth.progress import Progress, Switch
 from lightning_efficient.growth.settings import Mode, Settings, check_count, parse_width
@@ -57,7 +57,7 @@ class GrowAndUnshareCallback(Callback):
         width: ``{factor: 2, until: 0.2}``: begin with a half (third, ...) of the width. The narrow model is built by
             the module's own constructor from its saved hyperparameters; see the card for ``arguments``, ``build``,
             ``readout`` and ``sections``.
-        optimizer_state: ``"copy"`` carries moments over, ``"reset"`` starts those of the changed layers afresh.
+        optimizer_state: ``"copy"`` carries moments over, ``"reset"`` starts those of the repeated layers afresh.
         gradient: What a shared parameter receives: the ``"mean"`` of its layers' gradients [Yang 2021] or the
             ``"sum"``.
         monitor: A metric logged by the module for ``loss_below`` and ``plateau``; None: the training loss, smoothed.
@@ -119,7 +119,7 @@ class GrowAndUnshareCallback(Callback):
         )
         self._attachment = ModuleAttachment()
         self._mean = MeanGradient()
-        self._learning_rate = LearningRateScale(lambda: self._grown().learning_rate_factor(self._step))
+        self._learning_rate = LearningRateScale()
         self._progress: Progress | None = None
         self._width_check: WidthCheck | None = None
         self._loaded: dict[str, Any] | None = None
@@ -128,6 +128,8 @@ class GrowAndUnshareCallback(Callback):
     def _reset(self) -> None:
         self._progress = None
         self._step = 0
+        self._stepped = 0  # batches that ended in an optimizer step
+        self._global_step = 0
         self._at_boundary = True
         self._events: list[telemetry.Event] = []
         self._triggers.reset()
@@ -148,6 +150,7 @@ class GrowAndUnshareCallback(Callback):
         self._attachment.wrap(
             pl_module,
             on_load=lambda checkpoint: self._take_form_of(trainer, pl_module, checkpoint),
+            on_save=self._write_form,
             growing=lambda: self._progress.growing if self._progress else None,
         )
 
@@ -179,7 +182,7 @@ class GrowAndUnshareCallback(Callback):
 
     def _take_form_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Before weights are loaded: give the module the form that it had when they were saved."""
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        state = checkpoint.get(FORM_KEY)
         fitting = trainer.state.fn == "fit"
         if not state:
             if fitting:
@@ -197,16 +200,37 @@ class GrowAndUnshareCallback(Callback):
                 f"The checkpoint grew the layers {state['stacks']}, this module has {found}. "
                 "Use the `layers` that the run was started with."
             )
+        saved, own = (state["mode"], state["phases"]), (self.settings.mode, self._grown().phase_leaders())
+        if fitting and saved != own:
+            raise MisconfigurationException(
+                f"The checkpoint's run has the stages {saved[1]} of mode={saved[0]!r}, this one {own[1]} of "
+                f"mode={own[0]!r} (for each layer, the layer whose weights it uses). Resume with the stages that the "
+                "run was started with; only their `until` may differ."
+            )
         growing.mirror(compat.averaged_models(trainer))
         growing.restore(state["leaders"], state["width"])
         self._loaded = checkpoint if fitting else None
+
+    def _write_form(self, checkpoint: dict[str, Any]) -> None:
+        if self._progress is not None:
+            checkpoint[FORM_KEY] = {
+                "format": FORMAT,
+                **describe(self._progress.growing),
+                "mode": self.settings.mode,
+                "width_settings": self.settings.width.to_dict() if self.settings.width else None,
+                "phase": self._progress.phase,
+                "phases": self._progress.phase_leaders(),
+            }
 
     # -- fit ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = self._grown()
+        scaled = self.settings.width is not None or (self.settings.mode == "share" and self.settings.gradient == "sum")
         for optimizer in trainer.optimizers:
-            if reason := unsupported_optimizer(optimizer):
+            if reason := unsupported_optimizer(
+                optimizer, scaled=scaled and self.settings.optimizer_state == "copy" and not progress.complete
+            ):
                 raise MisconfigurationException(
                     f"GrowAndUnshareCallback cannot follow {type(optimizer).__name__}: it {reason}. Use an optimizer "
                     "that updates parameter by parameter, such as AdamW or SGD."
@@ -218,11 +242,12 @@ class GrowAndUnshareCallback(Callback):
         self._restore_optimizer_order()
         self._attach_mean_gradient()
         if progress.scales_learning_rate:
-            self._learning_rate.attach(trainer.optimizers)
+            self._learning_rate.attach(trainer.optimizers, lambda: progress.learning_rate_factor(self._step))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = self._grown()
         self._at_boundary = True
+        self._stepped = self._stepped if trainer.global_step else 0
         self._step = self._steps(trainer)
         progress.begin(self._step)
         # Not earlier: asking for the length of the run builds the loaders, and Lightning then forgets to restore them.
@@ -243,8 +268,10 @@ class GrowAndUnshareCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         progress = self._grown()
+        self._global_step = trainer.global_step
         self._step = self._steps(trainer)
         if self._at_boundary:
+            self._check_optimizers(trainer)
             for switch in progress.advance(self._step):
                 self._after_switch(trainer, switch)
         arrangement = progress.growing.arrangement
@@ -267,8 +294,9 @@ class GrowAndUnshareCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._triggers.unwatch()
-        before, self._step = self._step, self._steps(trainer)
-        self._at_boundary = self._step > before
+        self._at_boundary = trainer.global_step > self._global_step
+        self._stepped += self._at_boundary
+        self._step = self._steps(trainer)
         phase = self._grown().phase
         mean = partial(trainer.strategy.reduce, reduce_op="mean")
         if self._triggers.needs_loss(phase):
@@ -294,6 +322,13 @@ class GrowAndUnshareCallback(Callback):
         telemetry.log(trainer, self.measurements(), force=True)
 
     # -- the end ------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._grown().complete and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"Training ended with {self._grown().form()}, before the full model began: it stopped earlier than "
+                "`until` allows for. Load its checkpoints with `lightning_efficient.load_grown`."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)  # Lightning tears callbacks down only where a fit ends well
@@ -324,9 +359,7 @@ class GrowAndUnshareCallback(Callback):
             return {}
         return {
             "format": FORMAT,
-            **describe(self._progress.growing),
-            "mode": self.settings.mode,
-            "width_settings": self.settings.width.to_dict() if self.settings.width else None,
+            "stepped": self._stepped,
             "optimizer_names": self._progress.growing.optimizer_names(),
             "events": [[event.step, event.text] for event in self._events],
             **self._progress.state_dict(),
@@ -341,6 +374,7 @@ class GrowAndUnshareCallback(Callback):
                 "Use the version of lightning_efficient that wrote it, or a newer one."
             )
         self._grown().load_state_dict(state_dict)
+        self._stepped = state_dict["stepped"]
         self._events = [telemetry.Event(step, "growth", text) for step, text in state_dict["events"]]
 
     def _restore_optimizer_order(self) -> None:
@@ -348,6 +382,8 @@ class GrowAndUnshareCallback(Callback):
         if self._loaded is None:
             return
         saved = self._loaded["callbacks"][self.state_key]["optimizer_names"]
+        if not saved:  # written before the optimizers were known, as the learning-rate finder does
+            return
         present = self._grown().growing.optimizer_names()
         states = self._loaded.get("optimizer_states", [])
         self._loaded["optimizer_states"] = [
@@ -377,10 +413,19 @@ class GrowAndUnshareCallback(Callback):
         if self.settings.gradient == "mean" and arrangement:
             self._mean.attach(arrangement)
 
-    @staticmethod
-    def _steps(trainer: pl.Trainer) -> int:
-        """Optimizer steps of the run; steps of several optimizers in one batch count once."""
-        return trainer.global_step // max(1, len(trainer.optimizers))
+    def _check_optimizers(self, trainer: pl.Trainer) -> None:
+        planned = self._grown().growing.optimizers()
+        if len(planned) != len(trainer.optimizers) or any(
+            a is not b for a, b in zip(planned, trainer.optimizers, strict=True)
+        ):
+            raise MisconfigurationException(
+                "The Trainer's optimizers were replaced while it runs, and GrowAndUnshareCallback would add new layers "
+                "to the old ones. Change the optimizers' settings instead of building them anew."
+            )
+
+    def _steps(self, trainer: pl.Trainer) -> int:
+        """Optimizer steps of the run; with several optimizers, batches in which any of them stepped."""
+        return trainer.global_step if len(trainer.optimizers) <= 1 else self._stepped
 
     def _total_steps(self, trainer: pl.Trainer) -> float:
         if self._grown().complete:

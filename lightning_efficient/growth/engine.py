@@ -85,6 +85,10 @@ class GrowingModule:
     def stacks(self) -> list[LayerStack]:
         return self.arrangement.stacks if self.arrangement else []
 
+    def optimizers(self) -> list[Optimizer]:
+        """Those whose parameters follow the module."""
+        return [plan.optimizer for plan in self._plans]
+
     def optimizer_names(self) -> list[list[list[str]]]:
         """The names of the parameters of each optimizer's groups, by optimizer and group."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
@@ -177,7 +181,7 @@ class GrowingModule:
             self.twin.release()
 
     def _finish(self, before: Mapping[str, nn.Parameter], transfers: Sequence[Transfer], state: StateMode) -> Change:
-        transfer_state([plan.optimizer for plan in self._plans], transfers, state)
+        transfer_state(self.optimizers(), transfers, state)
         self._apply_plans()
         return Change.between(before, dict(self.module.named_parameters()))
 

@@ -56,7 +56,7 @@ def find_stacks(module: nn.Module, layers: str | Sequence[str] | None = None) ->
         layers: Glob patterns of layer paths, component by component: ``"blocks.*"`` matches every child of every
             module called ``blocks``, at any depth, and nothing below those children. None: the longest run that is
             not inside another run's layer; one in an ``nn.ModuleList``, ``nn.Sequential`` or ``nn.ModuleDict`` before
-            others, and of equally long ones that with the most parameters.
+            others, and of equally long ones that with the most parameters. Frozen networks (teachers) come last.
 
     Returns:
         One stack for each module that holds matching layers; exactly one where ``layers`` is None.
@@ -69,9 +69,11 @@ def find_stacks(module: nn.Module, layers: str | Sequence[str] | None = None) ->
         if not runs:
             raise ValueError(
                 f"No repeated layers were found in {type(module).__name__}: no module has two or more consecutive "
-                "children of equal structure that hold parameters. Name the layers, e.g. layers='encoder.layer.*'."
+                "children of equal structure that hold parameters. Name the layers, e.g. layers='encoder.layer.*'; "
+                "layers that are built in `setup` come too late, build them in __init__ or `configure_model`."
             )
-        return [max(runs, key=lambda run: (_in_a_list(module, run), len(run), _parameters_in(module, run)))]
+        trained = [run for run in runs if _is_trained(module, run)]
+        return [max(trained or runs, key=lambda run: (_in_a_list(module, run), len(run), _parameters_in(module, run)))]
 
     patterns = [layers] if isinstance(layers, str) else list(layers)
     matched: dict[str, list[str]] = {}
@@ -136,6 +138,10 @@ def _runs(module: nn.Module, path: str) -> Iterator[LayerStack]:
         else:
             for name, child in members:
                 yield from _runs(child, f"{path}.{name}" if path else name)
+
+
+def _is_trained(module: nn.Module, stack: LayerStack) -> bool:
+    return any(p.requires_grad for i in range(len(stack)) for p in module.get_submodule(stack.path(i)).parameters())
 
 
 def _in_a_list(module: nn.Module, stack: LayerStack) -> bool:

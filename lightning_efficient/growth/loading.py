@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_efficient.growth.arrangement import LayerArrangement
 from lightning_efficient.growth.engine import GrowingModule
@@ -19,6 +20,9 @@ from lightning_efficient.growth.schedule import Until
 from lightning_efficient.growth.settings import WidthSettings
 
 __all__ = ["build_growing", "describe", "load_grown"]
+
+FORM_KEY = "growth_form"
+"""Where a checkpoint says which form the module had, with or without the state of callbacks."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,6 +50,12 @@ def build_growing(
             if mode is not None:
                 raise
             stacks = []
+    for path, sub in module.named_modules():
+        if isinstance(sub, AveragedModel) and not any(f"{s.parent}.".startswith(f"{path}.") for s in stacks):
+            raise ValueError(
+                f"'{path}' is an averaged copy of the model, which growth does not change with it. Use Lightning's "
+                "WeightAveraging callback instead, or a pattern for `layers` that matches the copy's layers too."
+            )
     wide = LayerArrangement(module, stacks) if stacks and mode is not None else None
     if wide and mode != "share":
         wide.check_depth_can_change()
@@ -126,8 +136,7 @@ def load_grown(
     weights = {
         name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
     }
-    callbacks = saved.get("callbacks", {}).values()
-    state = next((s for s in callbacks if isinstance(s, Mapping) and {"stacks", "leaders", "width"} <= set(s)), None)
+    state = saved.get(FORM_KEY)
     if not state:
         full.load_state_dict(weights)
         return full

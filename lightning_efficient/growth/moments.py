@@ -43,8 +43,19 @@ EXCEPTIONS: dict[tuple[str, str], int] = {("RMSprop", "momentum_buffer"): 0}
 StateMode = Literal["copy", "reset"]
 
 
-def unsupported_optimizer(optimizer: Optimizer) -> str | None:
-    """Why the parameters of ``optimizer`` cannot be changed while it runs, or None where they can."""
+KNOWN = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "Muon")
+"""Optimizers of ``torch.optim`` whose every statistic is in :data:`DEGREES`, element by element."""
+
+
+def unsupported_optimizer(optimizer: Optimizer, *, scaled: bool = False) -> str | None:
+    """Why the parameters of ``optimizer`` cannot be changed while it runs, or None where they can.
+
+    Args:
+        optimizer: One of the run.
+        scaled: Whether its statistics will have to be scaled rather than copied.
+    """
+    if scaled and type(optimizer).__name__ not in KNOWN:
+        return "keeps statistics of which it is not known how they scale (optimizer_state='reset' needs none)"
     if isinstance(optimizer, torch.optim.LBFGS):
         return "keeps one flat history over all parameters"
     if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):

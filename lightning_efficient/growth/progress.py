@@ -54,6 +54,10 @@ class Progress:
         """Whether the module has become the full model."""
         return self.phase == len(self.phases) - 1 and self.growing.width == "wide"
 
+    def phase_leaders(self) -> list[list[int]]:
+        """The arrangement of each phase, as plain data for a checkpoint."""
+        return [list(phase.leaders) for phase in self.phases]
+
     def begin(self, step: int) -> None:
         """A fit begins at ``step``; a later switch was one of an earlier fit, whose Trainer counted its own steps."""
         if self.last_switch is not None and self.last_switch > step:
@@ -146,7 +150,6 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         return {
             "phase": self.phase,
-            "phases": [list(phase.leaders) for phase in self.phases],
             "last_switch": self.last_switch,
             "triggers": self.triggers.state_dict(),
         }

@@ -54,6 +54,7 @@ class Triggers:
         self._sum: Tensor | None = None
         self._count = 0
         self._read_at = 0
+        self._last_seen = math.nan
         self._streak = 0
         self.correlations: dict[tuple[int, int], float] = {}
 
@@ -153,6 +154,10 @@ class Triggers:
             step: Optimizer steps so far.
             reduce: Mean over the ranks.
         """
+        if value is not None and self.monitor is not None:
+            if value.item() == self._last_seen:  # the same reading as before: nothing new was logged
+                return
+            self._last_seen = value.item()
         if value is not None:
             value = value.detach().float()
             self._sum = value if self._sum is None else self._sum + value
@@ -210,6 +215,7 @@ class Triggers:
             "sum": None if self._sum is None else self._sum.clone(),
             "count": self._count,
             "read_at": self._read_at,
+            "last_seen": self._last_seen,
             "streak": self._streak,
             "correlations": [[*pair, value] for pair, value in self.correlations.items()],
         }
@@ -218,4 +224,5 @@ class Triggers:
         self.loss.load_state_dict(state["loss"])
         self._sum, self._count = state["sum"], state["count"]
         self._read_at, self._streak = state["read_at"], state["streak"]
+        self._last_seen = state["last_seen"]
         self.correlations = {(a, b): value for a, b, value in state["correlations"]}

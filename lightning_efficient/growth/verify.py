@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from lightning_efficient.growth.width import WidthError
 
 __all__ = ["WidthCheck"]
 
+UNVERIFIED = (
+    "Width growth could not be verified before the first step: the first batch {}. The loss at the switch will show "
+    "whether it went well."
+)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest relative difference of the outputs by dtype; a wrong rule gives differences near one."""
 
@@ -67,9 +72,7 @@ class WidthCheck:
         self.close()
         if not calls:
             warnings.warn(
-                "Width growth could not be verified before the first step: the first batch called neither the module "
-                "nor its one network through `forward`. The loss at the switch will show whether it went well.",
-                stacklevel=2,
+                UNVERIFIED.format("called neither the module nor its one network through `forward`"), stacklevel=2
             )
             return
         path = min(calls)  # the root, where it was called
@@ -77,6 +80,9 @@ class WidthCheck:
         narrow = self._run(path, args, kwargs)
         with self._growing.preview_width():
             wide = self._run(path, args, kwargs)
+        if not narrow:
+            warnings.warn(UNVERIFIED.format("gave no tensor in a form that can be read"), stacklevel=2)
+            return
         worst = max((_difference(a, b) for a, b in zip(narrow, wide, strict=True)), default=0.0)
         dtype = next(p.dtype for p in self._growing.module.parameters() if p.is_floating_point())
         if not worst <= TOLERANCE.get(dtype, 0.1):
@@ -116,6 +122,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for entry in value:
             yield from _tensors(entry)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
 
 
 def _detached(value: Any) -> Any:

@@ -131,4 +131,4 @@ def checkpoint_of(growing: Any, mode: str | None, prefix: str = "", **extra: Any
     weights = {prefix + name: value.clone() for name, value in growing.module.state_dict().items()}
     state = {"format": 1, **form, "mode": mode, "width_settings": None, "phase": 0, **extra}
     state["phases"] = [form["leaders"], list(range(growing.full_depth))] if growing.leaders else [[]]
-    return {"state_dict": weights, "callbacks": {"GrowAndUnshareCallback": state}}
+    return {"state_dict": weights, "growth_form": state}
