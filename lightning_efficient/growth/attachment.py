@@ -72,9 +72,7 @@ class ModuleAttachment:
             grower = growing()
             layer = grower.arrangement.mixed_weights(state_dict, prefix) if grower and grower.arrangement else None
             if layer is not None:
-                errors.append(
-                    f"'{layer}' shares its weights now, and this state dict has others for it than for its leader."
-                )
+                errors.append(f"'{layer}' shares weights with other layers now, and they differ in this state dict.")
 
         module.__dict__["on_load_checkpoint"] = on_load_checkpoint
         module.__dict__["on_save_checkpoint"] = on_save_checkpoint
