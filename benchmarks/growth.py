@@ -1,7 +1,7 @@
 """Growth and sharing against the plain run, at equal final loss, on the byte-level language model.
 
 Every arm sees the same batches in the same order; the arms of a seed run one after the other, seed by seed. The
-recipe (stages, state, LR) was searched on seeds 101 and 102 with two dozen runs (docs/growth-recipe.md); the seeds here
+recipe (stages, state, LR) was searched on seeds 101 and 102 with 28 runs (docs/growth-recipe.md); the seeds here
 are others.
 """
 

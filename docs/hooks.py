@@ -16,6 +16,7 @@ PAGES = {
     "docs/architecture.md": "architecture.md",
     "docs/growth-recipe.md": "growth-recipe.md",
     "docs/api.md": "api.md",
+    "benchmarks/results/growth_cpu-x86_64.md": "benchmarks.md",
 }
 INCLUDE = re.compile(r"^<!-- include (?P<path>\S+) -->$", re.M)
 LINK = re.compile(r"\]\((?P<target>[^)#:\s]+)\)")
