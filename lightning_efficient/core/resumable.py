@@ -49,6 +49,8 @@ class ResumableDataLoader:
         rank: Of this process. None: that of ``torch.distributed`` if it is initialized when iteration begins, else 0.
         world_size: Number of ranks that share an epoch. None: likewise, else 1.
         persistent_workers: Keep the workers from epoch to epoch.
+        combined: Whether it is combined with a longer loader that walks it several times in an epoch; a resumed run
+            that stands at the end of a pass then begins another pass over the epoch that :meth:`set_epoch` names.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ResumableDataLoader:
         rank: int | None = None,
         world_size: int | None = None,
         persistent_workers: bool = False,
+        combined: bool = False,
     ) -> None:
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise TypeError(
@@ -78,6 +81,7 @@ class ResumableDataLoader:
         if rank is not None and world_size is not None and not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} with world_size={world_size}; the rank is at least 0 and below world_size.")
         self.dataset = dataset
+        self.combined = combined
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -87,6 +91,8 @@ class ResumableDataLoader:
         self._position = Position()
         self._resuming = False  # the next iterator goes on at the position; else it begins a pass
         self._epoch_is_set = False  # set_epoch counts the epochs, not we
+        self._loaded: tuple[Position, int] | None = None  # what was loaded, until the next batch
+        self._shift = 0  # from the epoch that the caller of set_epoch names to the true one
         self._requests = _Requests()
         self._generator = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
@@ -125,8 +131,23 @@ class ResumableDataLoader:
         It walks it from the beginning; but from where the loaded state stands, if that is in this epoch. A second
         iterator without another call walks the epoch again, in another order (as happens to a loader that is combined
         with a longer one).
+
+        A resumed run goes on in the epoch of the loaded state or, if that is at its end, begins the next. A caller that
+        then names another has miscounted (Lightning 2.6 does, where a run is resumed from the end of an epoch for the
+        second time): the state knows better, and the difference is made up for in this and all later calls.
         """
         self._epoch_is_set = True
+        if self._loaded is not None:  # no batch since then: the last call counts
+            self._position, self._shift = self._loaded
+            self._resuming = True
+        elif epoch + self._shift < self._position.epoch:
+            self._shift = 0  # the caller counts from the beginning again
+        epoch += self._shift
+        ended = not self.combined and self._position.batches >= self._plan().steps
+        following = self._position.epoch + 1
+        if self._resuming and (epoch > following or (ended and epoch < following)):
+            self._shift += following - epoch
+            epoch = following
         if not (self._resuming and epoch == self._position.epoch):
             self._resuming = False
             self._position = Position(epoch)
@@ -136,7 +157,8 @@ class ResumableDataLoader:
 
         ``batches`` counts those delivered in this pass over the epoch, ``repeat`` the passes over it before this one.
         """
-        return {"version": _VERSION, **asdict(self._position), **self._plan().state_dict()}
+        position = {**asdict(self._position), "shift": self._shift}
+        return {"version": _VERSION, **position, **self._plan().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Let the next iterator go on after the last batch that was delivered when the state was taken.
@@ -161,6 +183,8 @@ class ResumableDataLoader:
                 "values that it was saved with, or start without the loader's state."
             )
         self._position = Position(state_dict["epoch"], state_dict["repeat"], state_dict["batches"])
+        self._shift = state_dict["shift"]
+        self._loaded = self._position, self._shift
         self._resuming = True
 
     @property
@@ -185,6 +209,7 @@ class ResumableDataLoader:
             epoch, repeat = position.epoch, position.repeat
             position = Position(epoch, repeat + 1) if self._epoch_is_set else Position(epoch + 1)
         self._resuming = False
+        self._loaded = None
         self._position = position
         return position
 

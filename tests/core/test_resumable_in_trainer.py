@@ -34,7 +34,7 @@ class Recorder(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         longer = loader(22, seed=1, num_workers=self.workers)  # 7 batches
-        return {"longer": longer, "shorter": loader(9, seed=2)} if self.combined else longer
+        return {"longer": longer, "shorter": loader(9, seed=2, combined=True)} if self.combined else longer
 
     def val_dataloader(self) -> Any:
         return DataLoader(range(2))
@@ -146,3 +146,28 @@ def test_overfit_batches_keeps_its_own_order() -> None:
     model = Recorder()
     make_trainer(max_epochs=2, overfit_batches=2, limit_val_batches=0).fit(model)
     assert len(model.seen) == 4
+
+
+def test_resumed_from_the_end_of_an_epoch_again_and_again_the_order_stays(tmp_path: Path) -> None:
+    """The second time, Lightning names the epoch that has ended; a run that is killed often would drift."""
+    loader = ResumableDataLoader(dataset=range(12), batch_size=3, shuffle=True, seed=5)  # type: ignore[arg-type]
+    orders = {}
+    for epoch in range(5):
+        loader.set_epoch(epoch)
+        orders[epoch] = [batch.tolist() for batch in loader]
+    state = None
+    for true, named in ((0, 0), (1, 1), (2, 1), (3, 2), (4, 6)):
+        resumed = ResumableDataLoader(dataset=range(12), batch_size=3, shuffle=True, seed=5)  # type: ignore[arg-type]
+        if state is not None:
+            resumed.load_state_dict(state)
+        resumed.set_epoch(named)
+        assert [batch.tolist() for batch in resumed] == orders[true]
+        state = resumed.state_dict()
+    middle = ResumableDataLoader(dataset=range(12), batch_size=3, shuffle=True, seed=5)  # type: ignore[arg-type]
+    middle.load_state_dict({**state, "epoch": 3, "batches": 2, "shift": 2})  # type: ignore[dict-item]
+    middle.set_epoch(1)
+    assert [batch.tolist() for batch in middle] == orders[3][2:]
+    middle.set_epoch(2)
+    assert [batch.tolist() for batch in middle] == orders[4]
+    middle.set_epoch(0)
+    assert [batch.tolist() for batch in middle] == orders[0]
