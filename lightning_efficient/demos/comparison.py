@@ -101,7 +101,7 @@ class Comparison:
             f"|{'---|' * 4}",
             *(f"| {' | '.join(row)} |" for row in self.rows()),
             "",
-            f"![Validation bits per byte against step, time and CPU time]({plot})",
+            f"![Validation bits per byte against step and time]({plot})",
             "",
         ]
         if self.suite.events:
@@ -121,7 +121,6 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
     for axis, title, clock in (
         ("step", "Validation bits per byte", _step),
         ("seconds", "Against training time", _seconds),
-        ("seconds", "Against CPU time", _cpu_seconds),
     ):
         lines = [
             Line(name, [clock(p) for p in run.metrics[METRIC]], [p.value for p in run.metrics[METRIC]], "marked")
