@@ -54,6 +54,11 @@ class Eventful(Protocol):
         """All events of the run so far, oldest first."""
 
 
+def due(trainer: pl.Trainer) -> bool:
+    """Whether this batch is one that is logged; for measurements that cost time, asked before they are taken."""
+    return compat.should_log(trainer) and not compat.accumulating(trainer)
+
+
 def log(trainer: pl.Trainer, metrics: Mapping[str, float], *, force: bool = False) -> None:
     """Send ``metrics`` to all loggers of the run, at Lightning's own x-axis and interval.
 
@@ -62,8 +67,7 @@ def log(trainer: pl.Trainer, metrics: Mapping[str, float], *, force: bool = Fals
         metrics: Tag to value; empty is allowed.
         force: Log now, whatever ``log_every_n_steps`` and gradient accumulation say: for what changes once in a run.
     """
-    due = force or (compat.should_log(trainer) and not compat.accumulating(trainer))
-    if not metrics or not due:
+    if not metrics or not (force or due(trainer)):
         return
     step = compat.log_step(trainer)
     for logger in trainer.loggers:

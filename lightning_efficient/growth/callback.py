@@ -307,7 +307,8 @@ class GrowAndUnshareCallback(Callback):
                 loss = trainer.callback_metrics.get(self._triggers.monitor)
             self._triggers.read_loss(loss if isinstance(loss, Tensor) else None, self._step, mean)
         self._triggers.judge_correlation(phase, mean)
-        telemetry.log(trainer, self.measurements())
+        if telemetry.due(trainer):  # counting bytes walks over all parameters
+            telemetry.log(trainer, self.measurements())
 
     def _after_switch(self, trainer: pl.Trainer, switch: Switch) -> None:
         if isinstance(trainer.strategy, DDPStrategy):
