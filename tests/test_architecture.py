@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "lightning_efficient"
-ROLES = {"callback.py", "strategy.py", "precision.py", "checkpoint_io.py"}
+ROLES = {"callback.py", "strategy.py", "precision.py", "checkpoint_io.py", "trainer.py"}
 TECHNIQUES = {"growth", "checkpointing", "activation_compression", "offload", "precision"}
 FILES = sorted(ROOT.rglob("*.py"))
 

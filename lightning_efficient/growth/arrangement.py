@@ -8,15 +8,15 @@ a unit of two layers four times, and ``(0, 1, ..., 7)`` is the full model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.growth.layers import LayerStack, signature
+from lightning_efficient.growth.layers import LayerStack
 from lightning_efficient.growth.operators import Scaled, Transfer, hollow, like
+from lightning_efficient.growth.slots import Slot, find_slots
 
 __all__ = ["LayerArrangement", "group_sizes"]
 
@@ -29,26 +29,6 @@ SHORTENED = "_layers_of_the_full_model"
 def group_sizes(leaders: Sequence[int]) -> dict[int, int]:
     """How many layers use each leader's parameters."""
     return {leader: list(leaders).count(leader) for leader in dict.fromkeys(leaders)}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a parameter lives in a layer: the same place in every layer of a stack."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}" if self.module else self.name
-
-    def get(self, layer: nn.Module) -> nn.Parameter:
-        parameter = layer.get_submodule(self.module)._parameters[self.name]
-        if parameter is None:
-            raise LookupError(f"{self.module}.{self.name}")
-        return parameter
-
-    def set(self, layer: nn.Module, parameter: nn.Parameter) -> None:
-        layer.get_submodule(self.module)._parameters[self.name] = parameter
 
 
 class LayerArrangement:
@@ -81,8 +61,7 @@ class LayerArrangement:
         self.full_depth = lengths.pop()
         self.layers = [[module.get_submodule(s.path(i)) for i in range(len(s))] for s in stacks]
         self.leaders: Leaders = tuple(range(self.full_depth))
-        self._tied: set[tuple[int, int, Slot]] = set()
-        self.slots = self._find_slots()
+        self.slots, self._tied = find_slots(module, self.stacks, self.layers)
         self._trainable = [
             [[slot.get(layer).requires_grad for slot in slots] for layer in layers]
             for slots, layers in zip(self.slots, self.layers, strict=True)
@@ -240,33 +219,6 @@ class LayerArrangement:
             if slots
         )
 
-    def _find_slots(self) -> list[list[Slot]]:
-        """The places of parameters that belong to one layer alone; a parameter tied elsewhere is left as it is."""
-        owners: dict[int, set[object]] = {}
-        inside: set[int] = set()
-        for stack, layers in zip(self.stacks, self.layers, strict=True):
-            for i, layer in enumerate(layers):
-                inside.update(id(sub) for sub in layer.modules())
-                for name, parameter in layer.named_parameters():
-                    _check_kind(parameter, f"{stack.path(i)}.{name}")
-                    owners.setdefault(id(parameter), set()).add((stack.parent, i))
-        for sub in self.module.modules():
-            if id(sub) not in inside:
-                for parameter in sub.parameters(recurse=False):
-                    owners.setdefault(id(parameter), set()).add("outside")
-        found: list[list[Slot]] = []
-        for s, layers in enumerate(self.layers):
-            places = [
-                Slot(path, name)
-                for path, sub in layers[0].named_modules()
-                for name, parameter in sub._parameters.items()
-                if parameter is not None
-            ]
-            tied = {(s, i, x) for i, layer in enumerate(layers) for x in places if len(owners[id(x.get(layer))]) > 1}
-            found.append([x for x in places if sum((s, i, x) in tied for i in range(len(layers))) < len(layers)])
-            self._tied |= tied
-        return found
-
     def _buffer_copies(
         self, layers: list[nn.Module], leaders: Leaders, source: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -303,65 +255,3 @@ class LayerArrangement:
             container.__dict__.pop(SHORTENED, None)
         container._modules.clear()
         container._modules.update([*before, *zip(stack.keys[:depth], layers[:depth], strict=True), *after])
-
-    def mixed_weights(self, state_dict: Mapping[str, object], prefix: str = "") -> str | None:
-        """Why a state dict cannot be loaded while layers share: it has other weights for each, and the last would win.
-
-        Args:
-            state_dict: Names as in the module.
-            prefix: What they begin with.
-
-        Returns:
-            The path of a layer that differs from its leader, or None.
-        """
-        for stack, slots in zip(self.stacks, self.slots, strict=True):
-            for i, leader in enumerate(self.leaders):
-                for slot in slots if leader != i else []:
-                    one, other = (state_dict.get(f"{prefix}{stack.path(k)}.{slot}") for k in (i, leader))
-                    if isinstance(one, Tensor) and isinstance(other, Tensor) and not torch.equal(one, other):
-                        return stack.path(i)
-        return None
-
-    def check_depth_can_change(self) -> None:
-        """Whether every stack sits in a container whose users iterate over it.
-
-        Raises:
-            ValueError: Naming the container that cannot be shortened, and why.
-        """
-        for stack in self.stacks:
-            container = self.module.get_submodule(stack.parent)
-            where = f"'{stack.parent}' ({type(container).__name__})"
-            if not isinstance(container, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-                raise ValueError(
-                    f"Depth growth needs the layers in an nn.ModuleList, nn.Sequential or nn.ModuleDict that forward "
-                    f"iterates over; {where} holds them as attributes. Use mode='share', or move them into a list."
-                )
-            if isinstance(container, nn.ModuleList) and list(container._modules)[-1] != stack.keys[-1]:
-                raise ValueError(
-                    f"{where} holds other modules after the repeated layers, so that shortening it would renumber "
-                    "them. Keep the repeated layers in a list of their own."
-                )
-
-    def check_layers_still_equal(self) -> None:
-        """Whether the layers that are not live still fit the live ones, after others converted the module.
-
-        Raises:
-            ValueError: Naming the layer whose class was changed.
-        """
-        for stack, layers in zip(self.stacks, self.layers, strict=True):
-            for i, layer in enumerate(layers):
-                if signature(layer) != signature(layers[0]):
-                    raise ValueError(
-                        f"'{stack.path(i)}' no longer has the structure of '{stack.path(0)}': a precision plugin or "
-                        "another callback replaced modules in the live layers only. It must convert modules after "
-                        "growth has ended, or in place without changing their class."
-                    )
-
-
-def _check_kind(parameter: nn.Parameter, path: str) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(f"'{path}' is a lazy parameter; run the model once before training so that it has a shape.")
-    if type(parameter) is not nn.Parameter:
-        raise ValueError(f"'{path}' is a {type(parameter).__name__}; growth copies plain parameters only.")
-    if hasattr(parameter, "placements"):
-        raise ValueError(f"'{path}' is sharded (DTensor); growth changes whole parameters. See the card, 'refuses'.")

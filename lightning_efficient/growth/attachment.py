@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.growth.checks import mixed_weights
 from lightning_efficient.growth.engine import GrowingModule
 
 __all__ = ["ModuleAttachment"]
@@ -70,7 +71,7 @@ class ModuleAttachment:
             _: nn.Module, state_dict: Any, prefix: str, metadata: Any, strict: bool, a: Any, b: Any, errors: list[str]
         ) -> None:
             grower = growing()
-            layer = grower.arrangement.mixed_weights(state_dict, prefix) if grower and grower.arrangement else None
+            layer = mixed_weights(grower.arrangement, state_dict, prefix) if grower and grower.arrangement else None
             if layer is not None:
                 errors.append(f"'{layer}' shares weights with other layers now, and they differ in this state dict.")
 

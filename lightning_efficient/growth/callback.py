@@ -17,20 +17,33 @@ from torch import Tensor
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.coordination import Offloader, ParameterChange, announce, find
-from lightning_efficient.core.named_state import reorder_state
 from lightning_efficient.growth.attachment import ModuleAttachment
+from lightning_efficient.growth.checks import check_layers_still_equal
+from lightning_efficient.growth.form import (
+    FORM_KEY,
+    FORMAT,
+    check_format,
+    check_same_run,
+    reorder_optimizer_states,
+    write_form,
+)
 from lightning_efficient.growth.learning_rate import LearningRateScale
-from lightning_efficient.growth.loading import FORM_KEY, build_growing, describe
-from lightning_efficient.growth.moments import StateMode, unsupported_optimizer
+from lightning_efficient.growth.loading import build_growing
+from lightning_efficient.growth.moments import StateMode
 from lightning_efficient.growth.progress import Progress, Switch
 from lightning_efficient.growth.settings import Mode, Settings, check_count, parse_width
 from lightning_efficient.growth.sharing import MeanGradient, SharingPattern
+from lightning_efficient.growth.trainer import (
+    check_optimizers_kept,
+    refuse_combinations,
+    refuse_optimizers,
+    reported_loss,
+    total_steps,
+)
 from lightning_efficient.growth.triggers import Triggers
 from lightning_efficient.growth.verify import WidthCheck
 
 __all__ = ["GrowAndUnshareCallback"]
-
-FORMAT = 1
 
 
 class GrowAndUnshareCallback(Callback):
@@ -140,7 +153,7 @@ class GrowAndUnshareCallback(Callback):
         if self._progress is not None and self._progress.growing.module is not pl_module:
             self._reset()
         if stage == "fit":
-            self._refuse(trainer)
+            refuse_combinations(trainer, self.settings, offload_on_switch=self.offload_on_switch)
             if self._progress is None:
                 if type(pl_module).configure_model is not pl.LightningModule.configure_model:
                     with trainer.strategy.tensor_init_context():
@@ -153,25 +166,6 @@ class GrowAndUnshareCallback(Callback):
             on_save=self._write_form,
             growing=lambda: self._progress.growing if self._progress else None,
         )
-
-    def _refuse(self, trainer: pl.Trainer) -> None:
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise MisconfigurationException(
-                f"GrowAndUnshareCallback cannot change parameters that {type(strategy).__name__} shards. Run the first "
-                "phases with strategy='auto' or 'ddp', then build the full model from their checkpoint with "
-                "`lightning_efficient.load_grown(..., grown=True)` and train it with this strategy."
-            )
-        if self.offload_on_switch and find(trainer, Offloader) is None:
-            raise MisconfigurationException(
-                f"offload_on_switch=True needs a strategy whose offload can be turned on, and "
-                f"{type(strategy).__name__} has none. Use a strategy that offloads, or leave offload_on_switch out."
-            )
-        if self.settings.width and (callbacks := compat.averaging_callbacks(trainer)):
-            raise MisconfigurationException(
-                f"Width growth cannot widen the averaged model of {type(callbacks[0]).__name__}. Start to average "
-                "after the growth in a second run, or use depth growth."
-            )
 
     def _prepare(self, pl_module: pl.LightningModule) -> Progress:
         growing = build_growing(pl_module, self.settings.layers, self.settings.mode, self.settings.width)
@@ -194,52 +188,31 @@ class GrowAndUnshareCallback(Callback):
             if self._progress is not None:
                 self._progress.growing.restore((), "wide")
             return
-        growing = (self._progress or self._prepare(pl_module)).growing
-        if (found := describe(growing)["stacks"]) != state["stacks"]:
-            raise MisconfigurationException(
-                f"The checkpoint grew the layers {state['stacks']}, this module has {found}. "
-                "Use the `layers` that the run was started with."
-            )
-        saved, own = (state["mode"], state["phases"]), (self.settings.mode, self._grown().phase_leaders())
-        if fitting and saved != own:
-            raise MisconfigurationException(
-                f"The checkpoint's run has the stages {saved[1]} of mode={saved[0]!r}, this one {own[1]} of "
-                f"mode={own[0]!r} (for each layer, the layer whose weights it uses). Resume with the stages that the "
-                "run was started with; only their `until` may differ."
-            )
+        progress = self._progress or self._prepare(pl_module)
+        check_same_run(state, progress, fitting=fitting)
+        growing = progress.growing
         growing.mirror(compat.averaged_models(trainer))
         growing.restore(state["leaders"], state["width"])
         self._loaded = checkpoint if fitting else None
 
     def _write_form(self, checkpoint: dict[str, Any]) -> None:
         if self._progress is not None:
-            checkpoint[FORM_KEY] = {
-                "format": FORMAT,
-                **describe(self._progress.growing),
-                "mode": self.settings.mode,
-                "width_settings": self.settings.width.to_dict() if self.settings.width else None,
-                "phase": self._progress.phase,
-                "phases": self._progress.phase_leaders(),
-            }
+            checkpoint[FORM_KEY] = write_form(self._progress)
 
     # -- fit ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         progress = self._grown()
-        scaled = self.settings.width is not None or (self.settings.mode == "share" and self.settings.gradient == "sum")
-        for optimizer in trainer.optimizers:
-            if reason := unsupported_optimizer(
-                optimizer, scaled=scaled and self.settings.optimizer_state == "copy" and not progress.complete
-            ):
-                raise MisconfigurationException(
-                    f"GrowAndUnshareCallback cannot follow {type(optimizer).__name__}: it {reason}. Use an optimizer "
-                    "that updates parameter by parameter, such as AdamW or SGD."
-                )
+        refuse_optimizers(trainer, progress)
         if progress.growing.arrangement:
-            progress.growing.arrangement.check_layers_still_equal()
+            check_layers_still_equal(progress.growing.arrangement)
         progress.growing.plan_optimizers(trainer.optimizers, self._attachment.names)
         progress.growing.mirror(compat.averaged_models(trainer))
-        self._restore_optimizer_order()
+        if self._loaded is not None:
+            reorder_optimizer_states(
+                self._loaded, self._loaded["callbacks"][self.state_key]["optimizer_names"], progress.growing
+            )
+            self._loaded = None
         self._attach_mean_gradient()
         if progress.scales_learning_rate:
             self._learning_rate.attach(trainer.optimizers, lambda: progress.learning_rate_factor(self._step))
@@ -250,11 +223,10 @@ class GrowAndUnshareCallback(Callback):
         self._stepped = self._stepped if trainer.global_step else 0
         self._step = self._steps(trainer)
         progress.begin(self._step)
-        # Not earlier: asking for the length of the run builds the loaders, and Lightning then forgets to restore them.
         self._triggers.start(
             progress.phases,
             self.settings.width,
-            self._total_steps(trainer),
+            math.inf if progress.complete else total_steps(trainer),
             self._step,
             trial=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
         )
@@ -271,7 +243,7 @@ class GrowAndUnshareCallback(Callback):
         self._global_step = trainer.global_step
         self._step = self._steps(trainer)
         if self._at_boundary:
-            self._check_optimizers(trainer)
+            check_optimizers_kept(trainer, progress.growing.optimizers())
             for switch in progress.advance(self._step):
                 self._after_switch(trainer, switch)
         arrangement = progress.growing.arrangement
@@ -300,11 +272,7 @@ class GrowAndUnshareCallback(Callback):
         phase = self._grown().phase
         mean = partial(trainer.strategy.reduce, reduce_op="mean")
         if self._triggers.needs_loss(phase):
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-            if isinstance(loss, Tensor) and pl_module.automatic_optimization:
-                loss = loss * trainer.accumulate_grad_batches  # Lightning reports the share of the accumulated loss
-            if self._triggers.monitor:
-                loss = trainer.callback_metrics.get(self._triggers.monitor)
+            loss = reported_loss(trainer, pl_module, outputs, self._triggers.monitor)
             self._triggers.read_loss(loss if isinstance(loss, Tensor) else None, self._step, mean)
         self._triggers.judge_correlation(phase, mean)
         if telemetry.due(trainer):  # counting bytes walks over all parameters
@@ -369,28 +337,10 @@ class GrowAndUnshareCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        if state_dict["format"] > FORMAT:
-            raise MisconfigurationException(
-                f"The checkpoint's growth state has format {state_dict['format']}; this version reads up to {FORMAT}. "
-                "Use the version of lightning_efficient that wrote it, or a newer one."
-            )
+        check_format(state_dict)
         self._grown().load_state_dict(state_dict)
         self._stepped = state_dict["stepped"]
         self._events = [telemetry.Event(step, "growth", text) for step, text in state_dict["events"]]
-
-    def _restore_optimizer_order(self) -> None:
-        """Optimizer state is saved by position; put it into the present order, by name, before it is loaded."""
-        if self._loaded is None:
-            return
-        saved = self._loaded["callbacks"][self.state_key]["optimizer_names"]
-        if not saved:  # written before the optimizers were known, as the learning-rate finder does
-            return
-        present = self._grown().growing.optimizer_names()
-        states = self._loaded.get("optimizer_states", [])
-        self._loaded["optimizer_states"] = [
-            reorder_state(state, before, now) for state, before, now in zip(states, saved, present, strict=True)
-        ]
-        self._loaded = None
 
     # -- telemetry ----------------------------------------------------------------------------------------------
 
@@ -414,24 +364,6 @@ class GrowAndUnshareCallback(Callback):
         if self.settings.gradient == "mean" and arrangement:
             self._mean.attach(arrangement)
 
-    def _check_optimizers(self, trainer: pl.Trainer) -> None:
-        planned = self._grown().growing.optimizers()
-        if len(planned) != len(trainer.optimizers) or any(
-            a is not b for a, b in zip(planned, trainer.optimizers, strict=True)
-        ):
-            raise MisconfigurationException(
-                "The Trainer's optimizers were replaced while it runs, and GrowAndUnshareCallback would add new layers "
-                "to the old ones. Change the optimizers' settings instead of building them anew."
-            )
-
     def _steps(self, trainer: pl.Trainer) -> int:
         """Optimizer steps of the run; with several optimizers, batches in which any of them stepped."""
         return trainer.global_step if len(trainer.optimizers) <= 1 else self._stepped
-
-    def _total_steps(self, trainer: pl.Trainer) -> float:
-        if self._grown().complete:
-            return math.inf
-        total = float(trainer.estimated_stepping_batches)
-        if trainer.max_steps > 0 and total >= trainer.max_steps:
-            total = trainer.max_steps / max(1, len(trainer.optimizers))
-        return total

@@ -12,17 +12,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_efficient.growth.arrangement import LayerArrangement
+from lightning_efficient.growth.checks import check_depth_can_change
 from lightning_efficient.growth.engine import GrowingModule
+from lightning_efficient.growth.form import FORM_KEY
 from lightning_efficient.growth.layers import LayerStack, find_stacks
 from lightning_efficient.growth.narrow import NarrowTwin, build_narrow
 from lightning_efficient.growth.operators import DEPTH_OPERATORS
 from lightning_efficient.growth.schedule import Until
 from lightning_efficient.growth.settings import WidthSettings
 
-__all__ = ["build_growing", "describe", "load_grown"]
-
-FORM_KEY = "growth_form"
-"""Where a checkpoint says which form the module had, with or without the state of callbacks."""
+__all__ = ["build_growing", "load_grown"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,7 +57,7 @@ def build_growing(
             )
     wide = LayerArrangement(module, stacks) if stacks and mode is not None else None
     if wide and mode != "share":
-        wide.check_depth_can_change()
+        check_depth_can_change(wide)
     elif wide and not any(wide.slots):
         raise ValueError(
             f"The layers {'; '.join(map(str, stacks))} have no parameters of their own: they share them already. If an "
@@ -81,15 +80,6 @@ def build_growing(
     )
     twin.release()
     return GrowingModule(module, LayerArrangement(module, stacks) if wide else None, twin, wide)
-
-
-def describe(growing: GrowingModule) -> dict[str, Any]:
-    """The form that a module has now, as plain data for a checkpoint."""
-    return {
-        "stacks": [[stack.parent, list(stack.keys)] for stack in growing.stacks],
-        "leaders": list(growing.leaders),
-        "width": growing.width,
-    }
 
 
 def load_grown(

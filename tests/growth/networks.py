@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.growth.arrangement import LayerArrangement
+from lightning_efficient.growth.form import describe
 from lightning_efficient.growth.layers import find_stacks
-from lightning_efficient.growth.loading import describe
 
 
 class Layer(nn.Module):

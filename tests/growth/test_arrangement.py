@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_efficient.demos.model import ByteTransformer
 from lightning_efficient.growth.arrangement import LayerArrangement, group_sizes
+from lightning_efficient.growth.checks import check_depth_can_change, check_layers_still_equal
 from lightning_efficient.growth.layers import find_stacks
 from lightning_efficient.growth.operators import DEPTH_OPERATORS
 from lightning_efficient.growth.sharing import sharing_leaders
@@ -166,7 +167,7 @@ def test_layers_that_are_not_live_take_no_memory_g3() -> None:
 def test_embed_and_head_in_one_sequential_stay_at_its_ends_g3() -> None:
     model = nn.Sequential(nn.Linear(3, 4), *(Layer(4) for _ in range(4)), nn.Linear(4, 2))
     arrangement = arrangement_of(model)
-    arrangement.check_depth_can_change()
+    check_depth_can_change(arrangement)
     arrangement.arrange((0,))
     assert list(model._modules) == ["0", "1", "5"]
     assert model(torch.randn(2, 3)).shape == (2, 2)
@@ -179,7 +180,7 @@ def test_torchs_own_encoder_shrinks_and_grows_g7() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
     arrangement = arrangement_of(model)
-    arrangement.check_depth_can_change()
+    check_depth_can_change(arrangement)
     keys = list(model.state_dict())
     arrangement.arrange((0,))
     x = torch.randn(2, 3, 8)
@@ -213,14 +214,14 @@ def test_a_list_that_goes_on_after_the_layers_is_refused_for_depth() -> None:
     model = Residual(3)
     model.layers.append(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'layers' \(ModuleList\) holds other modules after the repeated layers"):
-        arrangement_of(model).check_depth_can_change()
+        check_depth_can_change(arrangement_of(model))
 
 
 def test_layers_held_as_attributes_are_refused_for_depth() -> None:
     model = nn.Module()
     model.first, model.second = Layer(4), Layer(4)
     with pytest.raises(ValueError, match=r"'' \(Module\) holds them as attributes"):
-        arrangement_of(model).check_depth_can_change()
+        check_depth_can_change(arrangement_of(model))
 
 
 def test_lazy_parameters_are_refused_by_name() -> None:
@@ -240,10 +241,10 @@ def test_sharded_parameters_are_refused_by_name() -> None:
 def test_a_class_that_others_changed_in_the_live_layers_is_noticed(net: Residual) -> None:
     arrangement = arrangement_of(net)
     arrangement.arrange((0, 1))
-    arrangement.check_layers_still_equal()
+    check_layers_still_equal(arrangement)
     net.layers[1].linear = nn.Sequential(net.layers[1].linear)
     with pytest.raises(ValueError, match=r"'layers\.1' no longer has the structure of 'layers\.0'"):
-        arrangement.check_layers_still_equal()
+        check_layers_still_equal(arrangement)
 
 
 def test_a_network_that_an_earlier_run_left_shortened_is_refused_g3() -> None:
