@@ -6,6 +6,7 @@ unshares when the gradients of the sharers no longer agree; [Takase & Kiyono 202
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -124,7 +125,10 @@ class GradientAgreement:
                         alias = parameter.view_as(parameter)
                         alias.register_hook(self._reader(s, i, k, successor, waiting))
                         owner._parameters[slot.name] = alias  # type: ignore[assignment]
-            yield
+            with warnings.catch_warnings():
+                # The compiler looks at `.grad` of all it finds in a module; that of an alias means nothing.
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+                yield
         finally:
             for owner, name, parameter in restore:
                 owner._parameters[name] = parameter
