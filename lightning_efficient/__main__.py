@@ -6,6 +6,7 @@ A LightningCLI (fit, validate, test, predict) for the demo task and for your own
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -20,7 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         import jsonargparse  # noqa: F401
     except ImportError:
-        sys.exit("The command line needs jsonargparse: pip install 'lightning-efficient[cli]'.")
+        sys.exit("The command line needs jsonargparse: pip install 'jsonargparse[signatures]>=4.40'")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script does not see your own package there, `python -m` does
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningCLI
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from lightning_efficient.growth.settings import Mode, Settings, check_count, par
 from lightning_efficient.growth.sharing import MeanGradient, SharingPattern
 from lightning_efficient.growth.trainer import (
     check_optimizers_kept,
+    length_is_a_default,
     refuse_combinations,
     refuse_optimizers,
     reported_loss,
@@ -57,9 +57,10 @@ class GrowAndUnshareCallback(Callback):
         layers: Glob pattern(s) of the repeated layers, e.g. ``"blocks.*"``; None finds the longest run of structurally
             equal siblings.
         mode: How the full model arises. None: ``"stack"``, or only width growth where ``width`` is given.
-        stages: ``[{depth: 2, until: 0.125}, {depth: 4, until: 0.3}, {depth: 8}]``, with ``unit`` for ``depth`` where
-            ``mode="share"``, and an optional ``lr_scale``. None: a quarter of the layers to 12.5 % of the run, half of
-            them to 30 % [Gong et al. 2019].
+        stages: ``[{depth: 2, until: 0.25}, {depth: 4, until: 0.5}, {depth: 8}]``, with ``unit`` for ``depth`` where
+            ``mode="share"``, and an optional ``lr_scale``. Stages without ``until`` share the first half of the run
+            evenly (a tenth where ``mode="share"``). None: a quarter of the layers to 25 % of the run, half of them to
+            50 %.
         unit: For ``mode="share"``: how many layers the shared unit has.
         sharing: ``"cycle"`` repeats a unit of ``unit`` layers, ``"sequence"`` shares each ``unit`` consecutive layers,
             ``"all"`` has one set of weights.
@@ -223,18 +224,27 @@ class GrowAndUnshareCallback(Callback):
         self._stepped = self._stepped if trainer.global_step else 0
         self._step = self._steps(trainer)
         progress.begin(self._step)
+        total = None if progress.complete else total_steps(trainer)
         self._triggers.start(
             progress.phases,
             self.settings.width,
-            math.inf if progress.complete else total_steps(trainer),
+            total,
             self._step,
             trial=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
         )
         telemetry.log(trainer, self.measurements(), force=True)
-        if not progress.complete:
+        if total is not None:
+            begins = "goes on" if self._step else "begins"
             rank_zero_info(
-                f"GrowAndUnshareCallback: training begins with {progress.form()}; {self._triggers.plan_text()}"
+                f"GrowAndUnshareCallback: training {begins} with {progress.form()}"
+                f" ({progress.growing.parameters_text()}); {self._triggers.plan_text(self._step)}"
             )
+            if length_is_a_default(trainer) and progress.uses_fractions:
+                rank_zero_warn(
+                    "GrowAndUnshareCallback counts in fractions of the run, and the Trainer was given no length: "
+                    f"Lightning plans 1000 epochs, {total:g} steps. Set max_steps or max_epochs, or give `until` in "
+                    "steps."
+                )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -303,7 +313,7 @@ class GrowAndUnshareCallback(Callback):
         self._let_go(pl_module)  # Lightning tears callbacks down only where a fit ends well
         growing = self._progress.growing if self._progress else None
         if growing and len(growing.leaders) < growing.full_depth and isinstance(exception, IndexError | KeyError):
-            rank_zero_warn(
+            exception.add_note(
                 f"The model ran with {len(growing.leaders)} of its {growing.full_depth} repeated layers when this "
                 "happened. Its forward must iterate over the layers that are there (`for layer in self.layers`), not "
                 "over a number of layers; or use mode='share', which keeps all layers."

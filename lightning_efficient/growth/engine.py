@@ -85,6 +85,15 @@ class GrowingModule:
     def stacks(self) -> list[LayerStack]:
         return self.arrangement.stacks if self.arrangement else []
 
+    def parameters_text(self) -> str:
+        """How many parameters are live, and how many the full model has, for a person."""
+        live = sum(parameter.numel() for parameter in self.module.parameters())
+        with self.expanded():
+            full = sum(parameter.numel() for parameter in self.module.parameters())
+        of_all = f" of {full:,}" if full > live else ""
+        at_width = " at this width" if self.width == "narrow" else ""
+        return f"{live:,}{of_all} parameters{at_width}"
+
     def optimizers(self) -> list[Optimizer]:
         """Those whose parameters follow the module."""
         return [plan.optimizer for plan in self._plans]

@@ -96,7 +96,11 @@ def _checked(module: nn.Module, parent: str, keys: list[str]) -> LayerStack:
     stack = LayerStack(parent, tuple(keys))
     container = module.get_submodule(parent)
     if len(keys) < 2:
-        raise ValueError(f"layers matches only one layer, '{stack.path(0)}'; sharing and growth need at least two.")
+        inside = len(container.get_submodule(keys[0])._modules)
+        hint = f" Did you mean the {inside} modules in it, '{stack.path(0)}.*'?" if inside > 1 else ""
+        raise ValueError(
+            f"layers matches only one layer, '{stack.path(0)}'; sharing and growth need at least two.{hint}"
+        )
     children = list(container._modules)
     first = children.index(keys[0])
     if children[first : first + len(keys)] != keys:

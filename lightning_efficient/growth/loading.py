@@ -117,6 +117,8 @@ def load_grown(
     Raises:
         RuntimeError: From ``load_state_dict``, if names or shapes still differ.
     """
+    if not (isinstance(module, nn.Module) or (isinstance(module, type) and issubclass(module, nn.Module))):
+        raise TypeError(f"load_grown takes the module (or its class) first, then the checkpoint; got {module!r} first.")
     saved: Mapping[str, Any] = (
         checkpoint
         if isinstance(checkpoint, Mapping)
@@ -135,6 +137,7 @@ def load_grown(
         return f"{name}.".removeprefix(prefix).removesuffix(".")
 
     stacks = [LayerStack(path(parent), tuple(keys)) for parent, keys in state["stacks"]]
+    _check_fits(full, stacks, prefix)
     width = None
     if state["width"] == "narrow":
         settings = {**state["width_settings"], "build": build_narrow}
@@ -157,6 +160,22 @@ def load_grown(
         if growing.width == "narrow":
             growing.grow_width(state="copy")
     return full
+
+
+def _check_fits(module: nn.Module, stacks: Sequence[LayerStack], prefix: str) -> None:
+    """Whether the module has the layers that the checkpoint's run had.
+
+    Raises:
+        ValueError: Naming those that it lacks.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    missing = [stack.path(i) for stack in stacks for i in range(len(stack)) if stack.path(i) not in modules]
+    if missing:
+        raise ValueError(
+            f"The checkpoint is of a model with the repeated layers {'; '.join(map(str, stacks))}, and "
+            f"{type(module).__name__} has no '{missing[0]}'. Build the full model of that run; where it is a part of "
+            f"the LightningModule, say under which name: prefix='model.' (given: {prefix!r})."
+        )
 
 
 def _construct(cls: type[M], checkpoint: Mapping[str, Any], arguments: Mapping[str, Any]) -> M:

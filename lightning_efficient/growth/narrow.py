@@ -17,9 +17,9 @@ __all__ = ["SCALED_ARGUMENTS", "NarrowTwin", "build_narrow", "narrow_arguments"]
 
 SCALED_ARGUMENTS = frozenset({
     "width", "dim", "d_model", "model_dim", "embed_dim", "embedding_dim", "hidden_size", "hidden_dim", "n_embd",
-    "n_embed", "hidden_channels", "heads", "n_heads", "num_heads", "n_head", "num_attention_heads", "kv_heads",
-    "n_kv_heads", "num_kv_heads", "num_key_value_heads", "d_ff", "ff_dim", "ffn_dim", "mlp_dim", "intermediate_size",
-    "dim_feedforward",
+    "n_embed", "channels", "base_channels", "hidden_channels", "heads", "n_heads", "num_heads", "n_head",
+    "num_attention_heads", "kv_heads", "n_kv_heads", "num_kv_heads", "num_key_value_heads", "d_ff", "ff_dim", "ffn_dim",
+    "mlp_dim", "intermediate_size", "dim_feedforward",
 })  # fmt: skip
 """Constructor arguments that say how wide a network is, as the field calls them."""
 
@@ -36,10 +36,13 @@ def narrow_arguments(hyperparameters: Mapping[str, Any], factor: int) -> dict[st
         if name in SCALED_ARGUMENTS and isinstance(value, int) and not isinstance(value, bool)
     }
     if not found:
+        numbers = {k: v // factor for k, v in hyperparameters.items() if type(v) is int and v >= factor}
+        example = dict(list(numbers.items())[:1]) or {"d_model": 64}
+        save = "" if hyperparameters else "Call save_hyperparameters() in __init__, or s"
         raise WidthError(
             "Width growth builds the narrow model with your module's own constructor, and none of its saved "
-            f"hyperparameters {sorted(hyperparameters)} is known to be a width. Call save_hyperparameters() in "
-            "__init__, or say what to change: width={'factor': 2, 'until': 0.2, 'arguments': {'d_model': 64, ...}}."
+            f"hyperparameters {sorted(hyperparameters)} is known to be a width. {save or 'S'}ay what the narrow model "
+            f"is built with, for example width={{'factor': {factor}, 'arguments': {example}}}."
         )
     odd = {name: value for name, value in found.items() if value % factor}
     if odd:

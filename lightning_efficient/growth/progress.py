@@ -54,6 +54,14 @@ class Progress:
         """Whether the module has become the full model."""
         return self.phase == len(self.phases) - 1 and self.growing.width == "wide"
 
+    @property
+    def uses_fractions(self) -> bool:
+        """Whether a phase that is to come, or the width's, is bounded by a fraction of the run alone."""
+        untils = [phase.until for phase in self.phases[self.phase :]]
+        if self.settings.width and self.growing.width == "narrow":
+            untils.append(self.settings.width.until)
+        return any(until is not None and until.fraction is not None and until.step is None for until in untils)
+
     def phase_leaders(self) -> list[list[int]]:
         """The arrangement of each phase, as plain data for a checkpoint."""
         return [list(phase.leaders) for phase in self.phases]

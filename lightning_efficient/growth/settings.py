@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,8 +97,9 @@ class Settings:
         check_count("rewarm_steps", self.rewarm_steps, least=0)
         if self.unit is not None:
             check_count("unit", self.unit, least=1)
-        if not self.lr_scale > 0:
-            raise ValueError(f"lr_scale={self.lr_scale!r}: expected a factor above 0.")
+        check_factor("lr_scale", self.lr_scale)
+        if self.layers is not None and not isinstance(self.layers, str | list | tuple):
+            raise ValueError(f"layers={self.layers!r}: expected a pattern such as 'blocks.*', or a list of them.")
         if self.unshare == "by_correlation" and self.mode != "share":
             raise ValueError(f"unshare='by_correlation' is for mode='share', not for mode={self.mode!r}.")
         if self.mode == "share" and self.stages is None:
@@ -131,6 +133,16 @@ def check_count(name: str, value: Any, *, least: int) -> None:
         raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}.")
 
 
+def check_factor(name: str, value: Any) -> None:
+    """Whether ``value`` is a number above zero.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a factor above 0.")
+
+
 def parse_width(width: Mapping[str, Any] | None) -> WidthSettings | None:
     """Read ``width`` as a user writes it.
 
@@ -140,6 +152,8 @@ def parse_width(width: Mapping[str, Any] | None) -> WidthSettings | None:
     if width is None:
         return None
     known = ["factor", "until", "arguments", "build", "readout", "sections"]
+    if not isinstance(width, Mapping):
+        raise ValueError(f"width={width!r}: expected a mapping such as {{'factor': 2, 'until': 0.2}}.")
     unknown = sorted(set(width) - set(known))
     if unknown:
         raise ValueError(f"width has unknown keys {unknown}; allowed are {known}.")
@@ -166,16 +180,20 @@ def check_stages(mode: Mode | None, stages: Sequence[Mapping[str, Any]] | None, 
     if mode != "share" and until is not None:
         raise ValueError(
             f"until={until!r} is for mode='share'. For mode={mode!r} give it for each stage: "
-            "stages=[{'depth': 2, 'until': 0.125}, {'depth': 8}]."
+            "stages=[{'depth': 2, 'until': 0.25}, {'depth': 8}]."
         )
     if stages is None:
         return
     if mode is None or (mode == "share" and (unit is not None or until is not None)):
         raise ValueError("Give either `stages` or `unit` and `until`, with a `mode`.")
+    if isinstance(stages, str | Mapping) or not isinstance(stages, Sequence):
+        raise ValueError(f"stages={stages!r}: expected a list such as [{{'depth': 2, 'until': 0.25}}, {{'depth': 8}}].")
     if len(stages) < 2:
         raise ValueError(f"stages={list(stages)!r}: expected at least two, the last of them the full model.")
     size = "unit" if mode == "share" else "depth"
     for i, stage in enumerate(stages):
+        if not isinstance(stage, Mapping):
+            raise ValueError(f"stages[{i}]={stage!r}: expected a mapping such as {{'{size}': 2, 'until': 0.25}}.")
         unknown = sorted(set(stage) - {size, "until", "lr_scale"})
         if unknown:
             raise ValueError(f"stages[{i}] has unknown keys {unknown}; mode={mode!r} allows {size}, until, lr_scale.")
@@ -186,8 +204,7 @@ def check_stages(mode: Mode | None, stages: Sequence[Mapping[str, Any]] | None, 
         if last and stage.get("until") is not None:
             raise ValueError(f"stages[{i}].until: the last stage lasts to the end of the run; leave `until` out.")
         scale = stage.get("lr_scale", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
-            raise ValueError(f"stages[{i}].lr_scale={scale!r}: expected a factor above 0.")
+        check_factor(f"stages[{i}].lr_scale", scale)
         if not last:
             parse_until(stage.get("until"), where=f"stages[{i}].until", default_fraction=0.5)
 
@@ -232,7 +249,7 @@ def make_phases(
     if phases[-1].leaders != full:
         raise ValueError(
             f"The last stage is {phases[-1]}, but the model has {full_depth} repeated layers; the last stage must be "
-            f"the full model. Leave its {size} out, or give the value that means all layers."
+            f"the full model. Leave its {size} out, or write {size}: {full_depth}."
         )
     for i, (before, after) in enumerate(pairwise(phases)):
         grows = len(set(after.leaders)) > len(set(before.leaders))
@@ -253,7 +270,7 @@ def make_phases(
 
 
 def _default_depths(full_depth: int) -> list[dict[str, Any]]:
-    """A quarter of the layers, then half of them ([Gong et al. 2019])."""
+    """A quarter of the layers, then half of them ([Gong et al. 2019]), for longer than there: see the recipe page."""
     depths = sorted({max(1, full_depth // 4), max(1, full_depth // 2)} - {full_depth})
-    caps = [0.125, 0.30][-len(depths) :]
+    caps = [0.25, 0.50][-len(depths) :]
     return [*({"depth": d, "until": cap} for d, cap in zip(depths, caps, strict=True)), {}]

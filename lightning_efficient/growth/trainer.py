@@ -16,7 +16,14 @@ from lightning_efficient.growth.moments import unsupported_optimizer
 from lightning_efficient.growth.progress import Progress
 from lightning_efficient.growth.settings import Settings
 
-__all__ = ["check_optimizers_kept", "refuse_combinations", "refuse_optimizers", "reported_loss", "total_steps"]
+__all__ = [
+    "check_optimizers_kept",
+    "length_is_a_default",
+    "refuse_combinations",
+    "refuse_optimizers",
+    "reported_loss",
+    "total_steps",
+]
 
 
 def refuse_combinations(trainer: pl.Trainer, settings: Settings, *, offload_on_switch: bool) -> None:
@@ -85,6 +92,11 @@ def total_steps(trainer: pl.Trainer) -> float:
     if trainer.max_steps > 0 and total >= trainer.max_steps:
         total = trainer.max_steps / max(1, len(trainer.optimizers))
     return total
+
+
+def length_is_a_default(trainer: pl.Trainer) -> bool:
+    """Whether the run has the length that Lightning plans where nobody gives one."""
+    return trainer.max_steps == -1 and trainer.max_epochs == 1000
 
 
 def reported_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, monitor: str | None) -> Any:

@@ -62,7 +62,7 @@ class Triggers:
         self,
         phases: Sequence[Phase],
         width: WidthSettings | None,
-        total_steps: float,
+        total_steps: float | None,
         step: int = 0,
         *,
         trial: bool = False,
@@ -72,7 +72,7 @@ class Triggers:
         Args:
             phases: Of the layers.
             width: Of the width, if it grows.
-            total_steps: Infinite where the run has no known end.
+            total_steps: Infinite where the run has no known end; None: the model is complete, and nothing is to come.
             step: Optimizer steps before this fit.
             trial: Whether the run only tries whether everything works, and may end before a cap.
 
@@ -80,9 +80,13 @@ class Triggers:
             ValueError: If the caps of successive phases do not increase, or a cap lies behind the end of the run.
         """
         self._untils = [phase.until for phase in phases]
-        self._caps = [until.cap(total_steps) if until else math.inf for until in self._untils]
+        self._caps = [math.inf] * len(phases)
+        self._width, self._width_cap = None, math.inf
         if self._read_at > step:  # the readings are of an earlier fit, and steps count from its beginning
             self.restart(step)
+        if total_steps is None:
+            return
+        self._caps = [until.cap(total_steps) if until else math.inf for until in self._untils]
         self._width = width.until if width else None
         self._width_cap = self._width.cap(total_steps) if self._width else math.inf
         for i, (before, after) in enumerate(pairwise(self._caps)):
@@ -98,9 +102,9 @@ class Triggers:
                 "train the full model. Give an earlier `until`, or a fraction of the run."
             )
 
-    def plan_text(self) -> str:
-        """The caps, for a log."""
-        caps = [f"{cap:g}" for cap in self._caps if cap < math.inf]
+    def plan_text(self, step: int) -> str:
+        """The caps that are to come after ``step``, for a log."""
+        caps = [f"{cap:g}" for cap in self._caps if step < cap < math.inf]
         text = f"the layers grow at step {', '.join(caps)} at the latest" if caps else ""
         width = f"the width grows at step {self._width_cap:g} at the latest" if self._width else ""
         return "; ".join(part for part in (text, width) if part)

@@ -66,8 +66,8 @@ class EfficiencyMonitor(pl.Callback):
     ) -> None:
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("tokens_per_batch", tokens_per_batch)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; give a positive whole number, or None for the default.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}; give a positive whole number, or None for the default.")
         self._every_n_steps = every_n_steps
         self._report = report
         self._report_dir = report_dir

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_efficient import GrowAndUnshareCallback, load_grown
 from lightning_efficient.demos import ByteLanguageModel
+from tests.helpers.fitting import StopAt
 from tests.technique_settings import demo_data, demo_model
 
 STAGES = [{"depth": 1, "until": 3}, {"depth": 2, "until": 6}, {"depth": 4}]
@@ -74,6 +75,76 @@ def test_resuming_with_other_stages_is_refused_g8(tmp_path: Path) -> None:
     grow = GrowAndUnshareCallback(stages=later)
     train(demo_model(), tmp_path, grow, resume=tmp_path / "step=4.ckpt")
     assert [event.step for event in grow.events()] == [3, 8]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"mode": "share", "unit": 2}, {"width": {"factor": 2}}, {"mode": "interleave", "width": {"factor": 2}}],
+    ids=["default", "share", "width", "interleave-and-width"],
+)
+def test_fractions_of_the_run_resume_in_every_phase_g8(arguments: dict[str, Any], tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = demo_model()
+    train(whole, tmp_path, GrowAndUnshareCallback(**arguments), save)
+    for step in range(1, 10):
+        resumed = demo_model()
+        grow = GrowAndUnshareCallback(**arguments)
+        train(resumed, tmp_path / "resumed", grow, resume=tmp_path / f"step={step}.ckpt")
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), f"{name}, resumed at {step}"
+
+
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+def test_a_run_without_a_length_is_warned_of_g5(tmp_path: Path) -> None:
+    stop = {"max_steps": -1, "limit_train_batches": 1}
+    with pytest.warns(UserWarning, match="the Trainer was given no length: Lightning plans 1000 epochs"):
+        train(demo_model(), tmp_path, GrowAndUnshareCallback(), StopAt(1), **stop)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": [2, 4]}, r"stages\[0\]=2: expected a mapping such as \{'depth'"),
+        ({"stages": {2: 0.25}}, r"stages=\{2: 0.25\}: expected a list such as"),
+        ({"stages": [(2, 0.25), (8,)]}, r"stages\[0\]=\(2, 0.25\): expected a mapping"),
+        ({"width": 2}, r"width=2: expected a mapping such as \{'factor': 2"),
+        ({"layers": 4}, r"layers=4: expected a pattern"),
+        ({"lr_scale": "0.5"}, r"lr_scale='0.5': expected a factor above 0"),
+    ],
+)
+def test_what_is_no_setting_is_named_g8(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GrowAndUnshareCallback(**arguments)
+
+
+def test_the_list_itself_as_a_pattern_gets_a_hint_g1(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Did you mean the 4 modules in it, 'model.blocks.\*'"):
+        train(demo_model(), tmp_path, GrowAndUnshareCallback(layers="blocks"))
+
+
+class CountsLayers(pl.LightningModule):
+    """A forward that knows how many layers there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = torch.ones(2, 4)
+        for i in range(4):
+            x = self.layers[i](x)
+        return x.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+def test_a_forward_that_counts_layers_learns_why_it_failed_g1(tmp_path: Path) -> None:
+    with pytest.raises(IndexError) as raised:
+        train(CountsLayers(), tmp_path, GrowAndUnshareCallback(mode="stack", stages=STAGES))
+    assert any("must iterate over the layers that are there" in note for note in raised.value.__notes__)
 
 
 @pytest.mark.parametrize("frozen", [slice(0, 2), slice(2, 4)], ids=["lower", "upper"])

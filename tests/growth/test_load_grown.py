@@ -176,3 +176,16 @@ def test_a_narrow_phase_without_a_way_to_build_it_says_what_is_missing_g4() -> N
     checkpoint = checkpoint_of(narrow_growing("stack", (0, 1)), "stack", width_settings=WIDTH)
     with pytest.raises(ValueError, match="build_narrow"):
         load_grown(ByteTransformer(**SMALL), checkpoint, prefix="model.")
+
+
+def test_a_model_without_the_layers_is_told_so_g3() -> None:
+    checkpoint = checkpoint_of(in_form("stack", (0, 1)), "stack", "model.")
+    with pytest.raises(ValueError, match=r"Residual has no 'model.*prefix='model.' \(given: ''\)"):
+        load_grown(Residual(4).double(), checkpoint)
+    with pytest.raises(ValueError, match=r"Residual has no 'layers.2'"):
+        load_grown(Residual(2).double(), checkpoint, prefix="model.")
+
+
+def test_swapped_arguments_are_named_g3(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"takes the module .* first, then the checkpoint"):
+        load_grown(tmp_path / "last.ckpt", Residual)  # type: ignore[type-var]

@@ -27,11 +27,11 @@ def depths(mode: str, depth: int) -> list[tuple[int, float | None]]:
 @pytest.mark.parametrize(
     ("depth", "expected"),
     [
-        (2, [(1, 0.30), (2, None)]),
-        (3, [(1, 0.30), (3, None)]),
-        (4, [(1, 0.125), (2, 0.30), (4, None)]),
-        (8, [(2, 0.125), (4, 0.30), (8, None)]),
-        (12, [(3, 0.125), (6, 0.30), (12, None)]),
+        (2, [(1, 0.50), (2, None)]),
+        (3, [(1, 0.50), (3, None)]),
+        (4, [(1, 0.25), (2, 0.50), (4, None)]),
+        (8, [(2, 0.25), (4, 0.50), (8, None)]),
+        (12, [(3, 0.25), (6, 0.50), (12, None)]),
     ],
 )
 def test_depth_grows_from_a_quarter_over_a_half_g3(mode: str, depth: int, expected: Any) -> None:

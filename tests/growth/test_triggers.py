@@ -70,8 +70,8 @@ def test_width_has_a_condition_of_its_own_g5() -> None:
     trigger = triggers(30, width=50)
     assert (trigger.width_due(49), trigger.width_due(50)) == (None, "reached its cap, step 50")
     assert triggers(30).width_due(TOTAL) is None
-    assert "30" in trigger.plan_text()
-    assert "50" in trigger.plan_text()
+    assert "30" in trigger.plan_text(0)
+    assert "50" in trigger.plan_text(0)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

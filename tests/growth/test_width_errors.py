@@ -155,8 +155,10 @@ def test_a_width_that_cannot_be_divided_is_named_g4() -> None:
 
 
 def test_a_module_without_known_widths_says_what_to_do_g4() -> None:
-    with pytest.raises(WidthError, match=r"\['size'\] is known to be a width.*save_hyperparameters.*'arguments'"):
+    with pytest.raises(WidthError, match=r"\['size'\] is known to be a width. Say .*'arguments': \{'size': 32\}"):
         narrow_arguments({"size": 64}, 2)
+    with pytest.raises(WidthError, match=r"\[\] is known to be a width. Call save_hyperparameters.*'d_model'"):
+        narrow_arguments({}, 2)
 
 
 def test_unknown_arguments_of_the_constructor_are_refused_g4() -> None:
