@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 __all__ = [
     "accumulating",
     "averaged_models",
     "averaging_callbacks",
+    "defer_links",
     "log_step",
     "rewrap_ddp",
     "should_log",
@@ -55,6 +60,39 @@ def rewrap_ddp(strategy: DDPStrategy) -> None:
         raise RuntimeError("The strategy has no LightningModule to wrap: this must run inside `Trainer.fit`.")
     strategy.model = module
     strategy.configure_ddp()
+
+
+def defer_links(
+    callback: ModelCheckpoint, link: Callable[[str, str], None], exists: Callable[[str], bool]
+) -> Callable[[], None]:
+    """Let others make the links of a ``ModelCheckpoint`` (``save_last="link"``), and say which files will exist.
+
+    Args:
+        callback: Changed on the instance only.
+        link: Called with the target and the link, on rank zero, in place of what makes the link at once.
+        exists: Called with a path that is not there yet.
+
+    Returns:
+        What undoes it.
+    """
+    own_exists = callback.file_exists
+
+    def link_later(trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            link(filepath, linkpath)
+        trainer.strategy.barrier()
+
+    def exists_or_will(filepath: Any, trainer: pl.Trainer) -> bool:
+        return own_exists(filepath, trainer) or trainer.strategy.broadcast(exists(str(filepath)))
+
+    callback.__dict__["_link_checkpoint"] = link_later
+    callback.__dict__["file_exists"] = exists_or_will
+
+    def undo() -> None:
+        callback.__dict__.pop("_link_checkpoint", None)
+        callback.__dict__.pop("file_exists", None)
+
+    return undo
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:

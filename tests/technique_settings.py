@@ -141,6 +141,13 @@ SETTINGS = [
         volatile=("efficiency/",),
         files=("efficiency_*",),
     ),
+    TechniqueSetting(
+        name="checkpoint",
+        yaml={"callbacks": [{"class_path": "lightning_efficient.AsyncCheckpointIO", "init_args": {"in_memory": 1}}]},
+        exact=True,
+        volatile=("checkpoint/",),
+        refuses={"sharding": "ModelParallelStrategy writes checkpoints by itself"},
+    ),
 ]
 
 

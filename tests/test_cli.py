@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,22 @@ def test_a_users_own_classes_by_class_path(tmp_path: Path) -> None:
 
 def test_without_jsonargparse_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    with pytest.raises(SystemExit, match=r"lightning-efficient\[cli\]"):
+    with pytest.raises(SystemExit, match=r"pip install 'jsonargparse\[signatures\]"):
         main(["fit"])
+
+
+def test_a_console_script_sees_packages_of_the_current_folder(tmp_path: Path) -> None:
+    """Unlike ``python -m``, a console script does not have the folder on its path by itself."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("from lightning_efficient.demos import ByteLanguageModel as MyModel\n")
+    call = "import sys; sys.path = [p for p in sys.path if p]; from lightning_efficient.__main__ import main; main()"
+    arguments = ["fit", "--model", "mine.MyModel", "--print_config"]
+    shown = subprocess.run(
+        [sys.executable, "-P", "-c", call, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "class_path: lightning_efficient.demos.ByteLanguageModel" in shown.stdout or "mine.MyModel" in shown.stdout
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.technique_settings import TechniqueSetting, every, named
 STEPS = 48
 """More than elsewhere, so that there is time to be killed."""
 
-SEEDS = {"stack": 1, "share-by-correlation": 7, "stack-and-width": 3, "monitor": 4}
+SEEDS = {"stack": 1, "share-by-correlation": 7, "stack-and-width": 3, "monitor": 4, "checkpoint": 5}
 """Of the moments at which each is killed."""
 
 

@@ -36,7 +36,7 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
 def test_the_first_lines_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = L.Trainer
     quiet = {"max_steps": 8, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    monkeypatch.setattr(L, "Trainer", lambda **given: trainer(**given, **quiet, accelerator="cpu", devices=1))
+    monkeypatch.setattr(L, "Trainer", lambda **given: trainer(**(given | quiet), accelerator="cpu", devices=1))
     names = {"model": demo_model(), "data": demo_data()}
     exec(blocks(ROOT / "README.md", "python")[0], names)
     assert len(names["model"].model.blocks) == 4

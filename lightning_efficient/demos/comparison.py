@@ -50,7 +50,7 @@ class Comparison:
     names: tuple[str, ...] = ("plain", "suite")
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """What is compared, in both runs, and the ratio or difference."""
+        """What is compared, in both runs, and by how much, or by which factor, it changed."""
         target = self.plain.metrics[METRIC][-1].value
         final = self.suite.metrics[METRIC][-1].value
         rows = [("final validation bits per byte", f"{target:.4f}", f"{final:.4f}", f"{final - target:+.4f}")]
@@ -74,7 +74,7 @@ class Comparison:
 
     def table(self) -> str:
         """For a terminal."""
-        lines = [("", *self.names, "ratio"), *self.rows()]
+        lines = [("", *self.names, "change"), *self.rows()]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         text = [
             "  ".join(
@@ -90,7 +90,7 @@ class Comparison:
 
     def markdown(self, plot: str) -> str:
         """For a file."""
-        head = ["", *self.names, "ratio"]
+        head = ["", *self.names, "change"]
         lines = [
             "# The demo task, plain and with the suite",
             "",
@@ -109,7 +109,8 @@ class Comparison:
             lines += [f"| {event.step} | {event.technique} | {event.text} |" for event in self.suite.events]
             lines.append("")
         lines += [f"- [{name}, in full]({name}/efficiency_report.md)" for name in self.names]
-        lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in self.plain.facts.items()), ""]
+        facts = {key: value for key, value in self.plain.facts.items() if self.suite.facts.get(key) == value}
+        lines += ["", "| both runs | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
         return "\n".join(lines)
 
 
@@ -146,4 +147,4 @@ def _cpu_seconds(point: Point) -> float:
 
 
 def _ratio(new: float | None, old: float | None) -> str:
-    return "-" if new is None or not old or not math.isfinite(new / old) else f"{new / old:.2f}"
+    return "-" if new is None or not old or not math.isfinite(new / old) else f"x {new / old:.2f}"

@@ -37,9 +37,9 @@ class Phase:
 
     def __str__(self) -> str:
         distinct = len(set(self.leaders))
-        if distinct < len(self.leaders):
-            return f"{len(self.leaders)} layers sharing {distinct}"
-        return f"{distinct} layers"
+        noun = "layer" if len(self.leaders) == 1 else "layers"
+        weights = f" with {distinct} sets of weights" if distinct < len(self.leaders) else ""
+        return f"{len(self.leaders)} {noun}{weights}"
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Triggers:
     def _reason(self, until: Until, cap: float, step: int) -> str | None:
         if step >= cap:
             unseen = self.monitor is not None and math.isnan(self.loss.value)
-            return f"reached its cap, step {cap:g}" + (f" ('{self.monitor}' was never logged)" if unseen else "")
+            return f"as planned, at step {cap:g}" + (f" ('{self.monitor}' was never logged)" if unseen else "")
         if until.loss_below is not None and self.loss.value < until.loss_below:
             return f"{self._name} {self.loss.value:.4f} is below {until.loss_below:g}"
         if until.plateau is not None and self._read_at - self.loss.best_step >= until.plateau:

@@ -82,4 +82,4 @@ def test_listeners_hear_of_every_switch_by_name_g6_g8(tmp_path: Path) -> None:
     assert {name.split(".")[2] for name in second.added} == {"2", "3"}
     assert not first.removed
     assert not first.replaced
-    assert "1 layers -> 2 layers" in first.reason
+    assert "1 layer -> 2 layers" in first.reason

@@ -82,7 +82,9 @@ def test_sharing_in_stages_splits_the_groups_g1() -> None:
     assert [p.leaders for p in found] == [(0,) * 8, (0, 1, 2, 3) * 2, tuple(range(8))]
 
 
-@pytest.mark.parametrize(("leaders", "text"), [((0, 1, 2), "3 layers"), ((0, 1, 0, 1), "4 layers sharing 2")])
+@pytest.mark.parametrize(
+    ("leaders", "text"), [((0, 1, 2), "3 layers"), ((0, 1, 0, 1), "4 layers with 2 sets of weights")]
+)
 def test_a_phase_as_text(leaders: tuple[int, ...], text: str) -> None:
     assert str(Phase(leaders, None)) == text
 

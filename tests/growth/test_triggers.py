@@ -49,7 +49,7 @@ def test_every_phase_ends_at_its_cap_g5(until: Any, cap: int) -> None:
     trigger = triggers(until)
     trigger.restart(cap - 1)
     assert trigger.due(0, cap - 1) is None
-    assert trigger.due(0, cap) == f"reached its cap, step {cap}"
+    assert trigger.due(0, cap) == f"as planned, at step {cap}"
     assert trigger.due(0, cap + 50) is not None
     assert trigger.due(1, TOTAL) is None
 
@@ -68,7 +68,7 @@ def test_a_cap_behind_the_end_of_the_run_is_refused_g5(until: Any) -> None:
 
 def test_width_has_a_condition_of_its_own_g5() -> None:
     trigger = triggers(30, width=50)
-    assert (trigger.width_due(49), trigger.width_due(50)) == (None, "reached its cap, step 50")
+    assert (trigger.width_due(49), trigger.width_due(50)) == (None, "as planned, at step 50")
     assert triggers(30).width_due(TOTAL) is None
     assert "30" in trigger.plan_text(0)
     assert "50" in trigger.plan_text(0)

@@ -1,0 +1,116 @@
+"""The moment before a weight update: what the update will overwrite must have been copied by then, and no sooner.
+
+(Mohan et al. 2021, "CheckFreq", 4.3.1: the snapshot of iteration i ends before the update of iteration i + 1 starts.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.storage import UntypedStorage
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.checkpointing.snapshot import Snapshot
+from lightning_efficient.core.torch_internals import storage_key
+
+__all__ = ["UpdateBarrier", "owned_tensors"]
+
+
+def owned_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The tensors that only a step of ``optimizer`` changes: its parameters and its state."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+class UpdateBarrier:
+    """Makes any optimizer's update wait for the copies of what it changes, and for no longer.
+
+    Lightning runs forward and backward within ``Optimizer.step``, as its closure, and torch's hooks come before it; the
+    barrier therefore stands behind the closure, after clipping.
+
+    Args:
+        on_stall: Called with the seconds that an update waited.
+
+    Attributes:
+        before_next_update: Called once, before the next update.
+    """
+
+    def __init__(self, on_stall: Callable[[float], None] = lambda _: None) -> None:
+        self._on_stall = on_stall
+        self.before_next_update: Callable[[], None] | None = None
+        self._handle: RemovableHandle | None = None
+        self._snapshots: list[tuple[Snapshot, Mapping[tuple[int, int], int]]] = []
+
+    @property
+    def attached(self) -> bool:
+        return self._handle is not None
+
+    def attach(self) -> None:
+        """Stand before the updates of all optimizers of this process."""
+        if self._handle is None:
+            itself = weakref.ref(self)  # the hook is global, and must not keep alive who forgets to detach
+
+            def before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+                barrier = itself()
+                return barrier._before(optimizer, args, kwargs) if barrier else None
+
+            self._handle = register_optimizer_step_pre_hook(before)  # type: ignore[arg-type]
+
+    def detach(self) -> None:
+        """Stand there no more."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def protect(self, snapshot: Snapshot, storages: tuple[UntypedStorage, ...]) -> None:
+        """Let updates wait for what ``snapshot`` has not copied yet.
+
+        Args:
+            snapshot: Just begun.
+            storages: Its storages, by number.
+        """
+        self._snapshots.append((snapshot, {storage_key(storage): n for n, storage in enumerate(storages)}))
+
+    def wait(self) -> float:
+        """Wait for all copies, where weights may change without an optimizer.
+
+        Returns:
+            Seconds.
+        """
+        waited = sum(snapshot.wait() for snapshot, _ in self._snapshots)
+        self._snapshots.clear()
+        return waited
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self._snapshots and self.before_next_update is None:
+            return None
+        optimizer_itself, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self._wait_for(optimizer)
+            return None
+
+        def run() -> Any:
+            result = closure()
+            self._wait_for(optimizer)
+            return result
+
+        return (optimizer_itself, *given[1:]), {**kwargs, "closure": run}
+
+    def _wait_for(self, optimizer: Optimizer) -> None:
+        if self.before_next_update is not None:
+            inspect, self.before_next_update = self.before_next_update, None
+            inspect()
+        self._snapshots = [(snapshot, numbers) for snapshot, numbers in self._snapshots if not snapshot.complete]
+        stalled = 0.0
+        for snapshot, numbers in self._snapshots:
+            keys = (storage_key(tensor.untyped_storage()) for tensor in owned_tensors(optimizer))
+            stalled += snapshot.wait([numbers[key] for key in keys if key in numbers])
+        self._on_stall(stalled)

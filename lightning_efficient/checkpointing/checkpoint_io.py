@@ -1,0 +1,375 @@
+"""Asynchronous checkpoints as one object that is a Lightning Callback and a CheckpointIO."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_efficient import compat, telemetry
+from lightning_efficient.checkpointing.durable_file import sweep
+from lightning_efficient.checkpointing.engine import CheckpointEngine, WhenBusy
+from lightning_efficient.checkpointing.random_state import random_state, restore_random_state
+from lightning_efficient.checkpointing.retention import newest_intact
+from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
+from lightning_efficient.checkpointing.writer import Failure, Written
+from lightning_efficient.coordination import ParameterChange
+from lightning_efficient.core.units import parse_bytes
+
+__all__ = ["AsyncCheckpointIO", "CheckpointSaveError"]
+
+FORMAT = 1
+RETRIES = 3
+
+
+class CheckpointSaveError(RuntimeError):
+    """A checkpoint that was asked for could not be written; the ones before it are intact."""
+
+
+class AsyncCheckpointIO(Callback, CheckpointIO):
+    """Checkpoints that are copied while the next step runs, written in the background, and safe against ``kill -9``.
+
+    Put it into ``Trainer(callbacks=[...])``: it makes itself the Trainer's checkpoint IO and knows when the weights
+    change. In ``plugins=[...]`` alone it cannot know, and copies everything before training goes on. In both, it must
+    be the same object.
+
+    ``ModelCheckpoint`` decides what is saved, when, and what is kept, as always. A file appears under its name only
+    when it is complete and on the disk, and the one that it replaces is removed only then. Stock ``torch.load`` and
+    stock Trainers read the files.
+
+    Args:
+        memory_cap: Memory for copies, in bytes or as ``"2GiB"``; None: no cap. A state that does not fit is written at
+            once, through a small buffer.
+        in_memory: How many of the last checkpoints stay in memory after they are written.
+        when_busy: What a save does while the ones before are still being written: ``"wait"`` for their memory, or take
+            more, past the cap (``"eager"``).
+        verify: ``"checksum"`` compares a checksum of every tensor before its copy with one of the copy.
+        resume: ``"auto"``: where the checkpoint to load is damaged, take the newest intact one beside it.
+        on_error: What follows when a file cannot be written: ``"raise"`` ends the run at the next batch, ``"warn"``
+            goes on, ``"retry"`` tries three more times and then raises.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: In ``setup``, beside another checkpoint IO or a strategy that writes by itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_cap: int | str | None = "2GiB",
+        in_memory: int = 0,
+        when_busy: WhenBusy = "wait",
+        verify: Literal["none", "checksum"] = "none",
+        resume: Literal["auto"] | None = None,
+        on_error: Literal["raise", "warn", "retry"] = "raise",
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("when_busy", when_busy, ("wait", "eager")),
+            ("verify", verify, ("none", "checksum")),
+            ("resume", resume, (None, "auto")),
+            ("on_error", on_error, ("raise", "warn", "retry")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not allowed. Use one of {', '.join(map(repr, allowed))}.")
+        if isinstance(in_memory, bool) or not isinstance(in_memory, int) or in_memory < 0:
+            raise ValueError(f"in_memory={in_memory!r} is no number of checkpoints. Use 0 or more.")
+        self.in_memory = in_memory
+        self.verify = verify
+        self.resume = resume
+        self.on_error = on_error
+        self.engine = CheckpointEngine(
+            memory_cap=None if memory_cap is None else parse_bytes(memory_cap, "memory_cap"),
+            in_memory=in_memory,
+            when_busy=when_busy,
+            verify=verify == "checksum",
+            attempts=1 + RETRIES if on_error == "retry" else 1,
+        )
+        self._loader = TorchCheckpointIO()
+        self._trainer: pl.Trainer | None = None
+        self._replaced: CheckpointIO | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._in_batch_end = False
+        self._failing = False
+        self._warned_plain = False
+        self._random: Mapping[str, Any] | None = None
+        self._events: list[telemetry.Event] = []
+        self._values: dict[str, float] = {}
+        self._saves = 0
+        self._saves_written = 0
+
+    # -- as a CheckpointIO -------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Take a snapshot of ``checkpoint`` that will become the file ``path``.
+
+        Raises:
+            TypeError: If ``storage_options`` are given.
+            CheckpointSaveError: If an earlier one could not be written.
+        """
+        if storage_options is not None:
+            raise TypeError("AsyncCheckpointIO writes local files and has no storage_options. Leave them out.")
+        file = _local(path)
+        self._poll()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        step = int(checkpoint.get("global_step", 0))
+        if file.name.startswith("hpc_ckpt"):  # asked for by a signal, just before the end
+            self.engine.save_now(checkpoint, file, step)
+            return
+        trainer = self._trainer
+        if trainer is None and not self._warned_plain:
+            self._warned_plain = True
+            rank_zero_warn(
+                "AsyncCheckpointIO is in `plugins` only, and cannot know when weights change: it copies everything "
+                "before training goes on. Put it into `callbacks` to copy while the next step runs."
+            )
+        owners = list(trainer.optimizers) if trainer is not None and self._in_batch_end else []
+        try:
+            saved = self.engine.save(checkpoint, file, step, owners=owners, place="on_train_batch_end")
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CheckpointSaveError(
+                f"'{file}' cannot be saved, for something in the checkpoint cannot be pickled: {error}. Look at the "
+                "state_dict of your callbacks and at save_hyperparameters."
+            ) from error
+        self._saves += 1
+        self._values["checkpoint/blocked_ms"] = saved.seconds * 1e3
+        self._values["checkpoint/copied_at_once_bytes"] = float(saved.copied_bytes)
+        self._values["checkpoint/copied_later_bytes"] = float(saved.later_bytes)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint after comparing its checksums.
+
+        Raises:
+            CheckpointDamagedError: Naming the damaged tensor, unless ``resume="auto"`` finds another file.
+            FileNotFoundError: If there is no such file.
+        """
+        file = _local(path)
+        self.engine.drain(file)
+        if file.exists():
+            try:
+                verify(file)
+            except CheckpointDamagedError as error:
+                other = newest_intact(file.parent, besides=file) if self.resume == "auto" else None
+                if other is None:
+                    raise
+                rank_zero_warn(f"{error} Loading '{other}' instead, the newest intact checkpoint beside it.")
+                file = other
+        return self._loader.load_checkpoint(str(file), map_location, weights_only)  # type: ignore[arg-type]
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file once everything that was saved before is durable."""
+        self.engine.remove(_local(path))
+
+    # -- the lifecycle -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        present = trainer.strategy.checkpoint_io
+        if present is not self:
+            self._refuse(trainer, present)
+            self._replaced = present
+            trainer.strategy.checkpoint_io = self
+        self._trainer = trainer
+        self._failing = False
+        if stage == "fit":
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    self._undo.append(compat.defer_links(callback, self._link, self._will_exist))
+
+    def _refuse(self, trainer: pl.Trainer, present: CheckpointIO) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, AsyncCheckpointIO)]  # type: ignore[attr-defined]
+        if len(others) > 1 or isinstance(present, AsyncCheckpointIO):
+            raise MisconfigurationException(
+                "This Trainer has two AsyncCheckpointIO objects. Keep one; in both `callbacks` and `plugins` it must "
+                "be the same object."
+            )
+        if type(present) is not TorchCheckpointIO:
+            raise MisconfigurationException(
+                f"AsyncCheckpointIO and {type(present).__name__} would both write the checkpoints of this Trainer. "
+                "Keep one of them."
+            )
+        strategy = trainer.strategy
+        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} writes checkpoints by itself, past any checkpoint IO, so that "
+                "AsyncCheckpointIO would not see them. Use strategy='auto' or 'ddp', or leave AsyncCheckpointIO out."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.engine.forget_places()
+        self.engine.barrier.attach()
+        for directory in {Path(c.dirpath) for c in self._model_checkpoints() if c.dirpath}:
+            for stray in sweep(directory) if trainer.is_global_zero else ():
+                rank_zero_info(f"AsyncCheckpointIO removed '{stray}', which a killed run had not finished.")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._random is not None:
+            restore_random_state(self._random)
+            self._random = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_batch_end = False
+        self._poll()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._poll()
+        telemetry.log(trainer, self.measurements())
+        self._in_batch_end = True  # ModelCheckpoint comes last, and the next update passes the barrier
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+
+    def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
+        """The parameters are others now."""
+        self.engine.settle()
+        self.engine.forget_places()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._failing = True
+        self._finish()
+        self._let_go()
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        """As a checkpoint IO (no arguments) and as a callback: everything is written, and nothing stays behind."""
+        self._finish()
+        if args or kwargs or self._trainer is None:
+            self._let_go()
+
+    def _settle(self) -> None:
+        self._in_batch_end = False
+        self.engine.settle()
+
+    def _finish(self) -> None:
+        self._in_batch_end = False
+        self.engine.close()
+        try:
+            self._poll()
+        finally:
+            self._correct_paths()
+
+    def _let_go(self) -> None:
+        if self._trainer is not None and self._replaced is not None:
+            self._trainer.strategy.checkpoint_io = self._replaced
+        self._replaced = self._trainer = None
+        while self._undo:
+            self._undo.pop()()
+
+    # -- what ModelCheckpoint asks for -------------------------------------------------------------------------------
+
+    def _model_checkpoints(self) -> list[ModelCheckpoint]:
+        if self._trainer is None:
+            return []
+        return [c for c in self._trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+
+    def _link(self, target: str, link: str) -> None:
+        self.engine.link(_local(target), _local(link))
+
+    def _will_exist(self, path: str) -> bool:
+        return self.engine.pending(_local(path))
+
+    def _correct_paths(self) -> None:
+        """After a failure that the user let pass: no path of a ModelCheckpoint names a file that is not there."""
+        for callback in self._model_checkpoints():
+            kept = {path: value for path, value in callback.best_k_models.items() if Path(path).exists()}
+            if len(kept) < len(callback.best_k_models):
+                callback.best_k_models = kept
+            if callback.best_model_path and not Path(callback.best_model_path).exists():
+                best = min if callback.mode == "min" else max
+                callback.best_model_path = best(kept, key=lambda path: kept[path].item()) if kept else ""
+            if callback.last_model_path and not Path(callback.last_model_path).exists():
+                callback.last_model_path = ""
+
+    # -- errors ------------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        """Hear of what became of earlier saves; on the training thread.
+
+        Raises:
+            CheckpointSaveError: If one failed and errors shall end the run.
+        """
+        for written in self.engine.take_written():
+            self._note_written(written)
+        failures = self.engine.take_failures()
+        if not failures:
+            return
+        text = "; ".join(self._describe(failure) for failure in failures)
+        self._note(text)
+        if self.on_error == "warn" or self._failing:  # never in the way of the user's own exception
+            rank_zero_warn(f"AsyncCheckpointIO: {text}. The checkpoints before it are intact.")
+            return
+        raise CheckpointSaveError(
+            f"{text}. The checkpoints before it are intact. To go on training without it, use on_error='warn'."
+        ) from failures[0].cause
+
+    def _describe(self, failure: Failure) -> str:
+        return str(failure)
+
+    def _note(self, text: str) -> None:
+        step = compat.log_step(self._trainer) if self._trainer is not None else 0
+        self._events.append(telemetry.Event(step, "checkpoint", text))
+
+    def _note_written(self, written: Written) -> None:
+        self._saves_written += 1
+        self._values |= {
+            "checkpoint/copy_ms": written.copy_seconds * 1e3,
+            "checkpoint/persist_ms": written.persist_seconds * 1e3,
+            "checkpoint/file_bytes": float(written.nbytes),
+            "checkpoint/write_gigabytes_per_second": written.nbytes / max(written.persist_seconds, 1e-9) / 1e9,
+        }
+
+    # -- state and telemetry -----------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Independent of the arguments, so that a run may resume with others."""
+        return "AsyncCheckpointIO"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "random": random_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random = state_dict.get("random")
+
+    def measurements(self) -> Mapping[str, float]:
+        """What the last save cost, and what updates waited for it."""
+        if not self._saves:
+            return {}
+        return self._values | {
+            "checkpoint/stall_ms": self.engine.last_stall * 1e3,
+            "checkpoint/stalled_total_ms": self.engine.stalled_seconds * 1e3,
+            "checkpoint/buffer_bytes": float(self.engine.pool.held_bytes),
+            "checkpoint/saves": float(self._saves),
+            "checkpoint/written": float(self._saves_written),
+        }
+
+    def events(self) -> Sequence[telemetry.Event]:
+        """Every failure."""
+        return tuple(self._events)
+
+
+def _local(path: Any) -> Path:
+    text = str(path)
+    if "://" in text and not text.startswith("file://"):
+        raise MisconfigurationException(
+            f"AsyncCheckpointIO writes to local file systems, and '{text}' is a remote one. Save to a local directory, "
+            "or leave AsyncCheckpointIO out."
+        )
+    return Path(text.removeprefix("file://")).absolute()

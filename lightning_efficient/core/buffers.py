@@ -1,0 +1,176 @@
+"""Host memory that is taken once, touched at once, and used again and again within a cap."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from typing import Any
+
+import torch
+
+__all__ = ["PAGE", "BufferPool", "HostBuffer", "round_up"]
+
+PAGE = mmap.PAGESIZE
+_TOUCH = 8 << 20  # bytes that are touched between two looks at whether others want the interpreter
+
+
+def round_up(nbytes: int) -> int:
+    """To whole pages."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+class HostBuffer:
+    """Page-aligned memory of the host, outside the allocators of Python and torch.
+
+    Args:
+        nbytes: Rounded up to whole pages.
+        pinned: Lock it for copies from an NVIDIA GPU that do not block.
+
+    Raises:
+        OSError: If there is not that much memory.
+        RuntimeError: If it cannot be locked.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+        self.nbytes = round_up(max(nbytes, 1))
+        self._map = mmap.mmap(-1, self.nbytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer faults while it is touched
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(self._map)
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.tensor.data_ptr()
+        self._pinned = False
+        if pinned:
+            code = int(_cudart().cudaHostRegister(self.address, self.nbytes, 0))
+            if code:
+                raise RuntimeError(f"{self.nbytes} bytes could not be pinned: CUDA error {code}.")
+            self._pinned = True
+
+    @property
+    def pinned(self) -> bool:
+        """Whether copies from a GPU need not block."""
+        return self._pinned
+
+    def touch(self) -> None:
+        """Make the system give all pages now, rather than in the first copy."""
+        for start in range(0, self.nbytes, _TOUCH):
+            ctypes.memset(self.address + start, 0, min(_TOUCH, self.nbytes - start))
+
+    def __del__(self) -> None:
+        if getattr(self, "_pinned", False):
+            _cudart().cudaHostUnregister(self.address)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class BufferPool:
+    """Lends buffers and keeps them for the next time.
+
+    Args:
+        cap_bytes: Memory of all buffers together; None: no cap.
+        pinned: See :class:`HostBuffer`.
+        most: Buffers that may exist at a time.
+    """
+
+    def __init__(self, cap_bytes: int | None, *, pinned: bool = False, most: int = 2) -> None:
+        self.cap_bytes = cap_bytes
+        self.pinned = pinned
+        self.most = most
+        self._free: list[HostBuffer] = []
+        self._lent: set[int] = set()
+        self._coming = 0
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all buffers, lent or not."""
+        return self._held
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether there are fewer buffers than there may be."""
+        return len(self._free) + len(self._lent) + self._coming < self.most
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether one buffer of this size can ever be lent."""
+        return self.cap_bytes is None or nbytes <= self.cap_bytes
+
+    def try_take(self, nbytes: int) -> HostBuffer | None:
+        """A buffer of at least ``nbytes``, or None while too many, or too much memory, are lent."""
+        with self._changed:
+            return self._try_take(nbytes)
+
+    def take(self, nbytes: int, timeout: float | None = None) -> HostBuffer:
+        """Wait for a buffer of at least ``nbytes``.
+
+        Raises:
+            MemoryError: If it does not fit under the cap even alone.
+            TimeoutError: If none came back in time.
+        """
+        if not self.fits(nbytes):
+            raise MemoryError(f"A buffer of {nbytes} bytes does not fit under the cap of {self.cap_bytes} bytes.")
+        with self._changed:
+            taken: list[HostBuffer] = []
+
+            def try_it() -> bool:
+                found = self._try_take(nbytes)
+                if found is not None:
+                    taken.append(found)
+                return bool(taken)
+
+            if not self._changed.wait_for(try_it, timeout):
+                raise TimeoutError(f"No buffer of {nbytes} bytes came back within {timeout} s.")
+            return taken[0]
+
+    def prepare(self, nbytes: int) -> None:
+        """Have one more buffer ready, touched, if the cap allows one; in a thread that may take its time."""
+        with self._changed:
+            needed = round_up(max(nbytes, 1))
+            if any(buffer.nbytes >= nbytes for buffer in self._free) or not self._may_add(needed):
+                return
+            self._held += needed
+            self._coming += 1
+        buffer = HostBuffer(nbytes, pinned=self.pinned)
+        buffer.touch()
+        with self._changed:
+            self._coming -= 1
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def give_back(self, buffer: HostBuffer) -> None:
+        """Return a buffer that was lent; one that is not of this pool is let go."""
+        with self._changed:
+            if id(buffer) in self._lent:
+                self._lent.remove(id(buffer))
+                self._free.append(buffer)
+                self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Let go of the buffers that are not lent."""
+        with self._changed:
+            self._held -= sum(buffer.nbytes for buffer in self._free)
+            self._free.clear()
+
+    def _try_take(self, nbytes: int) -> HostBuffer | None:
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes]
+        if fitting:
+            buffer = min(fitting, key=lambda b: b.nbytes)
+            self._free.remove(buffer)
+        else:
+            needed = round_up(max(nbytes, 1))
+            while self._free and not self._may_add(needed):  # too small ones make room
+                self._held -= self._free.pop(0).nbytes
+            if not self._may_add(needed):
+                return None
+            buffer = HostBuffer(nbytes, pinned=self.pinned)
+            self._held += buffer.nbytes
+        self._lent.add(id(buffer))
+        return buffer
+
+    def _may_add(self, nbytes: int) -> bool:
+        count = len(self._free) + len(self._lent) + self._coming
+        return count < self.most and (self.cap_bytes is None or self._held + nbytes <= self.cap_bytes)

@@ -1,0 +1,316 @@
+"""Saves, removals and links in order, in the background; whatever fails is heard of, and costs no older file (C10)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_efficient.checkpointing import writer as writer_module
+from lightning_efficient.checkpointing.durable_file import DurableFile
+from lightning_efficient.checkpointing.engine import CheckpointEngine
+from lightning_efficient.checkpointing.verification import verify
+from tests.checkpointing.states import checkpoint_of, same, step, trained
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., CheckpointEngine]]:
+    engines: list[CheckpointEngine] = []
+
+    def build(**arguments: Any) -> CheckpointEngine:
+        engines.append(CheckpointEngine(**({"memory_cap": None} | arguments)))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint-")]
+
+
+def state(value: float = 1.0, count: int = 1000) -> dict[str, Any]:
+    return {"w": torch.full((count,), value), "step": int(value)}
+
+
+class Disk:
+    """Makes writes slow, or fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.real = os.pwrite
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fails: list[OSError] = []
+        self.writes = 0
+        monkeypatch.setattr(os, "pwrite", self.pwrite)
+
+    def pwrite(self, *arguments: Any) -> int:
+        self.gate.wait(30)
+        self.writes += 1
+        if self.fails and (error := self.fails.pop(0)) is not None:
+            raise error
+        return self.real(*arguments)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_save_returns_before_the_file_is_there(make: Any, disk: Disk, tmp_path: Path) -> None:
+    engine = make()
+    disk.gate.clear()
+    live = state()
+    engine.save(live, tmp_path / "a.ckpt", 1)
+    live["w"].fill_(9)  # whatever happens to it now
+    assert engine.pending(tmp_path / "a.ckpt")
+    assert not (tmp_path / "a.ckpt").exists()
+    disk.gate.set()
+    engine.drain()
+    assert same(torch.load(tmp_path / "a.ckpt"), state())
+    verify(tmp_path / "a.ckpt")
+    [written] = engine.take_written()
+    assert (written.path, written.step) == (tmp_path / "a.ckpt", 1)
+    assert written.nbytes == (tmp_path / "a.ckpt").stat().st_size
+    assert engine.take_written() == [] == engine.take_failures()
+
+
+def test_a_file_is_removed_only_after_its_successor_is_there(make: Any, disk: Disk, tmp_path: Path) -> None:
+    engine = make()
+    engine.save(state(1), tmp_path / "1.ckpt", 1)
+    engine.drain()
+    disk.gate.clear()
+    engine.save(state(2), tmp_path / "2.ckpt", 2)
+    engine.remove(tmp_path / "1.ckpt")
+    engine.link(tmp_path / "2.ckpt", tmp_path / "last.ckpt")
+    time.sleep(0.05)
+    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["1.ckpt"]
+    disk.gate.set()
+    engine.drain()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt")["step"] == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_failed_save_keeps_what_it_should_have_replaced(make: Any, disk: Disk, tmp_path: Path, code: int) -> None:
+    engine = make()
+    engine.save(state(1), tmp_path / "1.ckpt", 1)
+    engine.link(tmp_path / "1.ckpt", tmp_path / "last.ckpt")
+    engine.drain()
+    disk.fails = [OSError(code, os.strerror(code))]
+    engine.save(state(2), tmp_path / "2.ckpt", 2)
+    engine.link(tmp_path / "2.ckpt", tmp_path / "last.ckpt")
+    engine.remove(tmp_path / "1.ckpt")
+    engine.drain()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt")["step"] == 1
+    [failure] = engine.take_failures()
+    assert (failure.action, failure.path.name, failure.step) == ("save", "2.ckpt", 2)
+    assert os.strerror(code) in str(failure)
+    engine.save(state(3), tmp_path / "3.ckpt", 3)  # what was to go goes once there is a newer one
+    engine.drain()
+    assert sorted(p.name for p in tmp_path.glob("?.ckpt")) == ["3.ckpt"]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_an_error_at_the_nth_write(make: Any, disk: Disk, tmp_path: Path, at: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 1 << 12)
+    engine = make()
+    disk.fails = [*[None] * at, OSError(errno.EIO, "broken")]  # type: ignore[list-item]
+    engine.save(state(1, 5000), tmp_path / "1.ckpt", 1)
+    engine.drain()
+    assert not list(tmp_path.iterdir())
+    assert len(engine.take_failures()) == 1
+
+
+def test_retries_until_the_disk_is_well_again(make: Any, disk: Disk, tmp_path: Path) -> None:
+    engine = make(attempts=3, retry_seconds=0.01)
+    disk.fails = [OSError(errno.ENOSPC, "full"), OSError(errno.ENOSPC, "full")]
+    engine.save(state(1), tmp_path / "1.ckpt", 1)
+    engine.drain()
+    assert same(torch.load(tmp_path / "1.ckpt"), state(1))
+    assert engine.take_failures() == []
+
+
+def test_a_directory_that_is_gone_is_heard_of(make: Any, tmp_path: Path) -> None:
+    engine = make()
+    engine.save(state(1), tmp_path / "gone" / "1.ckpt", 1)
+    engine.drain()
+    [failure] = engine.take_failures()
+    assert isinstance(failure.cause, FileNotFoundError)
+
+
+def test_the_buffer_that_is_being_written_is_not_overwritten(make: Any, disk: Disk, tmp_path: Path) -> None:
+    engine = make()
+    disk.gate.clear()
+    threading.Timer(0.1, disk.gate.set).start()
+    for value in range(1, 7):  # two fit, the third waits
+        engine.save(state(value), tmp_path / f"{value}.ckpt", value)
+    engine.drain()
+    for value in range(1, 7):
+        assert same(torch.load(tmp_path / f"{value}.ckpt"), state(value))
+    assert engine.pool.held_bytes <= 2 * engine.pool.take(1).nbytes
+
+
+def test_eagerly_past_the_cap(make: Any, disk: Disk, tmp_path: Path) -> None:
+    engine = make(when_busy="eager")
+    disk.gate.clear()
+    for value in range(1, 7):
+        engine.save(state(value), tmp_path / f"{value}.ckpt", value)
+    disk.gate.set()
+    engine.drain()
+    assert all(same(torch.load(tmp_path / f"{value}.ckpt"), state(value)) for value in range(1, 7))
+
+
+def test_a_state_over_the_cap_is_written_at_once(make: Any, tmp_path: Path) -> None:
+    engine = make(memory_cap=1 << 16)
+    large = {"w": torch.randn(5 << 20), "cut": torch.randn(3), "empty": torch.empty(0)}  # more than the small buffer
+    engine.save(large, tmp_path / "a.ckpt", 4)
+    assert same(torch.load(tmp_path / "a.ckpt"), large)
+    verify(tmp_path / "a.ckpt")
+    assert engine.pool.held_bytes == 0
+
+
+def test_both_ways_write_the_same_file(make: Any, tmp_path: Path) -> None:
+    engine = make()
+    saved = checkpoint_of(*trained())
+    engine.save(saved, tmp_path / "a.ckpt", 4)
+    engine.save_now(saved, tmp_path / "b.ckpt", 4)
+    engine.drain()
+    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
+
+
+def test_a_failure_of_a_save_at_once_leaves_nothing(make: Any, disk: Disk, tmp_path: Path) -> None:
+    disk.fails = [OSError(errno.ENOSPC, "full")]
+    with pytest.raises(OSError, match="full"):
+        make().save_now(state(), tmp_path / "a.ckpt", 1)
+    assert not list(tmp_path.iterdir())
+
+
+# -- what an optimizer owns is copied later ----------------------------------------------------------------------------
+
+
+def test_only_owned_tensors_are_copied_later_c2(make: Any, tmp_path: Path) -> None:
+    engine = make()
+    engine.barrier.attach()
+    model, optimizer = trained()
+    first = engine.save(checkpoint_of(model, optimizer), tmp_path / "1.ckpt", 1, owners=[optimizer], place="here")
+    assert first.later_bytes == 0, "the first is copied at once, and looked at again"
+    step(model, optimizer)
+    second = engine.save(checkpoint_of(model, optimizer), tmp_path / "2.ckpt", 2, owners=[optimizer], place="here")
+    owned = sum(p.numel() for p in model.parameters()) * 4 * 3 + 4 * len(list(model.parameters()))
+    assert second.later_bytes == owned
+    assert second.copied_bytes >= sum(b.numel() * b.element_size() for b in model.buffers())
+    assert not engine.volatile
+    elsewhere = engine.save(checkpoint_of(model, optimizer), tmp_path / "3.ckpt", 3, owners=[optimizer], place="there")
+    assert elsewhere.later_bytes == 0
+
+
+def test_weights_that_user_code_changes_are_copied_at_once_c2(make: Any, tmp_path: Path) -> None:
+    """As in a WGAN, whose weights are clamped after each step, through ``.data``, which torch does not count."""
+    engine = make(verify=True)
+    engine.barrier.attach()
+    model, optimizer = trained()
+    for number in range(1, 6):
+        step(model, optimizer)
+        saved = checkpoint_of(model, optimizer)
+        truth = {name: value.clone() for name, value in saved["state_dict"].items()}
+        engine.save(saved, tmp_path / f"{number}.ckpt", number, owners=[optimizer], place="here")
+        model.a.weight.data.clamp_(-0.1, 0.1)
+        engine.drain()
+        assert same(dict(torch.load(tmp_path / f"{number}.ckpt")["state_dict"]), truth)
+    assert len(engine.volatile) == 1
+    assert engine.take_failures() == []
+
+
+def test_a_change_that_was_not_foreseen_is_a_failure_not_a_file_c4(
+    make: Any, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    engine.barrier.attach()
+    model, optimizer = trained()
+    engine.save(checkpoint_of(model, optimizer), tmp_path / "1.ckpt", 1, owners=[optimizer], place="here")
+    step(model, optimizer)
+    engine.drain()
+    hold = threading.Event()
+    engine._writer.prepare(lambda: hold.wait(30))
+    monkeypatch.setattr("lightning_efficient.checkpointing.snapshot.Snapshot.seal", _after(hold))
+    engine.save(checkpoint_of(model, optimizer), tmp_path / "2.ckpt", 2, owners=[optimizer], place="here")
+    with torch.no_grad():
+        model.a.weight.mul_(2)
+    hold.set()
+    engine.drain()
+    [failure] = engine.take_failures()
+    assert "1 tensors of the snapshot changed" in str(failure)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt"]
+
+
+def _after(event: threading.Event) -> Any:
+    from lightning_efficient.checkpointing.snapshot import Snapshot
+
+    real = Snapshot.seal
+
+    def seal(self: Snapshot) -> Iterator[int]:
+        event.wait(30)
+        return real(self)
+
+    return seal
+
+
+# -- what stays in memory ----------------------------------------------------------------------------------------------
+
+
+def test_the_last_good_stays_in_memory(make: Any, tmp_path: Path) -> None:
+    engine = make(in_memory=2)
+    assert engine.last_good() is None
+    for value in (1, 2, 3):
+        engine.save(state(value), tmp_path / f"{value}.ckpt", value)
+        engine.drain()
+    assert engine.last_good().step == 3
+    assert same(engine.last_good().load(), state(3))
+    engine.discard_after(2)
+    assert same(engine.last_good().load(), state(2))
+    engine.discard_after(1)
+    assert engine.last_good() is None
+
+
+def test_memory_for_the_next_goes_before_what_is_kept(make: Any, tmp_path: Path) -> None:
+    engine = make(in_memory=3, memory_cap=3 << 20)  # of a bit more than a mebibyte each
+    for value in range(1, 6):
+        engine.save(state(value), tmp_path / f"{value}.ckpt", value)
+    engine.drain()
+    assert engine.last_good().step == 5
+    assert engine.pool.held_bytes <= 3 << 20
+
+
+def test_a_steady_state_takes_no_new_memory(make: Any, tmp_path: Path) -> None:
+    engine = make(in_memory=1)
+    for value in range(1, 4):
+        engine.save(state(value), tmp_path / "a.ckpt", value)
+        engine.drain()
+    held = engine.pool.held_bytes
+    for value in range(4, 12):
+        engine.save(state(value), tmp_path / "a.ckpt", value)
+    engine.drain()
+    assert engine.pool.held_bytes == held
+
+
+def test_a_file_that_could_not_be_finished_is_not_good(make: Any, disk: Disk, tmp_path: Path) -> None:
+    engine = make(in_memory=1)
+    engine.save(state(1), tmp_path / "1.ckpt", 1)
+    engine.drain()
+    disk.fails = [OSError(errno.EIO, "broken")]
+    engine.save({"w": torch.full((6 << 20,), 2.0)}, tmp_path / "2.ckpt", 2)
+    engine.drain()
+    assert engine.last_good().step in (1, 2)
+    engine.last_good().load()
+
+
+def test_the_lock_of_a_file_goes_with_it(tmp_path: Path) -> None:
+    DurableFile(tmp_path / "a").abandon()
+    assert not list(tmp_path.iterdir())
