@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -18,8 +18,9 @@ from lightning_efficient.checkpointing.durable_file import sweep
 from lightning_efficient.checkpointing.engine import CheckpointEngine, WhenBusy
 from lightning_efficient.checkpointing.random_state import random_state, restore_random_state
 from lightning_efficient.checkpointing.retention import newest_intact
+from lightning_efficient.checkpointing.trainer import Autosave, SavedByModelCheckpoint, refuse_combinations
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
-from lightning_efficient.checkpointing.writer import Failure, Written
+from lightning_efficient.checkpointing.writer import Written
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.units import parse_bytes
 
@@ -54,6 +55,12 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         resume: ``"auto"``: where the checkpoint to load is damaged, take the newest intact one beside it.
         on_error: What follows when a file cannot be written: ``"raise"`` ends the run at the next batch, ``"warn"``
             goes on, ``"retry"`` tries three more times and then raises.
+        max_overhead: Part of the run's time that checkpoints may take; the interval that keeps to it is measured,
+            logged and adapted while training runs.
+        frequency: ``"advise"`` leaves saving to ``ModelCheckpoint`` and says the interval; ``"drive"`` saves at it
+            (then put this object after callbacks that count batches: what comes later saves its state of before).
+        dirpath: For ``"drive"``: where to; None: in ``checkpoints`` under the Trainer's ``default_root_dir``.
+        keep: For ``"drive"``: how many of the newest files stay; ``last.ckpt`` links to the newest.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -69,6 +76,10 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         verify: Literal["none", "checksum"] = "none",
         resume: Literal["auto"] | None = None,
         on_error: Literal["raise", "warn", "retry"] = "raise",
+        max_overhead: float = 0.035,
+        frequency: Literal["advise", "drive"] = "advise",
+        dirpath: str | None = None,
+        keep: int = 2,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -76,11 +87,15 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             ("verify", verify, ("none", "checksum")),
             ("resume", resume, (None, "auto")),
             ("on_error", on_error, ("raise", "warn", "retry")),
+            ("frequency", frequency, ("advise", "drive")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not allowed. Use one of {', '.join(map(repr, allowed))}.")
-        if isinstance(in_memory, bool) or not isinstance(in_memory, int) or in_memory < 0:
-            raise ValueError(f"in_memory={in_memory!r} is no number of checkpoints. Use 0 or more.")
+        for name, count, least in (("in_memory", in_memory, 0), ("keep", keep, 1)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ValueError(f"{name}={count!r} is no number of checkpoints. Use {least} or more.")
+        if isinstance(max_overhead, bool) or not isinstance(max_overhead, int | float) or not 0 < max_overhead < 1:
+            raise ValueError(f"max_overhead={max_overhead!r} is no part of the run's time. Use e.g. 0.035 for 3.5 %.")
         self.in_memory = in_memory
         self.verify = verify
         self.resume = resume
@@ -95,7 +110,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._loader = TorchCheckpointIO()
         self._trainer: pl.Trainer | None = None
         self._replaced: CheckpointIO | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._asked_by = SavedByModelCheckpoint(self.engine)
+        self._autosave = Autosave(self.engine, max_overhead, drive=frequency == "drive", dirpath=dirpath, keep=keep)
         self._in_batch_end = False
         self._failing = False
         self._warned_plain = False
@@ -139,6 +155,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 "state_dict of your callbacks and at save_hyperparameters."
             ) from error
         self._saves += 1
+        self._autosave.note_save()
         self._values["checkpoint/blocked_ms"] = saved.seconds * 1e3
         self._values["checkpoint/copied_at_once_bytes"] = float(saved.copied_bytes)
         self._values["checkpoint/copied_later_bytes"] = float(saved.later_bytes)
@@ -174,39 +191,19 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         present = trainer.strategy.checkpoint_io
         if present is not self:
-            self._refuse(trainer, present)
+            refuse_combinations(trainer, present, AsyncCheckpointIO)
             self._replaced = present
             trainer.strategy.checkpoint_io = self
         self._trainer = trainer
         self._failing = False
         if stage == "fit":
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
-                    self._undo.append(compat.defer_links(callback, self._link, self._will_exist))
-
-    def _refuse(self, trainer: pl.Trainer, present: CheckpointIO) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, AsyncCheckpointIO)]  # type: ignore[attr-defined]
-        if len(others) > 1 or isinstance(present, AsyncCheckpointIO):
-            raise MisconfigurationException(
-                "This Trainer has two AsyncCheckpointIO objects. Keep one; in both `callbacks` and `plugins` it must "
-                "be the same object."
-            )
-        if type(present) is not TorchCheckpointIO:
-            raise MisconfigurationException(
-                f"AsyncCheckpointIO and {type(present).__name__} would both write the checkpoints of this Trainer. "
-                "Keep one of them."
-            )
-        strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
-            raise MisconfigurationException(
-                f"{type(strategy).__name__} writes checkpoints by itself, past any checkpoint IO, so that "
-                "AsyncCheckpointIO would not see them. Use strategy='auto' or 'ddp', or leave AsyncCheckpointIO out."
-            )
+            self._asked_by.attach(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.engine.forget_places()
         self.engine.barrier.attach()
-        for directory in {Path(c.dirpath) for c in self._model_checkpoints() if c.dirpath}:
+        self._autosave.begin()
+        for directory in self._asked_by.directories() | {self._autosave.directory(trainer)}:
             for stray in sweep(directory) if trainer.is_global_zero else ():
                 rank_zero_info(f"AsyncCheckpointIO removed '{stray}', which a killed run had not finished.")
 
@@ -219,6 +216,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch_end = False
+        self._autosave.batch_start()
         self._poll()
 
     def on_train_batch_end(
@@ -227,6 +225,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._poll()
         telemetry.log(trainer, self.measurements())
         self._in_batch_end = True  # ModelCheckpoint comes last, and the next update passes the barrier
+        if not compat.accumulating(trainer):
+            self._autosave.batch_end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
@@ -255,6 +255,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def _settle(self) -> None:
         self._in_batch_end = False
+        self._autosave.skip()
         self.engine.settle()
 
     def _finish(self) -> None:
@@ -263,39 +264,13 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         try:
             self._poll()
         finally:
-            self._correct_paths()
+            self._asked_by.correct_paths()
 
     def _let_go(self) -> None:
         if self._trainer is not None and self._replaced is not None:
             self._trainer.strategy.checkpoint_io = self._replaced
         self._replaced = self._trainer = None
-        while self._undo:
-            self._undo.pop()()
-
-    # -- what ModelCheckpoint asks for -------------------------------------------------------------------------------
-
-    def _model_checkpoints(self) -> list[ModelCheckpoint]:
-        if self._trainer is None:
-            return []
-        return [c for c in self._trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-
-    def _link(self, target: str, link: str) -> None:
-        self.engine.link(_local(target), _local(link))
-
-    def _will_exist(self, path: str) -> bool:
-        return self.engine.pending(_local(path))
-
-    def _correct_paths(self) -> None:
-        """After a failure that the user let pass: no path of a ModelCheckpoint names a file that is not there."""
-        for callback in self._model_checkpoints():
-            kept = {path: value for path, value in callback.best_k_models.items() if Path(path).exists()}
-            if len(kept) < len(callback.best_k_models):
-                callback.best_k_models = kept
-            if callback.best_model_path and not Path(callback.best_model_path).exists():
-                best = min if callback.mode == "min" else max
-                callback.best_model_path = best(kept, key=lambda path: kept[path].item()) if kept else ""
-            if callback.last_model_path and not Path(callback.last_model_path).exists():
-                callback.last_model_path = ""
+        self._asked_by.detach()
 
     # -- errors ------------------------------------------------------------------------------------------------------
 
@@ -310,7 +285,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         failures = self.engine.take_failures()
         if not failures:
             return
-        text = "; ".join(self._describe(failure) for failure in failures)
+        text = "; ".join(str(failure) for failure in failures)
         self._note(text)
         if self.on_error == "warn" or self._failing:  # never in the way of the user's own exception
             rank_zero_warn(f"AsyncCheckpointIO: {text}. The checkpoints before it are intact.")
@@ -319,15 +294,13 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             f"{text}. The checkpoints before it are intact. To go on training without it, use on_error='warn'."
         ) from failures[0].cause
 
-    def _describe(self, failure: Failure) -> str:
-        return str(failure)
-
     def _note(self, text: str) -> None:
         step = compat.log_step(self._trainer) if self._trainer is not None else 0
         self._events.append(telemetry.Event(step, "checkpoint", text))
 
     def _note_written(self, written: Written) -> None:
         self._saves_written += 1
+        self._autosave.tuner.written(written.seconds)
         self._values |= {
             "checkpoint/copy_ms": written.copy_seconds * 1e3,
             "checkpoint/persist_ms": written.persist_seconds * 1e3,
@@ -343,22 +316,29 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return "AsyncCheckpointIO"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, "random": random_state()}
+        return {"format": FORMAT, "random": random_state(), "autosave": self._autosave.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random = state_dict.get("random")
+        if state_dict["format"] > FORMAT:
+            raise MisconfigurationException(
+                f"The checkpoint's state of AsyncCheckpointIO has format {state_dict['format']}; this version reads up "
+                f"to {FORMAT}. Use the version of lightning_efficient that wrote it, or a newer one."
+            )
+        self._random = state_dict["random"]
+        self._autosave.load_state_dict(state_dict["autosave"])
 
     def measurements(self) -> Mapping[str, float]:
         """What the last save cost, and what updates waited for it."""
         if not self._saves:
             return {}
-        return self._values | {
+        own = {
             "checkpoint/stall_ms": self.engine.last_stall * 1e3,
             "checkpoint/stalled_total_ms": self.engine.stalled_seconds * 1e3,
             "checkpoint/buffer_bytes": float(self.engine.pool.held_bytes),
             "checkpoint/saves": float(self._saves),
             "checkpoint/written": float(self._saves_written),
         }
+        return self._values | self._autosave.measurements() | own
 
     def events(self) -> Sequence[telemetry.Event]:
         """Every failure."""

@@ -337,6 +337,32 @@ def test_strays_of_killed_runs_are_swept_c10(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mine.tmp", "step=12.ckpt", "step=6.ckpt"]
 
 
+# -- how often -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*will be saved to the same directory")
+def test_it_saves_by_itself_and_keeps_the_newest_c11(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO(frequency="drive", dirpath=str(tmp_path / "ck"), keep=2)
+    _, module = train(tmp_path, io, max_steps=60)
+    saved = [name for name in names(tmp_path) if name != "last.ckpt"]
+    assert len(saved) == 2
+    newest = torch.load(tmp_path / "ck" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"step={newest}.ckpt" in saved
+    assert newest >= 15
+    assert "checkpoint/interval_batches" in io.measurements() or newest < 45
+    resumed_io = AsyncCheckpointIO(frequency="drive", dirpath=str(tmp_path / "ck"), keep=2)
+    _, resumed = train(tmp_path, resumed_io, max_steps=60, resume=tmp_path / "ck" / "last.ckpt")
+    assert_same_tree(dict(resumed.state_dict()), dict(module.state_dict()), "weights")
+    assert len([name for name in names(tmp_path) if name != "last.ckpt"]) == 2
+
+
+def test_it_advises_whoever_saves_c11(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO()
+    train(tmp_path, io, every(tmp_path, 8, save_top_k=1), max_steps=100)
+    assert io.measurements()["checkpoint/interval_batches"] >= 1
+    assert io.measurements()["checkpoint/overhead_percent"] >= 0
+
+
 # -- where it is put -------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +430,9 @@ def test_growth_in_the_same_run_c2(tmp_path: Path) -> None:
         ({"verify": True}, "verify=True is not allowed"),
         ({"resume": "always"}, "resume='always' is not allowed"),
         ({"on_error": "ignore"}, "on_error='ignore' is not allowed"),
+        ({"frequency": "often"}, "frequency='often' is not allowed"),
+        ({"keep": 0}, "keep=0 is no number of checkpoints. Use 1 or more"),
+        ({"max_overhead": 3.5}, "max_overhead=3.5 is no part of the run's time"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
