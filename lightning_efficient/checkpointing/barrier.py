@@ -24,9 +24,9 @@ __all__ = ["UpdateBarrier", "owned_tensors"]
 def owned_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """The tensors that only a step of ``optimizer`` changes: its parameters and its state."""
     for group in optimizer.param_groups:
-        yield from group["params"]
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
+        for parameter in group["params"]:
+            yield parameter
+            yield from (value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
 
 
 class UpdateBarrier:

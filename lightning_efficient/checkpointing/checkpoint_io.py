@@ -12,16 +12,23 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.checkpointing.durable_file import sweep
 from lightning_efficient.checkpointing.engine import CheckpointEngine, WhenBusy
 from lightning_efficient.checkpointing.random_state import random_state, restore_random_state
 from lightning_efficient.checkpointing.retention import newest_intact
-from lightning_efficient.checkpointing.trainer import Autosave, SavedByModelCheckpoint, refuse_combinations
+from lightning_efficient.checkpointing.trainer import (
+    Autosave,
+    SavedByModelCheckpoint,
+    refuse_combinations,
+    refuse_in_backward,
+)
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
 from lightning_efficient.checkpointing.writer import Written
 from lightning_efficient.coordination import ParameterChange
+from lightning_efficient.core.step_in_backward import StepInBackward
 from lightning_efficient.core.units import parse_bytes
 
 __all__ = ["AsyncCheckpointIO", "CheckpointSaveError"]
@@ -61,6 +68,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             (then put this object after callbacks that count batches: what comes later saves its state of before).
         dirpath: For ``"drive"``: where to; None: in ``checkpoints`` under the Trainer's ``default_root_dir``.
         keep: For ``"drive"``: how many of the newest files stay; ``last.ckpt`` links to the newest.
+        optimizer_in_backward: Update each parameter as soon as its gradient is there, while the backward of earlier
+            layers runs; an update then waits for the copy of its own layer only. Not with gradient clipping.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -80,6 +89,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         frequency: Literal["advise", "drive"] = "advise",
         dirpath: str | None = None,
         keep: int = 2,
+        optimizer_in_backward: bool = False,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -97,6 +107,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         if isinstance(max_overhead, bool) or not isinstance(max_overhead, int | float) or not 0 < max_overhead < 1:
             raise ValueError(f"max_overhead={max_overhead!r} is no part of the run's time. Use e.g. 0.035 for 3.5 %.")
         self.in_memory = in_memory
+        self.optimizer_in_backward = optimizer_in_backward
+        self._stepping: StepInBackward | None = None
         self.verify = verify
         self.resume = resume
         self.on_error = on_error
@@ -148,7 +160,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             )
         owners = list(trainer.optimizers) if trainer is not None and self._in_batch_end else []
         try:
-            saved = self.engine.save(checkpoint, file, step, owners=owners, place="on_train_batch_end")
+            first = self._in_order() if owners else ()
+            saved = self.engine.save(checkpoint, file, step, owners=owners, place="on_train_batch_end", first=first)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise CheckpointSaveError(
                 f"'{file}' cannot be saved, for something in the checkpoint cannot be pickled: {error}. Look at the "
@@ -202,6 +215,10 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.engine.forget_places()
         self.engine.barrier.attach()
+        if self.optimizer_in_backward:
+            refuse_in_backward(trainer, pl_module)
+            self._stepping = StepInBackward(trainer.optimizers, lambda: not compat.accumulating(trainer))
+            self._stepping.attach()
         self._autosave.begin()
         for directory in self._asked_by.directories() | {self._autosave.directory(trainer)}:
             for stray in sweep(directory) if trainer.is_global_zero else ():
@@ -241,6 +258,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         """The parameters are others now."""
         self.engine.settle()
         self.engine.forget_places()
+        if self._stepping is not None:
+            self._stepping.attach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._failing = True
@@ -271,6 +290,16 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._trainer.strategy.checkpoint_io = self._replaced
         self._replaced = self._trainer = None
         self._asked_by.detach()
+        if self._stepping is not None:
+            self._stepping.detach()
+            self._stepping = None
+
+    def _in_order(self) -> list[Tensor]:
+        """What the next updates change, first things first, as far as it is known."""
+        parameters = self._stepping.order if self._stepping is not None else []
+        optimizers = self._trainer.optimizers if self._trainer is not None else []
+        states = [optimizer.state.get(p, {}) for p in parameters for optimizer in optimizers]
+        return [*parameters, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
 
     # -- errors ------------------------------------------------------------------------------------------------------
 

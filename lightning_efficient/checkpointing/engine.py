@@ -84,13 +84,20 @@ class CheckpointEngine:
         self._verify = verify
         self._writer = BackgroundWriter(self._free, attempts=attempts, retry_seconds=retry_seconds)
         self._known_places: set[str] = set()
-        self._layout: tuple[tuple[int, ...], StorageLayout] | None = None
+        self._layout: tuple[tuple[tuple[int, int], ...], StorageLayout] | None = None
         self._recent: deque[Snapshot] = deque()
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def save(
-        self, checkpoint: Mapping[str, Any], path: Path, step: int, *, owners: Sequence[Optimizer] = (), place: str = ""
+        self,
+        checkpoint: Mapping[str, Any],
+        path: Path,
+        step: int,
+        *,
+        owners: Sequence[Optimizer] = (),
+        place: str = "",
+        first: Sequence[Tensor] = (),
     ) -> Saved:
         """Take a snapshot that will become ``path``.
 
@@ -101,6 +108,7 @@ class CheckpointEngine:
             step: Of the run.
             owners: Optimizers whose every update passes the barrier.
             place: Where in the program this is, if ``owners`` are given.
+            first: Tensors that are to be copied before the others, in this order: those that change first.
 
         Raises:
             pickle.PicklingError: As ``torch.save``.
@@ -108,7 +116,7 @@ class CheckpointEngine:
         begin = time.perf_counter()
         self.settle()
         skeleton = take_skeleton(checkpoint)
-        layout = self._lay_out(skeleton)
+        layout = self._lay_out(skeleton, first)
         needed = layout.end + len(skeleton.pickled) + layout.directory_nbytes + _SPARE_BYTES
         if not self.pool.fits(needed) and self._when_busy == "wait":
             self._writer.wait()
@@ -201,10 +209,15 @@ class CheckpointEngine:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _lay_out(self, skeleton: Skeleton) -> StorageLayout:
-        sizes = tuple(storage.nbytes() for storage in skeleton.storages)
-        if self._layout is None or self._layout[0] != sizes:
-            self._layout = sizes, StorageLayout(list(enumerate(sizes)))
+    def _lay_out(self, skeleton: Skeleton, first: Sequence[Tensor]) -> StorageLayout:
+        """In the order of the file, which is that of the copies."""
+        rank = {storage_key(tensor.untyped_storage()): place for place, tensor in enumerate(first)}
+        numbers = list(range(len(skeleton.storages)))
+        if rank:
+            numbers.sort(key=lambda n: rank.get(storage_key(skeleton.storages[n]), len(rank)))
+        places = tuple((number, skeleton.storages[number].nbytes()) for number in numbers)
+        if self._layout is None or self._layout[0] != places:
+            self._layout = places, StorageLayout(places)
         return self._layout[1]
 
     def _owned(self, skeleton: Skeleton, owners: Sequence[Optimizer]) -> dict[int, Tensor]:

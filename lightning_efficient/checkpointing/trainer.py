@@ -11,12 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_efficient import compat
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.frequency import FrequencyTuner
 
-__all__ = ["Autosave", "SavedByModelCheckpoint", "refuse_combinations"]
+__all__ = ["Autosave", "SavedByModelCheckpoint", "refuse_combinations", "refuse_in_backward"]
 
 FIRST_STEPS = 10  # between checkpoints while the interval is not known
 
@@ -44,6 +45,27 @@ def refuse_combinations(trainer: pl.Trainer, present: CheckpointIO, kind: type) 
             f"{type(strategy).__name__} writes checkpoints by itself, past any checkpoint IO, so that {kind.__name__} "
             f"would not see them. Use strategy='auto' or 'ddp', or leave {kind.__name__} out."
         )
+
+
+def refuse_in_backward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse ``optimizer_in_backward`` where an update needs more than its own gradient.
+
+    Raises:
+        MisconfigurationException: Naming what needs it, and what to do instead.
+    """
+    reasons = {
+        "gradient clipping (gradient_clip_val)": bool(trainer.gradient_clip_val),
+        "a configure_gradient_clipping of your module": is_overridden("configure_gradient_clipping", pl_module),
+        "manual optimization": not pl_module.automatic_optimization,
+        "several ranks": trainer.world_size > 1,
+        "a gradient scaler (precision='16-mixed')": getattr(trainer.precision_plugin, "scaler", None) is not None,
+    }
+    for what, present in reasons.items():
+        if present:
+            raise MisconfigurationException(
+                f"optimizer_in_backward=True updates each parameter as soon as its own gradient is there, and {what} "
+                "needs all of them, or looks at them, before any update. Leave one of the two out."
+            )
 
 
 class SavedByModelCheckpoint:
