@@ -1,4 +1,4 @@
-"""How the techniques hear of one another: the Trainer is the registry, and three small Protocols say what.
+"""How the techniques hear of one another: the Trainer is the registry, and small Protocols say what.
 
 Nobody holds a reference to another technique. One who changes something calls :func:`announce`; one who needs a role
 played calls :func:`find`. Both look at the Trainer as it is at that moment.
@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["Offloader", "ParameterChange", "ParameterListener", "announce", "find", "members"]
+__all__ = [
+    "KeptState",
+    "Offloader",
+    "ParameterChange",
+    "ParameterListener",
+    "SnapshotSource",
+    "announce",
+    "find",
+    "members",
+]
 
 T = TypeVar("T")
 
@@ -49,6 +58,28 @@ class Offloader(Protocol):
 
     def enable_offload(self, trainer: pl.Trainer) -> None:
         """Start to offload, from the next step on."""
+
+
+class KeptState(Protocol):
+    """A state of the run that is kept in memory."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps when it was taken."""
+
+    def load(self) -> Any:
+        """The checkpoint, as ``Trainer`` makes it, in new tensors."""
+
+
+@runtime_checkable
+class SnapshotSource(Protocol):
+    """Whoever keeps the last complete states of the run in memory, to be gone back to at once."""
+
+    def last_good(self) -> KeptState | None:
+        """The newest complete one, or None."""
+
+    def discard_after(self, step: int) -> None:
+        """Forget those of later steps: the run went back to ``step``."""
 
 
 def members(trainer: pl.Trainer) -> Iterator[object]:

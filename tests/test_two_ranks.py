@@ -295,3 +295,38 @@ def test_the_helper_shows_the_traceback_of_the_rank_that_failed(tmp_path: Path) 
 def test_the_helper_does_not_wait_for_ever(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match="did not end in time"):
         run_on_two_ranks(wait_for_ever, tmp_path, timeout=2)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def fail_on_rank_zero(rank: int, folder: Path) -> str:
+    """The disk of the rank that writes is full."""
+    if rank == 0:
+        import os
+
+        def full(*_: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        os.pwrite = full
+    try:
+        fit(
+            named("checkpoint"),
+            root=folder,
+            checkpoints={"every_n_train_steps": 2},
+            strategy="ddp",
+            max_steps=400,
+            **DDP,
+        )
+    except Exception as error:
+        return type(error).__name__
+    return "ended"
+
+
+def test_a_rank_that_cannot_write_ends_the_run_on_all_c10(tmp_path: Path) -> None:
+    began = time.monotonic()
+    one, other = run_on_two_ranks(fail_on_rank_zero, tmp_path, tmp_path, timeout=90)
+    assert one == "CheckpointSaveError"
+    assert other != "ended"
+    assert time.monotonic() - began < 80
+    assert not list(tmp_path.rglob("*.ckpt"))

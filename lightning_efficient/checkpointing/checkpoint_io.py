@@ -27,7 +27,7 @@ from lightning_efficient.checkpointing.trainer import (
 )
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
 from lightning_efficient.checkpointing.writer import Written
-from lightning_efficient.coordination import ParameterChange
+from lightning_efficient.coordination import KeptState, ParameterChange
 from lightning_efficient.core.step_in_backward import StepInBackward
 from lightning_efficient.core.units import parse_bytes
 
@@ -126,6 +126,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._autosave = Autosave(self.engine, max_overhead, drive=frequency == "drive", dirpath=dirpath, keep=keep)
         self._in_batch_end = False
         self._failing = False
+        self._unresolved = False  # whether a save was asked for of which not all ranks know how it ended
         self._warned_plain = False
         self._random: Mapping[str, Any] | None = None
         self._events: list[telemetry.Event] = []
@@ -145,7 +146,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         if storage_options is not None:
             raise TypeError("AsyncCheckpointIO writes local files and has no storage_options. Leave them out.")
         file = _local(path)
-        self._poll()
+        if self._trainer is None or self._trainer.world_size == 1:
+            self._poll()
         file.parent.mkdir(parents=True, exist_ok=True)
         step = int(checkpoint.get("global_step", 0))
         if file.name.startswith("hpc_ckpt"):  # asked for by a signal, just before the end
@@ -208,7 +210,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._replaced = present
             trainer.strategy.checkpoint_io = self
         self._trainer = trainer
-        self._failing = False
+        self._failing = self._unresolved = False
         if stage == "fit":
             self._asked_by.attach(trainer)
 
@@ -234,12 +236,11 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     ) -> None:
         self._in_batch_end = False
         self._autosave.batch_start()
-        self._poll()
+        self._poll_together(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._poll()
         telemetry.log(trainer, self.measurements())
         self._in_batch_end = True  # ModelCheckpoint comes last, and the next update passes the barrier
         if not compat.accumulating(trainer):
@@ -253,6 +254,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
+        self._poll_together(trainer)
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """The parameters are others now."""
@@ -301,6 +303,16 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         states = [optimizer.state.get(p, {}) for p in parameters for optimizer in optimizers]
         return [*parameters, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
 
+    # -- what is kept in memory ---------------------------------------------------------------------------------------
+
+    def last_good(self) -> KeptState | None:
+        """The newest checkpoint in memory, or None; there is none without ``in_memory``."""
+        return self.engine.last_good()
+
+    def discard_after(self, step: int) -> None:
+        """Forget those in memory of later steps."""
+        self.engine.discard_after(step)
+
     # -- errors ------------------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
@@ -309,19 +321,41 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         Raises:
             CheckpointSaveError: If one failed and errors shall end the run.
         """
+        if error := self._heard():
+            raise error
+
+    def _poll_together(self, trainer: pl.Trainer) -> None:
+        """The same on all ranks, of which only one writes: if it ended alone, the others would wait for it for ever.
+
+        Asked from a save on, which all ranks know of, until it is done.
+
+        Raises:
+            CheckpointSaveError: On all ranks alike.
+        """
+        if trainer.world_size == 1:
+            self._poll()
+        elif self._unresolved:
+            error = self._heard() if trainer.is_global_zero else None
+            text, self._unresolved = trainer.strategy.broadcast((str(error or ""), self.engine.pending()))
+            if text:
+                raise error or CheckpointSaveError(f"On rank zero: {text}")
+
+    def _heard(self) -> CheckpointSaveError | None:
         for written in self.engine.take_written():
             self._note_written(written)
         failures = self.engine.take_failures()
         if not failures:
-            return
+            return None
         text = "; ".join(str(failure) for failure in failures)
         self._note(text)
         if self.on_error == "warn" or self._failing:  # never in the way of the user's own exception
             rank_zero_warn(f"AsyncCheckpointIO: {text}. The checkpoints before it are intact.")
-            return
-        raise CheckpointSaveError(
+            return None
+        error = CheckpointSaveError(
             f"{text}. The checkpoints before it are intact. To go on training without it, use on_error='warn'."
-        ) from failures[0].cause
+        )
+        error.__cause__ = failures[0].cause
+        return error
 
     def _note(self, text: str) -> None:
         step = compat.log_step(self._trainer) if self._trainer is not None else 0
@@ -345,6 +379,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return "AsyncCheckpointIO"
 
     def state_dict(self) -> dict[str, Any]:
+        self._unresolved = True
         return {"format": FORMAT, "random": random_state(), "autosave": self._autosave.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback
 from lightning_efficient.checkpointing import CheckpointDamagedError, CheckpointSaveError, verify
+from lightning_efficient.coordination import SnapshotSource, find
 from lightning_efficient.demos import ByteLanguageModel
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.models import ManualModel
@@ -421,6 +422,26 @@ def test_growth_in_the_same_run_c2(tmp_path: Path) -> None:
             tmp_path, GrowAndUnshareCallback(**grow), AsyncCheckpointIO(), resume=tmp_path / "ck" / f"step={step}.ckpt"
         )
         assert_same_tree(dict(resumed.state_dict()), dict(whole.state_dict()), f"resumed at {step}")
+
+
+# -- what stays in memory ----------------------------------------------------------------------------------------------
+
+
+def test_others_find_the_last_good_state(tmp_path: Path) -> None:
+    class Asks(Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            source = find(trainer, SnapshotSource)
+            io.engine.drain()
+            self.state = source.last_good().load()
+            source.discard_after(9)
+            self.left = source.last_good()
+
+    io, asks = AsyncCheckpointIO(in_memory=1), Asks()
+    train(tmp_path, io, asks, every(tmp_path, 5))
+    assert asks.state["global_step"] == 10
+    saved = torch.load(tmp_path / "ck" / "step=10.ckpt", weights_only=True)
+    assert_same_tree(dict(asks.state["state_dict"]), dict(saved["state_dict"]), "weights")
+    assert asks.left is None
 
 
 # -- updates within backward -----------------------------------------------------------------------------------------
