@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -143,9 +142,9 @@ class Intention:
 
     def __init__(self, path: Path, successor: Path) -> None:
         self.path = path
-        self._note = path.parent / f"{PREFIX}{path.name[-100:]}{REMOVAL}"
+        self._note = path.parent / f"{PREFIX}{path.name}{REMOVAL}"
         with contextlib.suppress(OSError):
-            self._note.write_text(json.dumps({"path": path.name, "successor": str(successor)}), encoding="utf-8")
+            os.symlink(successor.absolute(), self._note)  # made and filled in one
 
     def fulfil(self) -> None:
         """Remove the file and the note.
@@ -170,10 +169,12 @@ def sweep(directory: Path) -> list[Path]:
     """
     removed = []
     for note in directory.glob(f"{PREFIX}*{REMOVAL}") if directory.is_dir() else ():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            intention = json.loads(note.read_text(encoding="utf-8"))
-            old = directory / intention["path"]
-            if old.exists() and Path(intention["successor"]).exists():
+        with contextlib.suppress(OSError):
+            old, successor = directory / note.name[len(PREFIX) : -len(REMOVAL)], Path(os.readlink(note))
+            if old.exists() and successor.exists():
+                for link in directory.iterdir():  # which the killed run had not come to
+                    if link.is_symlink() and link.suffix != REMOVAL and link.resolve() == old.resolve():
+                        durable_link(successor, link)
                 durable_remove(old)
                 removed.append(old)
             note.unlink()

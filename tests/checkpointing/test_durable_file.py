@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightning_efficient.checkpointing import durable_file
-from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove, sweep
+from lightning_efficient.checkpointing.durable_file import DurableFile, Intention, durable_link, durable_remove, sweep
 from lightning_efficient.core.buffers import PAGE, HostBuffer
 
 
@@ -152,3 +152,23 @@ def test_half_made_links_are_swept_when_they_are_old(tmp_path: Path, monkeypatch
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 3600)
     assert len(sweep(tmp_path)) == 1
+
+
+def test_an_intention_is_carried_out_by_the_next_run_c10(tmp_path: Path) -> None:
+    old, new = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
+    old.write_text("old")
+    (tmp_path / "last.ckpt").symlink_to("1.ckpt")
+    Intention(old, new)
+    assert sweep(tmp_path) == [], "its successor never came"
+    assert sorted(os.listdir(tmp_path)) == ["1.ckpt", "last.ckpt"]
+    Intention(old, new)
+    new.write_text("new")
+    assert sweep(tmp_path) == [old]
+    assert sorted(os.listdir(tmp_path)) == ["2.ckpt", "last.ckpt"]
+    assert (tmp_path / "last.ckpt").read_text() == "new"
+
+
+def test_an_intention_that_is_fulfilled_leaves_no_note_c10(tmp_path: Path) -> None:
+    (tmp_path / "1.ckpt").write_text("old")
+    Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt").fulfil()
+    assert not os.listdir(tmp_path)
