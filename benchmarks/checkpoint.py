@@ -293,7 +293,7 @@ def _torn(rounds: int, with_barrier: bool) -> int:
         snapshot = Snapshot(skeleton, layout, HostBuffer(layout.end + (1 << 16)), 0)
         owned = {tensor.untyped_storage().data_ptr() for tensor in owned_tensors(optimizer)}
         snapshot.copy([n for n, storage in enumerate(skeleton.storages) if storage.data_ptr() not in owned])
-        barrier.protect(snapshot, skeleton.storages)
+        barrier.protect(snapshot, skeleton.numbers)
         thread = threading.Thread(target=slowly, args=(snapshot,))
         thread.start()
         step()

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.storage import UntypedStorage
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.checkpointing.snapshot import Snapshot
@@ -69,14 +68,14 @@ class UpdateBarrier:
             self._handle.remove()
             self._handle = None
 
-    def protect(self, snapshot: Snapshot, storages: tuple[UntypedStorage, ...]) -> None:
+    def protect(self, snapshot: Snapshot, numbers: Mapping[tuple[int, int], int]) -> None:
         """Let updates wait for what ``snapshot`` has not copied yet.
 
         Args:
             snapshot: Just begun.
-            storages: Its storages, by number.
+            numbers: Of its storages, by :func:`storage_key`.
         """
-        self._snapshots.append((snapshot, {storage_key(storage): n for n, storage in enumerate(storages)}))
+        self._snapshots.append((snapshot, numbers))
 
     def wait(self) -> float:
         """Wait for all copies, where weights may change without an optimizer.

@@ -126,6 +126,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._autosave = Autosave(self.engine, max_overhead, drive=frequency == "drive", dirpath=dirpath, keep=keep)
         self._in_batch_end = False
         self._failing = False
+        self._prepared = False
         self._unresolved = False  # whether a save was asked for of which not all ranks know how it ended
         self._warned_plain = False
         self._random: Mapping[str, Any] | None = None
@@ -222,6 +223,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._stepping = StepInBackward(trainer.optimizers, lambda: not compat.accumulating(trainer))
             self._stepping.attach()
         self._autosave.begin()
+        self._prepared = not (trainer.checkpoint_callbacks or self._autosave.drives)
         for directory in self._asked_by.directories() | {self._autosave.directory(trainer)}:
             for stray in sweep(directory) if trainer.is_global_zero else ():
                 rank_zero_info(f"AsyncCheckpointIO removed '{stray}', which a killed run had not finished.")
@@ -243,6 +245,9 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     ) -> None:
         telemetry.log(trainer, self.measurements())
         self._in_batch_end = True  # ModelCheckpoint comes last, and the next update passes the barrier
+        if not self._prepared and trainer.global_step and trainer.is_global_zero:
+            self._prepared = True
+            self.engine.prepare(pl_module, trainer.optimizers)
         if not compat.accumulating(trainer):
             self._autosave.batch_end(trainer)
 

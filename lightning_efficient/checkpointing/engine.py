@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient.checkpointing.archive import StorageLayout
@@ -132,12 +132,26 @@ class CheckpointEngine:
         snapshot = Snapshot(skeleton, layout, buffer, step, watched=later, expected=expected)
         snapshot.copy([number for number in layout.records if number not in later])
         if later:
-            self.barrier.protect(snapshot, skeleton.storages)
+            self.barrier.protect(snapshot, skeleton.numbers)
         self._writer.save(snapshot, path)
         if self.pool.may_grow:
             self._writer.prepare(lambda: self.pool.prepare(needed))
         later_bytes = sum(layout.records[number].nbytes for number in later)
         return Saved(time.perf_counter() - begin, layout.end - later_bytes, later_bytes)
+
+    def prepare(self, module: nn.Module, owners: Sequence[Optimizer]) -> None:
+        """Have memory for a checkpoint of these ready before the first is asked for, in the background.
+
+        Args:
+            module: With its buffers.
+            owners: With their state, after the first step.
+        """
+        tensors = [*module.state_dict().values(), *(tensor for owner in owners for tensor in owned_tensors(owner))]
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        sizes = {storage_key(storage): storage.nbytes() for storage in storages}
+        nbytes = sum(sizes.values()) + 512 * len(sizes) + 2 * _SPARE_BYTES  # with headers and the pickle
+        if self.pool.fits(nbytes):
+            self._writer.prepare(lambda: self.pool.prepare(nbytes))
 
     def save_now(self, checkpoint: Mapping[str, Any], path: Path, step: int) -> None:
         """Write ``path`` before this returns, whatever else is going on; safe inside a signal handler.
@@ -224,12 +238,15 @@ class CheckpointEngine:
         """The tensors that can be copied later, by number of their storage."""
         if not owners:
             return {}
-        tensors = {storage_key(t.untyped_storage()): t for optimizer in owners for t in owned_tensors(optimizer)}
-        owned = {}
-        for number, storage in enumerate(skeleton.storages):
-            key = storage_key(storage)
-            if key in tensors and key not in self.volatile and storage.device.type == "cpu":
-                owned[number] = tensors[key]
+        owned: dict[int, Tensor] = {}
+        numbers, volatile = skeleton.numbers, self.volatile
+        for optimizer in owners:
+            for tensor in owned_tensors(optimizer):
+                if tensor.is_cpu:
+                    key = storage_key(tensor.untyped_storage())
+                    number = numbers.get(key)
+                    if number is not None and key not in volatile:
+                        owned[number] = tensor
         return owned
 
     def _calibrate(self, skeleton: Skeleton, owned: Mapping[int, Tensor], place: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,12 @@ class Skeleton:
     Attributes:
         pickled: The object, with references in place of storages.
         storages: By number, alive.
+        numbers: The number of each, by :func:`storage_key`.
     """
 
     pickled: bytes
     storages: tuple[UntypedStorage, ...]
+    numbers: Mapping[tuple[int, int], int]
 
 
 class _Reference:
@@ -71,7 +74,8 @@ class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=_PROTOCOL)
         self.storages: list[UntypedStorage] = []
-        self._numbers: dict[tuple[int, int], tuple[int, torch.dtype]] = {}
+        self.numbers: dict[tuple[int, int], int] = {}
+        self._types: list[torch.dtype] = []
         self._references: dict[tuple[tuple[int, int], torch.dtype], _Reference] = {}
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
@@ -116,13 +120,14 @@ class _Pickler(pickle.Pickler):
         return rebuild_tensor, arguments
 
     def _reference(self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
-        number, seen = self._numbers.setdefault(storage_key(storage), (len(self.storages), dtype))
+        number = self.numbers.setdefault(storage_key(storage), len(self.storages))
         if number == len(self.storages):
             self.storages.append(storage)
-        elif seen != dtype:
+            self._types.append(dtype)
+        elif self._types[number] != dtype:
             raise RuntimeError(
-                f"A checkpoint holds tensors that view the same memory as {seen} and as {dtype}, which torch.save "
-                "refuses too. Clone one of them."
+                f"A checkpoint holds tensors that view the same memory as {self._types[number]} and as {dtype}, which "
+                "torch.save refuses too. Clone one of them."
             )
         location = "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
         return "storage", kind, str(number), location, numel
@@ -141,4 +146,4 @@ def take_skeleton(checkpoint: Any) -> Skeleton:
     stream = io.BytesIO()
     pickler = _Pickler(stream)
     pickler.dump(checkpoint)
-    return Skeleton(stream.getvalue(), tuple(pickler.storages))
+    return Skeleton(stream.getvalue(), tuple(pickler.storages), pickler.numbers)

@@ -132,7 +132,7 @@ class Autosave:
         self.tuner = FrequencyTuner(max_overhead)
         self.saving = False
         self._engine = engine
-        self._drive = drive
+        self.drives = drive
         self._dirpath = dirpath
         self._keep = keep
         self._kept: list[str] = []
@@ -167,7 +167,7 @@ class Autosave:
 
     def batch_end(self, trainer: pl.Trainer) -> None:
         """After a batch that ended in an optimizer step: save, if it is time to; on all ranks alike."""
-        if not self._drive:
+        if not self.drives:
             return
         if self._next is None:
             self._next = trainer.global_step + self.tuner.skip_steps + self.tuner.profile_steps

@@ -164,7 +164,7 @@ class BufferPool:
             needed = round_up(max(nbytes, 1))
             while self._free and not self._may_add(needed):  # too small ones make room
                 self._held -= self._free.pop(0).nbytes
-            if not self._may_add(needed):
+            if self._coming or not self._may_add(needed):  # one that is being touched is soon quicker than a new one
                 return None
             buffer = HostBuffer(nbytes, pinned=self.pinned)
             self._held += buffer.nbytes

@@ -288,6 +288,17 @@ def test_memory_for_the_next_goes_before_what_is_kept(make: Any, tmp_path: Path)
     assert engine.pool.held_bytes <= 3 << 20
 
 
+def test_memory_is_there_before_the_first_save(make: Any, tmp_path: Path) -> None:
+    engine = make()
+    model, optimizer = trained(width=400)
+    engine.prepare(model, [optimizer])
+    while not engine.pool.held_bytes or not engine.pool._free:
+        time.sleep(0.001)
+    held = engine.pool.held_bytes
+    engine.save(checkpoint_of(model, optimizer), tmp_path / "a.ckpt", 1)
+    assert engine.pool.held_bytes in (held, 2 * held), "the first save takes the buffer that was prepared"
+
+
 def test_a_steady_state_takes_no_new_memory(make: Any, tmp_path: Path) -> None:
     engine = make(in_memory=1)
     for value in range(1, 4):

@@ -118,7 +118,7 @@ def many_snapshots(barrier: UpdateBarrier | None, rounds: int, how: dict[str, An
         owned = {t.untyped_storage().data_ptr() for t in owned_tensors(optimizer)}
         snapshot.copy([n for n, s in enumerate(skeleton.storages) if s.data_ptr() not in owned])
         if barrier is not None:
-            barrier.protect(snapshot, skeleton.storages)
+            barrier.protect(snapshot, skeleton.numbers)
         with copying(snapshot):
             step(model, optimizer)
         records = snapshot.archive.storages
@@ -155,7 +155,7 @@ def test_an_update_waits_for_its_own_tensors_only_c4(monkeypatch: pytest.MonkeyP
     snapshot = snapshot_of(state)
     barrier = UpdateBarrier()
     barrier.attach()
-    barrier.protect(snapshot, skeleton.storages)
+    barrier.protect(snapshot, skeleton.numbers)
     with copying(snapshot):
         optimizers[0].step()
         assert not snapshot.complete, "the small tensor's update did not wait for the large one"
@@ -173,7 +173,7 @@ def test_the_barrier_stands_behind_the_closure_c3() -> None:
     snapshot = snapshot_of(state)
     barrier = UpdateBarrier()
     barrier.attach()
-    barrier.protect(snapshot, take_skeleton(state).storages)
+    barrier.protect(snapshot, take_skeleton(state).numbers)
     seen: list[bool] = []
 
     def closure() -> torch.Tensor:
