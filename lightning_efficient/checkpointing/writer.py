@@ -184,7 +184,10 @@ class BackgroundWriter:
 
     def _copy_loop(self) -> None:
         while (work := self._copies.get()) is not None:
-            work()
+            with contextlib.suppress(
+                OSError, MemoryError, RuntimeError
+            ):  # who needs the memory will ask, and hear, again
+                work()
 
     def _job_loop(self) -> None:
         while True:

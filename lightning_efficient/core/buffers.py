@@ -134,12 +134,18 @@ class BufferPool:
                 return
             self._held += needed
             self._coming += 1
-        buffer = HostBuffer(nbytes, pinned=self.pinned)
-        buffer.touch()
-        with self._changed:
-            self._coming -= 1
-            self._free.append(buffer)
-            self._changed.notify_all()
+        buffer = None
+        try:
+            buffer = HostBuffer(nbytes, pinned=self.pinned)
+            buffer.touch()
+        finally:
+            with self._changed:
+                self._coming -= 1
+                if buffer is None:
+                    self._held -= needed
+                else:
+                    self._free.append(buffer)
+                self._changed.notify_all()
 
     def give_back(self, buffer: HostBuffer) -> None:
         """Return a buffer that was lent; one that is not of this pool is let go."""

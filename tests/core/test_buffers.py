@@ -105,3 +105,18 @@ def test_amounts_of_memory(text: int | str, nbytes: int) -> None:
 def test_what_is_no_amount_is_named(text: object) -> None:
     with pytest.raises(ValueError, match="memory_cap="):
         parse_bytes(text, "memory_cap")  # type: ignore[arg-type]
+
+
+def test_memory_that_cannot_be_had_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_efficient.core import buffers
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("Cannot allocate memory")
+
+    pool = BufferPool(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "HostBuffer", refuse)
+        with pytest.raises(OSError, match="Cannot allocate"):
+            pool.prepare(PAGE)
+    assert pool.held_bytes == 0
+    assert pool.take(PAGE, timeout=1).nbytes == PAGE
