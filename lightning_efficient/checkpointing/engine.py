@@ -134,8 +134,6 @@ class CheckpointEngine:
         if later:
             self.barrier.protect(snapshot, skeleton.numbers)
         self._writer.save(snapshot, path)
-        if self.pool.may_grow:
-            self._writer.prepare(lambda: self.pool.prepare(needed))
         later_bytes = sum(layout.records[number].nbytes for number in later)
         return Saved(time.perf_counter() - begin, layout.end - later_bytes, later_bytes)
 

@@ -34,7 +34,7 @@ class HostBuffer:
 
     def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
         self.nbytes = round_up(max(nbytes, 1))
-        self._map = mmap.mmap(-1, self.nbytes)
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer faults while it is touched
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
@@ -89,11 +89,6 @@ class BufferPool:
     def held_bytes(self) -> int:
         """Memory of all buffers, lent or not."""
         return self._held
-
-    @property
-    def may_grow(self) -> bool:
-        """Whether there are fewer buffers than there may be."""
-        return len(self._free) + len(self._lent) + self._coming < self.most
 
     def fits(self, nbytes: int) -> bool:
         """Whether one buffer of this size can ever be lent."""

@@ -303,11 +303,13 @@ def test_a_steady_state_takes_no_new_memory(make: Any, tmp_path: Path) -> None:
     engine = make(in_memory=1)
     for value in range(1, 4):
         engine.save(state(value), tmp_path / "a.ckpt", value)
-        engine.drain()
-    held = engine.pool.held_bytes
-    for value in range(4, 12):
-        engine.save(state(value), tmp_path / "a.ckpt", value)
     engine.drain()
+    engine.save(state(4), tmp_path / "a.ckpt", 4)
+    engine.drain()
+    held = engine.pool.held_bytes
+    for value in range(5, 12):
+        engine.save(state(value), tmp_path / "a.ckpt", value)
+        engine.drain()
     assert engine.pool.held_bytes == held
 
 
