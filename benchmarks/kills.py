@@ -105,7 +105,8 @@ def _one_run(directory: Path, megabytes: float, seconds: float) -> tuple[int, in
 def _train(directory: Path, megabytes: float, news: int) -> None:
     """Until it is killed: a step, a checkpoint, the one before removed, a link to the newest."""
     torch.set_num_threads(1)
-    weight = torch.nn.Parameter(torch.zeros(int(megabytes * 1e6 / 12)))  # with its two moments
+    numel = int(megabytes * 1e6 / 12) // 64 * 64  # with two moments; no odd elements, whose rounding may differ
+    weight = torch.nn.Parameter(torch.zeros(numel))
     optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
     engine = CheckpointEngine(memory_cap=None)
     engine.barrier.attach()

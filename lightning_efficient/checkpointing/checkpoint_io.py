@@ -147,13 +147,13 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         if storage_options is not None:
             raise TypeError("AsyncCheckpointIO writes local files and has no storage_options. Leave them out.")
         file = _local(path)
-        if self._trainer is None or self._trainer.world_size == 1:
-            self._poll()
         file.parent.mkdir(parents=True, exist_ok=True)
         step = int(checkpoint.get("global_step", 0))
         if file.name.startswith("hpc_ckpt"):  # asked for by a signal, just before the end
             self.engine.save_now(checkpoint, file, step)
             return
+        if self._trainer is None or self._trainer.world_size == 1:
+            self._poll()
         trainer = self._trainer
         if trainer is None and not self._warned_plain:
             self._warned_plain = True
@@ -229,9 +229,10 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 rank_zero_info(f"AsyncCheckpointIO removed '{stray}', which a killed run had not finished.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._random is not None:
+        # In the middle of an epoch once more: to make the epoch's iterator has drawn numbers that were drawn before.
+        if self._random is not None and self._random["mid_epoch"]:
             restore_random_state(self._random)
-            self._random = None
+        self._random = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -385,7 +386,13 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def state_dict(self) -> dict[str, Any]:
         self._unresolved = True
-        return {"format": FORMAT, "random": random_state(), "autosave": self._autosave.state_dict()}
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress if self._trainer is not None else None
+        mid_epoch = progress is not None and not progress.is_last_batch
+        return {
+            "format": FORMAT,
+            "random": random_state() | {"mid_epoch": mid_epoch},
+            "autosave": self._autosave.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["format"] > FORMAT:
@@ -394,6 +401,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 f"to {FORMAT}. Use the version of lightning_efficient that wrote it, or a newer one."
             )
         self._random = state_dict["random"]
+        restore_random_state(self._random)  # before the order of the next epoch is drawn
         self._autosave.load_state_dict(state_dict["autosave"])
 
     def measurements(self) -> Mapping[str, float]:

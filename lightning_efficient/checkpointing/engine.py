@@ -129,11 +129,15 @@ class CheckpointEngine:
         later = {} if calibrating else owned
         expected = {n: storage_checksum(skeleton.storages[n]) for n in owned} if self._verify else None
         buffer = self._take_buffer(needed)
-        snapshot = Snapshot(skeleton, layout, buffer, step, watched=later, expected=expected)
-        snapshot.copy([number for number in layout.records if number not in later])
-        if later:
-            self.barrier.protect(snapshot, skeleton.numbers)
-        self._writer.save(snapshot, path)
+        try:
+            snapshot = Snapshot(skeleton, layout, buffer, step, watched=later, expected=expected)
+            snapshot.copy([number for number in layout.records if number not in later])
+            if later:
+                self.barrier.protect(snapshot, skeleton.numbers)
+            self._writer.save(snapshot, path)
+        except BaseException:
+            self.pool.give_back(buffer)
+            raise
         later_bytes = sum(layout.records[number].nbytes for number in later)
         return Saved(time.perf_counter() - begin, layout.end - later_bytes, later_bytes)
 

@@ -100,6 +100,8 @@ class _Pickler(pickle.Pickler):
             or not obj.is_leaf
             or obj.dtype not in _LEGACY_STORAGES
             or obj._backward_hooks
+            or obj.is_neg()
+            or obj.is_conj()
         ):
             return NotImplemented
         storage = obj.untyped_storage()

@@ -102,13 +102,9 @@ class Snapshot:
         Args:
             numbers: Of these storages only, in this order; None: of all, in the order of the file.
         """
-        if numbers is None:
-            while (claimed := self._claim(None)) is not None:
+        for number in (None,) if numbers is None else numbers:
+            while (claimed := self._claim(number)) is not None:
                 self._copy_piece(*claimed)
-        else:
-            for number in numbers:
-                while (claimed := self._claim(number)) is not None:
-                    self._copy_piece(*claimed)
 
     def wait(self, numbers: Collection[int] | None = None) -> float:
         """Return once these storages (None: all) are copied, and help to copy them meanwhile.
@@ -160,6 +156,16 @@ class Snapshot:
         self.sealed = True
         yield archive.nbytes
 
+    def cancel(self) -> None:
+        """Copy nothing more; who waits, waits no longer."""
+        with self._changed:
+            for number, pieces in self._waiting.items():
+                self._left[number] -= pieces
+            self._waiting.clear()
+            self._changed.wait_for(lambda: not any(self._left.values()))  # what is being copied now
+            self._unfinished = 0
+            self._changed.notify_all()
+
     def load(self, map_location: Any = "cpu") -> Any:
         """The state, read from a sealed image as ``torch.load`` would read it from its file."""
         stream = io.BufferedReader(_MemoryStream(self.buffer.view[: self.archive.nbytes]))  # type: ignore[type-var]
@@ -189,8 +195,16 @@ class Snapshot:
         record = self.archive.storages[number]
         offset = piece * PIECE_BYTES
         nbytes = min(PIECE_BYTES, record.nbytes - offset)
-        source = self._storages[number].data_ptr() + offset
-        ctypes.memmove(self.buffer.address + record.start + offset, source, nbytes)
+        storage, target = self._storages[number], record.start + offset
+        try:
+            if storage.device.type == "cpu":
+                ctypes.memmove(self.buffer.address + target, storage.data_ptr() + offset, nbytes)
+            else:
+                self.buffer.tensor[target : target + nbytes].copy_(bytes_of(storage)[offset : offset + nbytes])
+        finally:  # an interrupt (Ctrl-C) comes after the copy; the piece must not stay claimed
+            self._note_copied(number)
+
+    def _note_copied(self, number: int) -> None:
         with self._changed:
             self._left[number] -= 1
             if self._left[number] == 0:
@@ -233,4 +247,4 @@ def note_of(step: int) -> bytes:
 
 def storage_checksum(storage: UntypedStorage) -> int:
     """CRC-32 of a storage as it is now."""
-    return crc32(bytes_of(storage).numpy())
+    return crc32(bytes_of(storage).cpu().numpy())

@@ -199,8 +199,8 @@ class Autosave:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.tuner.state_dict(), "kept": list(self._kept)}
+        return {**self.tuner.state_dict(), "kept": list(self._kept), "dirpath": self._dirpath}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.tuner.load_state_dict(state)
-        self._kept = list(state["kept"])
+        self._kept = list(state["kept"]) if state["dirpath"] == self._dirpath else []  # another run's are not ours

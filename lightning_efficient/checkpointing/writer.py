@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -78,8 +79,8 @@ class _Job:
 class BackgroundWriter:
     """Does saves, removals and links one after another, in the order in which they were asked for.
 
-    A removal is done only when the last save before it is durable; if that failed, it waits for the next save that is.
-    So there is never a moment without the newest file that was ever complete.
+    A removal is done only when the last save before it in the same directory is durable; if that failed, the file
+    stays. So there is never a moment without the newest file that was ever complete.
 
     Args:
         on_free: Called with a snapshot, in the writer's thread, when its buffer is not needed for writing any more.
@@ -96,8 +97,8 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closing = False
-        self._last_save_failed = False
-        self._deferred: list[_Job] = []
+        self._last_asked: dict[Path, Path] = {}  # by directory
+        self._failed_saves: set[Path] = set()
         self._written: list[Written] = []
         self._failures: list[Failure] = []
 
@@ -105,6 +106,7 @@ class BackgroundWriter:
 
     def save(self, snapshot: Snapshot, path: Path) -> None:
         """Copy what is left of ``snapshot``, then write it to ``path``."""
+        self._last_asked[path.parent] = path
         self._start()
         self._copies.put(snapshot.copy)
         self._add(_Job("save", path, snapshot, asked=time.perf_counter()))
@@ -116,10 +118,9 @@ class BackgroundWriter:
 
     def remove(self, path: Path) -> None:
         """Remove ``path`` after all that was asked for before, or let the next run do so if this one is killed."""
-        with self._changed:
-            successors = [job.path for job in self._jobs if job.action == "save" and job.path != path]
-        intention = Intention(path, successors[-1]) if successors else None
-        self._add(_Job("remove", path, intention=intention))
+        successor = self._last_asked.get(path.parent)
+        intention = Intention(path, successor) if successor and successor != path and self.pending(successor) else None
+        self._add(_Job("remove", path, target=successor, intention=intention))
 
     def link(self, target: Path, link: Path) -> None:
         """Let ``link`` name ``target`` after all that was asked for before."""
@@ -163,6 +164,7 @@ class BackgroundWriter:
         for thread in self._threads:
             thread.join()
         self._threads = []
+        atexit.unregister(self.close)
         self._closing = False
 
     # -- in the background -------------------------------------------------------------------------------------------
@@ -181,12 +183,11 @@ class BackgroundWriter:
             ]
             for thread in self._threads:
                 thread.start()
+            atexit.register(self.close)  # the threads would die with the process, and what they write with them
 
     def _copy_loop(self) -> None:
         while (work := self._copies.get()) is not None:
-            with contextlib.suppress(
-                OSError, MemoryError, RuntimeError
-            ):  # who needs the memory will ask, and hear, again
+            with contextlib.suppress(Exception):  # who needs what failed here will ask, and hear, again
                 work()
 
     def _job_loop(self) -> None:
@@ -210,27 +211,16 @@ class BackgroundWriter:
             try:
                 self._save(job, job.snapshot)
             finally:
+                job.snapshot.cancel()
                 self._on_free(job.snapshot)
-            self._last_save_failed = False
-            deferred, self._deferred = self._deferred, []
-            for removal in deferred:
-                if removal.path != job.path:
-                    self._attempt(removal)
-        elif self._last_save_failed:
-            if job.action == "remove":
-                if job.intention is not None:
-                    job.intention.withdraw()
-                self._deferred.append(job)
-        elif job.target is not None:
+            self._failed_saves.discard(job.path)
+        elif job.target in self._failed_saves:  # what it was to give way to is not there
+            if job.intention is not None:
+                job.intention.withdraw()
+        elif job.action == "link" and job.target is not None:
             durable_link(job.target, job.path)
         else:
             _remove(job)
-
-    def _attempt(self, job: _Job) -> None:
-        try:
-            _remove(job)
-        except OSError as error:
-            self._note_failure(job, error)
 
     def _save(self, job: _Job, snapshot: Snapshot) -> None:
         for attempt in range(1, self._attempts + 1):
@@ -251,7 +241,7 @@ class BackgroundWriter:
 
     def _note_failure(self, job: _Job, error: BaseException) -> None:
         if job.snapshot is not None:
-            self._last_save_failed = True
+            self._failed_saves.add(job.path)
         failure = Failure(job.action, job.path, job.snapshot.step if job.snapshot else None, error)
         with self._changed:
             self._failures.append(failure)

@@ -53,8 +53,7 @@ class StepInBackward:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.requires_grad:
-                        hook = self._updater(optimizer, group)
-                        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                        self._handles.append(parameter.register_post_accumulate_grad_hook(self._updater(optimizer)))
 
     def detach(self) -> None:
         """Leave the parameters as they were."""
@@ -62,12 +61,16 @@ class StepInBackward:
             self._handles.pop().remove()
         self.order.clear()
 
-    def _updater(self, optimizer: Optimizer, group: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    def _updater(self, optimizer: Optimizer) -> Callable[[nn.Parameter], None]:
+        seen: list[Any] = [None, {}]  # the list of groups that the second is of: loading a state makes a new one
+
         def update(parameter: nn.Parameter) -> None:
             if not self._ready():
                 return
             groups = optimizer.param_groups
-            optimizer.param_groups = [{**group, "params": [parameter]}]
+            if seen[0] is not groups:
+                seen[:] = groups, next(g for g in groups if any(p is parameter for p in g["params"]))
+            optimizer.param_groups = [{**seen[1], "params": [parameter]}]
             try:
                 optimizer.step()
             finally:

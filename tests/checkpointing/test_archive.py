@@ -35,6 +35,7 @@ PLAIN: dict[str, Any] = {
     "u16": torch.ones(3, dtype=torch.uint16),
     "complex": torch.ones(2, dtype=torch.complex64),
     "conjugate": torch.ones(2, dtype=torch.complex64).conj(),
+    "negated": torch.randn(4, dtype=torch.complex64).conj().imag,
     "set": {1, 2},
     "nested": [("a", {"b": None}), OrderedDict(x=1)],
     "large number": 2**70,

@@ -190,6 +190,49 @@ def test_dropout_draws_what_it_would_have_drawn_c6(tmp_path: Path) -> None:
         assert_same_tree(dict(resumed.state_dict()), dict(whole.state_dict()), f"resumed at {step}")
 
 
+class Order(pl.LightningModule):
+    """Notes the order of the batches of a plain, shuffled DataLoader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+        self.seen: list[list[float]] = []
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.arange(12.0).view(12, 1), batch_size=3, shuffle=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch.flatten().tolist())
+        return self.net(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_order_of_the_next_epoch_is_what_it_would_have_been_c6(tmp_path: Path) -> None:
+    def run(root: Path, resume: Any = None) -> list[list[float]]:
+        module = Order()
+        save = [] if resume else [ModelCheckpoint(root, "{step}", save_top_k=-1)]
+        trainer = pl.Trainer(
+            max_epochs=4,
+            default_root_dir=root,
+            callbacks=[AsyncCheckpointIO(), *save],
+            enable_checkpointing=not resume,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, ckpt_path=resume)
+        return module.seen
+
+    pl.seed_everything(1, verbose=False)
+    whole = run(tmp_path / "whole")
+    for epoch in (1, 2, 3):
+        pl.seed_everything(1, verbose=False)
+        assert run(tmp_path / f"{epoch}", tmp_path / "whole" / f"step={4 * epoch}.ckpt") == whole[4 * epoch :]
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,9 +114,9 @@ def test_a_failed_save_keeps_what_it_should_have_replaced(make: Any, disk: Disk,
     [failure] = engine.take_failures()
     assert (failure.action, failure.path.name, failure.step) == ("save", "2.ckpt", 2)
     assert os.strerror(code) in str(failure)
-    engine.save(state(3), tmp_path / "3.ckpt", 3)  # what was to go goes once there is a newer one
+    engine.save(state(3), tmp_path / "3.ckpt", 3)  # what was kept for want of another stays
     engine.drain()
-    assert sorted(p.name for p in tmp_path.glob("?.ckpt")) == ["3.ckpt"]
+    assert sorted(p.name for p in tmp_path.glob("?.ckpt")) == ["1.ckpt", "3.ckpt"]
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -327,3 +329,46 @@ def test_a_file_that_could_not_be_finished_is_not_good(make: Any, disk: Disk, tm
 def test_the_lock_of_a_file_goes_with_it(tmp_path: Path) -> None:
     DurableFile(tmp_path / "a").abandon()
     assert not list(tmp_path.iterdir())
+
+
+def test_another_directory_is_no_successor_c10(make: Any, disk: Disk, tmp_path: Path) -> None:
+    """Two that save: one's failure must not cost its old file because the other's save went well."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    engine = make()
+    engine.save(state(1), tmp_path / "a" / "1.ckpt", 1)
+    engine.drain()
+    disk.fails = [OSError(errno.EDQUOT, "quota")]
+    engine.save(state(2), tmp_path / "a" / "2.ckpt", 2)
+    engine.remove(tmp_path / "a" / "1.ckpt")
+    engine.save(state(2), tmp_path / "b" / "2.ckpt", 2)
+    engine.drain()
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.ckpt")) == ["a/1.ckpt", "b/2.ckpt"]
+
+
+def test_a_save_that_fails_at_once_holds_nobody_up_c10(make: Any, tmp_path: Path) -> None:
+    """While the copy is still going on, and an update waits for it."""
+    engine = make()
+    engine.barrier.attach()
+    model, optimizer = trained(width=700)
+    engine.save(checkpoint_of(model, optimizer), tmp_path / "1.ckpt", 1, owners=[optimizer], place="here")
+    step(model, optimizer)
+    engine.drain()
+    for number in range(2, 12):
+        where = tmp_path / "gone" / f"{number}.ckpt"
+        engine.save(checkpoint_of(model, optimizer), where, number, owners=[optimizer], place="here")
+        step(model, optimizer)
+    engine.drain()
+    assert len(engine.take_failures()) == 10
+
+
+def test_what_was_asked_for_is_written_when_the_program_ends_c10(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from pathlib import Path
+from lightning_efficient.checkpointing.engine import CheckpointEngine
+engine = CheckpointEngine(memory_cap=None)
+engine.save({{"w": torch.ones(3_000_000)}}, Path({str(tmp_path)!r}) / "a.ckpt", 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    verify(tmp_path / "a.ckpt")

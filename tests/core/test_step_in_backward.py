@@ -124,3 +124,16 @@ def test_frozen_parameters_have_no_hooks() -> None:
 def test_what_needs_all_gradients_is_refused_c8() -> None:
     with pytest.raises(ValueError, match="LBFGS needs the gradients of all parameters together"):
         StepInBackward([optim.LBFGS(model().parameters())], lambda: True)
+
+
+def test_rates_that_change_after_a_state_was_loaded_are_followed_c8() -> None:
+    network = model()
+    optimizer = optim.SGD(network.parameters(), lr=0.1)
+    stepping = StepInBackward([optimizer], lambda: True)
+    stepping.attach()
+    optimizer.load_state_dict(optimizer.state_dict())  # makes new groups
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = network[0].weight.detach().clone()
+    network(torch.randn(5, 6)).sum().backward()
+    stepping.detach()
+    assert torch.equal(network[0].weight, before)
