@@ -244,7 +244,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        telemetry.log(trainer, self.measurements())
+        if telemetry.due(trainer):
+            telemetry.log(trainer, self.measurements())
         self._in_batch_end = True  # ModelCheckpoint comes last, and the next update passes the barrier
         if not self._prepared and trainer.global_step and trainer.is_global_zero:
             self._prepared = True

@@ -132,12 +132,12 @@ class CheckpointEngine:
         try:
             snapshot = Snapshot(skeleton, layout, buffer, step, watched=later, expected=expected)
             snapshot.copy([number for number in layout.records if number not in later])
-            if later:
-                self.barrier.protect(snapshot, skeleton.numbers)
-            self._writer.save(snapshot, path)
         except BaseException:
             self.pool.give_back(buffer)
             raise
+        if later:
+            self.barrier.protect(snapshot, skeleton.numbers)
+        self._writer.save(snapshot, path)  # the buffer is the writer's from now on
         later_bytes = sum(layout.records[number].nbytes for number in later)
         return Saved(time.perf_counter() - begin, layout.end - later_bytes, later_bytes)
 

@@ -31,14 +31,14 @@ PIECE_BYTES = 16 << 20  # what a waiting update waits for at most once all is cl
 
 
 class TornSnapshotError(RuntimeError):
-    """Tensors changed while they were being copied, other than by an optimizer's step.
+    """Tensors changed while they were being copied, other than by an optimizer's step, or were not copied whole.
 
     Args:
         numbers: Of their storages.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
-        super().__init__(f"{len(numbers)} tensors of the snapshot changed while it was being copied")
+        super().__init__(f"{len(numbers)} tensors of the snapshot changed, or the copy was interrupted")
         self.numbers = tuple(numbers)
 
 
@@ -201,7 +201,10 @@ class Snapshot:
                 ctypes.memmove(self.buffer.address + target, storage.data_ptr() + offset, nbytes)
             else:
                 self.buffer.tensor[target : target + nbytes].copy_(bytes_of(storage)[offset : offset + nbytes])
-        finally:  # an interrupt (Ctrl-C) comes after the copy; the piece must not stay claimed
+        except BaseException:  # an interrupt, for one: what is there is not known, so it must not become a file
+            self.torn.append(number)
+            raise
+        finally:  # or who waits for the piece would wait for ever
             self._note_copied(number)
 
     def _note_copied(self, number: int) -> None:

@@ -130,7 +130,6 @@ class Autosave:
         self, engine: CheckpointEngine, max_overhead: float, *, drive: bool, dirpath: str | None, keep: int
     ) -> None:
         self.tuner = FrequencyTuner(max_overhead)
-        self.saving = False
         self._engine = engine
         self.drives = drive
         self._dirpath = dirpath
@@ -175,11 +174,7 @@ class Autosave:
             return
         directory = self.directory(trainer)
         path = directory / f"step={trainer.global_step}.ckpt"
-        self.saving = True
-        try:
-            trainer.save_checkpoint(path)
-        finally:
-            self.saving = False
+        trainer.save_checkpoint(path)
         steps = (self.tuner.interval or FIRST_STEPS) / trainer.accumulate_grad_batches
         self._next = trainer.global_step + max(1, trainer.strategy.broadcast(round(steps)))
         self._kept = [*(name for name in self._kept if name != str(path)), str(path)]

@@ -101,6 +101,22 @@ def test_a_change_that_torch_does_not_count_is_noticed_by_checksum_c4() -> None:
         finished(snapshot)
 
 
+def test_an_interrupted_copy_holds_nobody_up_and_becomes_no_file_c4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while an update helps to copy: before the bytes moved, as the case may be."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    snapshot = snapshot_of({"a": torch.randn(100), "b": torch.randn(5)})
+    with monkeypatch.context() as patch:
+        patch.setattr(module.ctypes, "memmove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            snapshot.wait([0])
+    snapshot.wait()
+    with pytest.raises(TornSnapshotError, match="or the copy was interrupted"):
+        finished(snapshot)
+
+
 # -- the barrier -----------------------------------------------------------------------------------------------------
 
 
