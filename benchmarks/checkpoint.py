@@ -280,7 +280,7 @@ def _torn(rounds: int, with_barrier: bool) -> int:
         optimizer.step()
 
     def slowly(snapshot: Snapshot) -> None:
-        for number in snapshot.archive.storages:
+        for number in snapshot.layout.records:
             snapshot.copy([number])
             time.sleep(0.001)
 
@@ -290,7 +290,8 @@ def _torn(rounds: int, with_barrier: bool) -> int:
         skeleton = take_skeleton({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         layout = StorageLayout([(n, storage.nbytes()) for n, storage in enumerate(skeleton.storages)])
         truth = [bytes(storage) for storage in skeleton.storages]
-        snapshot = Snapshot(skeleton, layout, HostBuffer(layout.end + (1 << 16)), 0)
+        snapshot = Snapshot(layout, HostBuffer(layout.end), 0)
+        snapshot.offer(dict(enumerate(skeleton.storages)))
         owned = {tensor.untyped_storage().data_ptr() for tensor in owned_tensors(optimizer)}
         snapshot.copy([n for n, storage in enumerate(skeleton.storages) if storage.data_ptr() not in owned])
         barrier.protect(snapshot, skeleton.numbers)
@@ -298,7 +299,7 @@ def _torn(rounds: int, with_barrier: bool) -> int:
         thread.start()
         step()
         thread.join()
-        view, records = snapshot.buffer.view, snapshot.archive.storages
+        view, records = snapshot.buffer.view, layout.records
         torn += any(bytes(view[records[n].start : records[n].end]) != content for n, content in enumerate(truth))
     barrier.detach()
     return torn

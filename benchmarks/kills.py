@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_efficient.checkpointing.durable_file import sweep
 from lightning_efficient.checkpointing.engine import CheckpointEngine
+from lightning_efficient.checkpointing.leftovers import sweep
 from lightning_efficient.checkpointing.retention import newest_intact, step_of
 from lightning_efficient.checkpointing.verification import verify
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
 
 from lightning_efficient import compat
 
@@ -105,3 +108,224 @@ def test_ddp_wraps_the_bare_module_anew() -> None:
     strategy.model = torch.nn.Identity()  # stands for the wrapper of before
     compat.rewrap_ddp(strategy)
     assert strategy.wrapped == [model]
+
+
+class Places(pl.Callback):
+    """Says where a checkpoint would be that were taken in each hook; ``compat`` changes no more than the copy."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[str, Any]] = []
+
+    def note(self, hook: str, trainer: pl.Trainer) -> None:
+        checkpoint = deepcopy(trainer._checkpoint_connector.dump_checkpoint())
+        point = compat.resume_point(checkpoint, trainer.accumulate_grad_batches)
+        self.places.append((hook, point and (point.place, point.last, point.batches)))
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("train start", trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("epoch start", trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("batch start", trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("batch end", trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("validation end", trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("epoch end", trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.note("train end", trainer)
+
+
+def test_where_a_checkpoint_was_taken(tmp_path) -> None:
+    places = Places()
+    arguments = {"max_epochs": -1, "max_steps": 3, "num_sanity_val_steps": 0}
+    trainer(tmp_path, places, **arguments).fit(ValidatedModel(), loader(8), loader(8))
+    assert places.places == [
+        ("train start", None),
+        ("epoch start", None),
+        ("batch start", None),
+        ("batch end", ("batch", False, 1)),
+        ("batch start", None),
+        ("batch end", ("batch", True, 2)),
+        ("validation end", ("validation", True, 2)),
+        ("epoch end", ("end", True, 2)),
+        ("epoch start", None),
+        ("batch start", None),
+        ("batch end", ("batch", False, 1)),
+        ("epoch end", ("validation", False, 1)),  # there is more to this epoch
+        ("train end", ("validation", False, 1)),
+    ]
+
+
+class Loaders(pl.Callback):
+    """Asks for the train loaders, and has the states kept that they had before the last fetch."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.kept: list[list[dict[str, Any]]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.found = compat.train_loaders(trainer)
+        self.cycles = compat.cycles_loaders(trainer)
+        self.states, self.end = compat.keep_loader_states(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+        states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        if self.states is not None:
+            compat.replace_loader_states(checkpoint, self.states)
+        self.kept.append([states, checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])])
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.end()
+        assert "_on_before_fetch" not in vars(trainer.fit_loop.epoch_loop)
+
+
+class Counting:
+    """Three batches; a state, and no length."""
+
+    given = 0
+
+    def __iter__(self) -> Any:
+        for batch in torch.ones(3, 1, 4, 8):
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.given = state_dict["given"]
+
+
+def test_states_of_loaders_count_what_was_trained_on(tmp_path) -> None:
+    """Lightning's count is one ahead, for it fetches ahead; once it does not any more, this is not needed."""
+    loaders = Loaders()
+    counting = Counting()
+    trainer(tmp_path, loaders).fit(TinyModel(), counting)
+    assert loaders.found == [counting]
+    assert [[state["given"] for state in states] for states, _ in loaders.kept] == [[2], [3], [3]]
+    assert [[state["given"] for state in kept] for _, kept in loaders.kept] == [[1], [2], [3]]
+
+
+def test_train_loaders_and_what_joins_them(tmp_path) -> None:
+    loaders = Loaders()
+    trainer(tmp_path, loaders).fit(PairModel(), {"one": loader(8), "two": loader(16)})
+    assert [len(one) for one in loaders.found] == [2, 4]
+    assert loaders.cycles
+    assert loaders.states is None  # nothing is fetched ahead
+    trainer(tmp_path, loaders).fit(PairModel(), CombinedLoader({"one": loader(8), "two": loader(16)}, "min_size"))
+    assert not loaders.cycles
+
+
+class PairModel(TinyModel):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch["one"], batch_idx) + super().training_step(batch["two"], batch_idx)
+
+
+class NamesEpochs(pl.Callback):
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        compat.name_epoch(trainer, compat.train_loaders(trainer)[0])
+
+
+class Sampler(torch.utils.data.SequentialSampler):
+    named: list[int]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.named.append(epoch)
+
+
+def test_epochs_are_named_to_samplers(tmp_path) -> None:
+    dataset = loader(8).dataset
+    sampler = Sampler(dataset)  # type: ignore[arg-type]
+    sampler.named = []
+    trainer(tmp_path, NamesEpochs(), max_epochs=2).fit(TinyModel(), DataLoader(dataset, 4, sampler=sampler))
+    assert sampler.named == [0, 1, 1, 2]  # by Lightning as it begins, and by us as it ends
+
+
+class Resumes(pl.Callback):
+    """What ``compat`` is asked to do in the hooks of a resumed fit, and what it finds there."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+        self.point: compat.ResumePoint | None = None
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.point = compat.resume_point(checkpoint, 1)
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        loop = trainer.fit_loop
+        if self.point is None:
+            return
+        self.waiting = list(loop._combined_loader_states_to_load)
+        assert loop.epoch_loop.restarting
+        if self.point.place == "batch":
+            compat.finish_batch(trainer)
+            assert loop.epoch_loop.val_loop._has_run
+            compat.load_waiting_loader_states(trainer)
+        if self.point.place == "end":
+            compat.begin_next_epoch(trainer)
+            compat.forget_loader_states(trainer)
+            flags = [loop.restarting, loop.epoch_loop.restarting, loop.epoch_loop.val_loop.restarting, loop.is_resuming]
+            assert not any(flags)
+        assert loop._combined_loader_states_to_load == []
+
+
+class Estimates(TinyModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen.append((batch_idx, float(batch[0].sum())))
+        return super().training_step(batch, batch_idx)
+
+
+class Resumable(DataLoader):
+    """The simplest loader with a state."""
+
+    given = 0
+
+    def __iter__(self) -> Any:
+        first, self.given = self.given % len(self), self.given // len(self) * len(self)
+        for i, batch in enumerate(super().__iter__()):
+            self.given += 1
+            if i >= first:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.given = state_dict["given"]
+
+
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 2}, {"save_on_train_epoch_end": True}], ids=["middle", "end"])
+def test_states_that_wait_and_epochs_that_begin(tmp_path, when: dict[str, Any]) -> None:
+    """If this fails where nothing waits any more, Lightning loads the states by itself, in time."""
+
+    def fit(steps: int, resume: Any = None) -> tuple[Estimates, Resumes, ModelCheckpoint]:
+        model, resumes = Estimates(), Resumes()
+        save = ModelCheckpoint(tmp_path / "ck", "{step}", save_top_k=-1, **when)
+        arguments = {"max_epochs": 3, "max_steps": steps, "enable_checkpointing": True}
+        data = Resumable(loader(12).dataset, 4)
+        trainer(tmp_path, resumes, save, **arguments).fit(model, data, ckpt_path=resume)
+        return model, resumes, save
+
+    whole, _, _ = fit(9)
+    step = 2 if "every_n_train_steps" in when else 3
+    resumed, resumes, _ = fit(9, tmp_path / "ck" / f"step={step}.ckpt")
+    assert resumes.point is not None
+    assert resumes.waiting == ([{"given": 2}] if step == 2 else [{"given": 3}])
+    assert resumed.seen == whole.seen[step:]

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.checkpointing.snapshot import Snapshot
+from lightning_efficient.core.before_update import right_before_update
 from lightning_efficient.core.torch_internals import storage_key
 
 __all__ = ["UpdateBarrier", "owned_tensors"]
@@ -31,8 +32,7 @@ def owned_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
 class UpdateBarrier:
     """Makes any optimizer's update wait for the copies of what it changes, and for no longer.
 
-    Lightning runs forward and backward within ``Optimizer.step``, as its closure, and torch's hooks come before it; the
-    barrier therefore stands behind the closure, after clipping.
+    It stands behind the closure, in which Lightning runs forward, backward and clipping.
 
     Args:
         on_stall: Called with the seconds that an update waited.
@@ -90,24 +90,13 @@ class UpdateBarrier:
     def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self._snapshots and self.before_next_update is None:
             return None
-        optimizer_itself, *given = args
-        closure = given[0] if given else kwargs.get("closure")
-        if closure is None:
-            self._wait_for(optimizer)
-            return None
-
-        def run() -> Any:
-            result = closure()
-            self._wait_for(optimizer)
-            return result
-
-        return (optimizer_itself, *given[1:]), {**kwargs, "closure": run}
+        return right_before_update(lambda: self._wait_for(optimizer), args, kwargs)
 
     def _wait_for(self, optimizer: Optimizer) -> None:
         if self.before_next_update is not None:
             inspect, self.before_next_update = self.before_next_update, None
             inspect()
-        self._snapshots = [(snapshot, numbers) for snapshot, numbers in self._snapshots if not snapshot.complete]
+        self._snapshots = [(snapshot, numbers) for snapshot, numbers in self._snapshots if not snapshot.safe]
         stalled = 0.0
         for snapshot, numbers in self._snapshots:
             keys = (storage_key(tensor.untyped_storage()) for tensor in owned_tensors(optimizer))

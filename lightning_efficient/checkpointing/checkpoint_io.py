@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,15 +11,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_efficient import compat, telemetry
-from lightning_efficient.checkpointing.durable_file import sweep
+from lightning_efficient.checkpointing.autosave import Autosave
 from lightning_efficient.checkpointing.engine import CheckpointEngine, WhenBusy
-from lightning_efficient.checkpointing.random_state import random_state, restore_random_state
-from lightning_efficient.checkpointing.retention import newest_intact
+from lightning_efficient.checkpointing.exact_resume import ExactResume
+from lightning_efficient.checkpointing.outcomes import CheckpointSaveError, OnError, Outcomes
+from lightning_efficient.checkpointing.places import Places
+from lightning_efficient.checkpointing.random_state import RandomStates
+from lightning_efficient.checkpointing.remote import Uploaded
+from lightning_efficient.checkpointing.staging import Staging
 from lightning_efficient.checkpointing.trainer import (
-    Autosave,
     SavedByModelCheckpoint,
     refuse_combinations,
     refuse_in_backward,
@@ -35,10 +37,6 @@ __all__ = ["AsyncCheckpointIO", "CheckpointSaveError"]
 
 FORMAT = 1
 RETRIES = 3
-
-
-class CheckpointSaveError(RuntimeError):
-    """A checkpoint that was asked for could not be written; the ones before it are intact."""
 
 
 class AsyncCheckpointIO(Callback, CheckpointIO):
@@ -56,18 +54,22 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         memory_cap: Memory for copies, in bytes or as ``"2GiB"``; None: no cap. A state that does not fit is written at
             once, through a small buffer.
         in_memory: How many of the last checkpoints stay in memory after they are written.
-        when_busy: What a save does while the ones before are still being written: ``"wait"`` for their memory, or take
-            more, past the cap (``"eager"``).
+        when_busy: What a save does while the ones before are still being written and hold all memory: ``"wait"``,
+            ``"skip"`` this one (after a batch only, not at the end), or take more, past the cap (``"eager"``).
+        staging: Where a GPU's tensors are copied first: to ``"host"`` memory, beside the training; within the
+            ``"device"``, which is quicker and takes as much of its memory for a moment; ``"auto"``: on the device if
+            there is room and updates would wait for the other.
         verify: ``"checksum"`` compares a checksum of every tensor before its copy with one of the copy.
         resume: ``"auto"``: where the checkpoint to load is damaged, take the newest intact one beside it.
         on_error: What follows when a file cannot be written: ``"raise"`` ends the run at the next batch, ``"warn"``
             goes on, ``"retry"`` tries three more times and then raises.
         max_overhead: Part of the run's time that checkpoints may take; the interval that keeps to it is measured,
             logged and adapted while training runs.
-        frequency: ``"advise"`` leaves saving to ``ModelCheckpoint`` and says the interval; ``"drive"`` saves at it
-            (then put this object after callbacks that count batches: what comes later saves its state of before).
+        frequency: ``"advise"`` leaves saving to ``ModelCheckpoint`` and says the interval; ``"drive"`` saves at it.
         dirpath: For ``"drive"``: where to; None: in ``checkpoints`` under the Trainer's ``default_root_dir``.
         keep: For ``"drive"``: how many of the newest files stay; ``last.ckpt`` links to the newest.
+        local_dir: Where copies are of what is saved to remote storage (``ModelCheckpoint(dirpath="s3://bucket/run")``):
+            a checkpoint is durable here first, and uploaded from here in the background.
         optimizer_in_backward: Update each parameter as soon as its gradient is there, while the backward of earlier
             layers runs; an update then waits for the copy of its own layer only. Not with gradient clipping.
 
@@ -82,18 +84,21 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         memory_cap: int | str | None = "2GiB",
         in_memory: int = 0,
         when_busy: WhenBusy = "wait",
+        staging: Staging = "auto",
         verify: Literal["none", "checksum"] = "none",
         resume: Literal["auto"] | None = None,
-        on_error: Literal["raise", "warn", "retry"] = "raise",
+        on_error: OnError = "raise",
         max_overhead: float = 0.035,
         frequency: Literal["advise", "drive"] = "advise",
         dirpath: str | None = None,
         keep: int = 2,
+        local_dir: str | None = None,
         optimizer_in_backward: bool = False,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
-            ("when_busy", when_busy, ("wait", "eager")),
+            ("when_busy", when_busy, ("wait", "skip", "eager")),
+            ("staging", staging, ("auto", "host", "device")),
             ("verify", verify, ("none", "checksum")),
             ("resume", resume, (None, "auto")),
             ("on_error", on_error, ("raise", "warn", "retry")),
@@ -106,34 +111,43 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 raise ValueError(f"{name}={count!r} is no number of checkpoints. Use {least} or more.")
         if isinstance(max_overhead, bool) or not isinstance(max_overhead, int | float) or not 0 < max_overhead < 1:
             raise ValueError(f"max_overhead={max_overhead!r} is no part of the run's time. Use e.g. 0.035 for 3.5 %.")
-        self.in_memory = in_memory
+        self._arguments = {
+            "memory_cap": memory_cap, "in_memory": in_memory, "when_busy": when_busy, "staging": staging,
+            "verify": verify, "resume": resume, "on_error": on_error, "max_overhead": max_overhead,
+            "frequency": frequency, "dirpath": dirpath, "keep": keep, "local_dir": local_dir,
+            "optimizer_in_backward": optimizer_in_backward,
+        }  # fmt: skip
         self.optimizer_in_backward = optimizer_in_backward
-        self._stepping: StepInBackward | None = None
-        self.verify = verify
         self.resume = resume
-        self.on_error = on_error
         self.engine = CheckpointEngine(
             memory_cap=None if memory_cap is None else parse_bytes(memory_cap, "memory_cap"),
             in_memory=in_memory,
             when_busy=when_busy,
+            staging=staging,
             verify=verify == "checksum",
             attempts=1 + RETRIES if on_error == "retry" else 1,
         )
         self._loader = TorchCheckpointIO()
         self._trainer: pl.Trainer | None = None
         self._replaced: CheckpointIO | None = None
-        self._asked_by = SavedByModelCheckpoint(self.engine)
-        self._autosave = Autosave(self.engine, max_overhead, drive=frequency == "drive", dirpath=dirpath, keep=keep)
+        self._stepping: StepInBackward | None = None
+        self._places = Places(self.engine, local_dir)
+        self._asked_by = SavedByModelCheckpoint(self.engine, self._places)
+        self._autosave = Autosave(
+            self.engine, self._places, max_overhead, drive=frequency == "drive", dirpath=dirpath, keep=keep
+        )
+        self._outcomes = Outcomes(self.engine, self._places, on_error, self._note_written)
+        self._random = RandomStates()
+        self._exact = ExactResume()
         self._in_batch_end = False
-        self._failing = False
         self._prepared = False
-        self._unresolved = False  # whether a save was asked for of which not all ranks know how it ended
         self._warned_plain = False
-        self._random: Mapping[str, Any] | None = None
-        self._events: list[telemetry.Event] = []
         self._values: dict[str, float] = {}
-        self._saves = 0
-        self._saves_written = 0
+        self._saves = self._skipped = self._written = 0
+
+    def __reduce__(self) -> Any:
+        """A copy, in another process for one, is a new object with the same arguments."""
+        return _rebuild, (type(self), self._arguments)
 
     # -- as a CheckpointIO -------------------------------------------------------------------------------------------
 
@@ -145,15 +159,19 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             CheckpointSaveError: If an earlier one could not be written.
         """
         if storage_options is not None:
-            raise TypeError("AsyncCheckpointIO writes local files and has no storage_options. Leave them out.")
-        file = _local(path)
+            raise TypeError(
+                "AsyncCheckpointIO has no storage_options. Leave them out: drivers of remote storage read theirs from "
+                "fsspec's configuration."
+            )
+        file = self._places.file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         step = int(checkpoint.get("global_step", 0))
         if file.name.startswith("hpc_ckpt"):  # asked for by a signal, just before the end
             self.engine.save_now(checkpoint, file, step)
+            self._places.wait(path)
             return
         if self._trainer is None or self._trainer.world_size == 1:
-            self._poll()
+            self._outcomes.poll(self._trainer)
         trainer = self._trainer
         if trainer is None and not self._warned_plain:
             self._warned_plain = True
@@ -163,18 +181,21 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             )
         owners = list(trainer.optimizers) if trainer is not None and self._in_batch_end else []
         try:
-            first = self._in_order() if owners else ()
-            saved = self.engine.save(checkpoint, file, step, owners=owners, place="on_train_batch_end", first=first)
+            saved = self.engine.save(
+                checkpoint, file, step, owners=owners, place="on_train_batch_end", first=self._in_order
+            )
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise CheckpointSaveError(
                 f"'{file}' cannot be saved, for something in the checkpoint cannot be pickled: {error}. Look at the "
                 "state_dict of your callbacks and at save_hyperparameters."
             ) from error
         self._saves += 1
+        self._skipped += saved.skipped
         self._autosave.note_save()
         self._values["checkpoint/blocked_ms"] = saved.seconds * 1e3
         self._values["checkpoint/copied_at_once_bytes"] = float(saved.copied_bytes)
         self._values["checkpoint/copied_later_bytes"] = float(saved.later_bytes)
+        self._values["checkpoint/copied_ahead_bytes"] = float(saved.ahead_bytes)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -185,22 +206,26 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             CheckpointDamagedError: Naming the damaged tensor, unless ``resume="auto"`` finds another file.
             FileNotFoundError: If there is no such file.
         """
-        file = _local(path)
-        self.engine.drain(file)
-        if file.exists():
-            try:
+        trainer = self._trainer
+        self.engine.drain(self._places.file(path))
+        if trainer is not None:
+            trainer.strategy.barrier()  # only one rank writes, and all read
+        try:
+            file = self._places.fetch(path)
+            if file.exists():
                 verify(file)
-            except CheckpointDamagedError as error:
-                other = newest_intact(file.parent, besides=file) if self.resume == "auto" else None
-                if other is None:
-                    raise
-                rank_zero_warn(f"{error} Loading '{other}' instead, the newest intact checkpoint beside it.")
-                file = other
+        except CheckpointDamagedError as error:
+            fitting = trainer is None or trainer.state.fn == "fit"
+            other = self._places.newest_intact_beside(path, complete=fitting) if self.resume == "auto" else None
+            if other is None:
+                raise
+            rank_zero_warn(f"{error} Loading '{other}' instead, the newest intact checkpoint beside it.")
+            file = other
         return self._loader.load_checkpoint(str(file), map_location, weights_only)  # type: ignore[arg-type]
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a file once everything that was saved before is durable."""
-        self.engine.remove(_local(path))
+        self.engine.remove(self._places.file(path))
 
     # -- the lifecycle -----------------------------------------------------------------------------------------------
 
@@ -211,47 +236,59 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._replaced = present
             trainer.strategy.checkpoint_io = self
         self._trainer = trainer
-        self._failing = self._unresolved = False
+        self._outcomes.begin()
         if stage == "fit":
+            self._exact = ExactResume()
             self._asked_by.attach(trainer)
+            self._autosave.join(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.engine.forget_places()
         self.engine.barrier.attach()
         if self.optimizer_in_backward:
             refuse_in_backward(trainer, pl_module)
-            self._stepping = StepInBackward(trainer.optimizers, lambda: not compat.accumulating(trainer))
+            self._stepping = StepInBackward(trainer.optimizers, lambda: not compat.accumulating(trainer), self._updated)
             self._stepping.attach()
         self._autosave.begin()
         self._prepared = not (trainer.checkpoint_callbacks or self._autosave.drives)
-        for directory in self._asked_by.directories() | {self._autosave.directory(trainer)}:
-            for stray in sweep(directory) if trainer.is_global_zero else ():
+        directories = self._asked_by.directories() | {self._autosave.directory(trainer)}
+        if trainer.ckpt_path is not None:
+            directories.add(str(trainer.ckpt_path).rpartition("/")[0] or ".")
+        for directory in directories if trainer.is_global_zero else ():
+            for stray in self._places.sweep(directory):
                 rank_zero_info(f"AsyncCheckpointIO removed '{stray}', which a killed run had not finished.")
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._exact.on_load_checkpoint(trainer, checkpoint)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # In the middle of an epoch once more: to make the epoch's iterator has drawn numbers that were drawn before.
-        if self._random is not None and self._random["mid_epoch"]:
-            restore_random_state(self._random)
-        self._random = None
+        self._exact.on_train_start(trainer)
+        self._random.restore_again()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._exact.on_train_epoch_start(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch_end = False
         self._autosave.batch_start()
-        self._poll_together(trainer)
+        self._outcomes.poll_together(trainer)
+        self._asked_by.tell_loggers()
+        if self._stepping is not None and self._save_follows(trainer) and not compat.accumulating(trainer):
+            self.engine.expect_save(trainer.global_step + 1)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if telemetry.due(trainer):
             telemetry.log(trainer, self.measurements())
-        self._in_batch_end = True  # ModelCheckpoint comes last, and the next update passes the barrier
+        self._in_batch_end = True  # who saves comes later, and the next update passes the barrier
         if not self._prepared and trainer.global_step and trainer.is_global_zero:
             self._prepared = True
             self.engine.prepare(pl_module, trainer.optimizers)
-        if not compat.accumulating(trainer):
-            self._autosave.batch_end(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
@@ -261,7 +298,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
-        self._poll_together(trainer)
+        self._outcomes.poll_together(trainer)
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """The parameters are others now."""
@@ -271,7 +308,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._stepping.attach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._failing = True
+        self._outcomes.failing = True
         self._finish()
         self._let_go()
 
@@ -288,22 +325,32 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def _finish(self) -> None:
         self._in_batch_end = False
-        self.engine.close()
+        self._places.close()
         try:
-            self._poll()
+            self._outcomes.poll(self._trainer)
         finally:
             self._asked_by.correct_paths()
+            self._asked_by.tell_loggers()
 
     def _let_go(self) -> None:
-        if self._trainer is not None and self._replaced is not None:
-            self._trainer.strategy.checkpoint_io = self._replaced
+        if self._trainer is not None:
+            self._autosave.leave(self._trainer)
+            if self._replaced is not None:
+                self._trainer.strategy.checkpoint_io = self._replaced
         self._replaced = self._trainer = None
         self._asked_by.detach()
         if self._stepping is not None:
             self._stepping.detach()
             self._stepping = None
 
-    def _in_order(self) -> list[Tensor]:
+    def _save_follows(self, trainer: pl.Trainer) -> bool:
+        return self._autosave.due_after_this_batch() or self._asked_by.save_after(trainer.global_step + 1)
+
+    def _updated(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+        """In backward, while others still wait for their update."""
+        self.engine.ahead.updated([parameter, *(value for value in state.values() if isinstance(value, Tensor))])
+
+    def _in_order(self) -> Iterable[Tensor]:
         """What the next updates change, first things first, as far as it is known."""
         parameters = self._stepping.order if self._stepping is not None else []
         optimizers = self._trainer.optimizers if self._trainer is not None else []
@@ -320,64 +367,6 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         """Forget those in memory of later steps."""
         self.engine.discard_after(step)
 
-    # -- errors ------------------------------------------------------------------------------------------------------
-
-    def _poll(self) -> None:
-        """Hear of what became of earlier saves; on the training thread.
-
-        Raises:
-            CheckpointSaveError: If one failed and errors shall end the run.
-        """
-        if error := self._heard():
-            raise error
-
-    def _poll_together(self, trainer: pl.Trainer) -> None:
-        """The same on all ranks, of which only one writes: if it ended alone, the others would wait for it for ever.
-
-        Asked from a save on, which all ranks know of, until it is done.
-
-        Raises:
-            CheckpointSaveError: On all ranks alike.
-        """
-        if trainer.world_size == 1:
-            self._poll()
-        elif self._unresolved:
-            error = self._heard() if trainer.is_global_zero else None
-            text, self._unresolved = trainer.strategy.broadcast((str(error or ""), self.engine.pending()))
-            if text:
-                raise error or CheckpointSaveError(f"On rank zero: {text}")
-
-    def _heard(self) -> CheckpointSaveError | None:
-        for written in self.engine.take_written():
-            self._note_written(written)
-        failures = self.engine.take_failures()
-        if not failures:
-            return None
-        text = "; ".join(str(failure) for failure in failures)
-        self._note(text)
-        if self.on_error == "warn" or self._failing:  # never in the way of the user's own exception
-            rank_zero_warn(f"AsyncCheckpointIO: {text}. The checkpoints before it are intact.")
-            return None
-        error = CheckpointSaveError(
-            f"{text}. The checkpoints before it are intact. To go on training without it, use on_error='warn'."
-        )
-        error.__cause__ = failures[0].cause
-        return error
-
-    def _note(self, text: str) -> None:
-        step = compat.log_step(self._trainer) if self._trainer is not None else 0
-        self._events.append(telemetry.Event(step, "checkpoint", text))
-
-    def _note_written(self, written: Written) -> None:
-        self._saves_written += 1
-        self._autosave.tuner.written(written.seconds)
-        self._values |= {
-            "checkpoint/copy_ms": written.copy_seconds * 1e3,
-            "checkpoint/persist_ms": written.persist_seconds * 1e3,
-            "checkpoint/file_bytes": float(written.nbytes),
-            "checkpoint/write_gigabytes_per_second": written.nbytes / max(written.persist_seconds, 1e-9) / 1e9,
-        }
-
     # -- state and telemetry -----------------------------------------------------------------------------------------
 
     @property
@@ -386,14 +375,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return "AsyncCheckpointIO"
 
     def state_dict(self) -> dict[str, Any]:
-        self._unresolved = True
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress if self._trainer is not None else None
-        mid_epoch = progress is not None and not progress.is_last_batch
-        return {
-            "format": FORMAT,
-            "random": random_state() | {"mid_epoch": mid_epoch},
-            "autosave": self._autosave.state_dict(),
-        }
+        self._outcomes.unresolved = True
+        return {"format": FORMAT, "random": self._random.gather(), "autosave": self._autosave.progress()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["format"] > FORMAT:
@@ -401,9 +384,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 f"The checkpoint's state of AsyncCheckpointIO has format {state_dict['format']}; this version reads up "
                 f"to {FORMAT}. Use the version of lightning_efficient that wrote it, or a newer one."
             )
-        self._random = state_dict["random"]
-        restore_random_state(self._random)  # before the order of the next epoch is drawn
-        self._autosave.load_state_dict(state_dict["autosave"])
+        self._random.restore(state_dict["random"])  # before the order of the next epoch is drawn
+        self._autosave.load_progress(state_dict["autosave"])
 
     def measurements(self) -> Mapping[str, float]:
         """What the last save cost, and what updates waited for it."""
@@ -414,20 +396,29 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             "checkpoint/stalled_total_ms": self.engine.stalled_seconds * 1e3,
             "checkpoint/buffer_bytes": float(self.engine.pool.held_bytes),
             "checkpoint/saves": float(self._saves),
-            "checkpoint/written": float(self._saves_written),
+            "checkpoint/skipped": float(self._skipped),
+            "checkpoint/written": float(self._written),
         }
-        return self._values | self._autosave.measurements() | own
+        return self._values | self._autosave.found() | own
 
     def events(self) -> Sequence[telemetry.Event]:
         """Every failure."""
-        return tuple(self._events)
+        return tuple(self._outcomes.events)
+
+    def _note_written(self, written: Written | Uploaded) -> None:
+        if isinstance(written, Uploaded):
+            self._values["checkpoint/upload_ms"] = written.upload_seconds * 1e3
+            return
+        self._written += 1
+        self._autosave.tuner.written(written.seconds)
+        self._asked_by.note_written(written.path)
+        self._values |= {
+            "checkpoint/copy_ms": written.copy_seconds * 1e3,
+            "checkpoint/persist_ms": written.persist_seconds * 1e3,
+            "checkpoint/file_bytes": float(written.nbytes),
+            "checkpoint/write_gigabytes_per_second": written.nbytes / max(written.persist_seconds, 1e-9) / 1e9,
+        }
 
 
-def _local(path: Any) -> Path:
-    text = str(path)
-    if "://" in text and not text.startswith("file://"):
-        raise MisconfigurationException(
-            f"AsyncCheckpointIO writes to local file systems, and '{text}' is a remote one. Save to a local directory, "
-            "or leave AsyncCheckpointIO out."
-        )
-    return Path(text.removeprefix("file://")).absolute()
+def _rebuild(kind: type[AsyncCheckpointIO], arguments: Mapping[str, Any]) -> AsyncCheckpointIO:
+    return kind(**arguments)

@@ -7,16 +7,18 @@ import errno
 import fcntl
 import itertools
 import os
-import time
-from collections.abc import Iterator
+import shutil
+import sys
 from pathlib import Path
 
 from lightning_efficient.core.buffers import PAGE
 
-__all__ = ["DurableFile", "Intention", "durable_link", "durable_remove", "sweep"]
+__all__ = ["DurableFile", "durable_link", "durable_remove"]
 
-PREFIX, SUFFIX, REMOVAL = ".lightning-efficient-", ".tmp", ".removal"
-_LINK_SECONDS = 60
+PREFIX, UNLOCKED, SUFFIX, REMOVAL = ".lightning-efficient-", "unlocked-", ".tmp", ".removal"
+_NAME_BYTES = 64  # of a temporary name, that say whose it is: with the rest far below the 255 of a file system
+NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
+_NO_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP))
 _numbers = itertools.count()
 
 
@@ -25,7 +27,7 @@ class DurableFile:
 
     They go to a temporary file in the same directory, past the page cache where the file system allows it
     (``O_DIRECT``), which takes the file's place by a rename. The temporary file is locked while its writer lives, so
-    that :func:`sweep` can tell what a killed one left behind.
+    that :func:`sweep` can tell what a killed one left behind; where the file system has no locks, its name says so.
 
     Args:
         path: Where the file shall be; its directory exists.
@@ -37,11 +39,15 @@ class DurableFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.written = 0
-        self._temporary = path.parent / f"{PREFIX}{os.getpid()}-{next(_numbers)}-{path.name[-100:]}{SUFFIX}"
+        self._temporary = _temporary_for(path)
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         self._descriptor = os.open(self._temporary, flags, 0o666)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        self._direct = self._set_direct(True)
+        try:
+            self._lock()
+            self._direct = self._set_direct(True)
+        except BaseException:
+            self.abandon()
+            raise
 
     def append(self, piece: memoryview) -> None:
         """Write ``piece`` after the others.
@@ -74,16 +80,29 @@ class DurableFile:
         os.ftruncate(self._descriptor, nbytes)
         os.fsync(self._descriptor)
         if not self._direct and hasattr(os, "posix_fadvise"):  # do not push what is useful out of the page cache
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(self._temporary, self.path)
         self._close()
         _sync_directory(self.path.parent)
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._close()
+        with contextlib.suppress(OSError):
+            self._close()
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            # Locks may come back before a sweep does (ENOLCK), which must not take this file for a dead one's then.
+            unlocked = _temporary_for(self.path, UNLOCKED)
+            os.rename(self._temporary, unlocked)
+            self._temporary = unlocked
 
     def _set_direct(self, on: bool) -> bool:
         """Whether writes go past the page cache now."""
@@ -97,116 +116,76 @@ class DurableFile:
         return on
 
     def _close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def durable_remove(path: Path) -> None:
-    """Remove a file or a link, if it is there.
+    """Remove a file, a link, or a directory (a checkpoint in another format), if it is there.
 
     Raises:
         OSError: As the system says.
     """
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+        _remove(path)
         _sync_directory(path.parent)
 
 
 def durable_link(target: Path, link: Path) -> None:
-    """Make ``link`` name ``target``, at once: there is no moment without it.
+    """Make ``link`` name ``target``, at once: there is no moment without it, unless it was a directory.
 
-    Where the file system has no symbolic links it becomes a second name of the same file.
+    Where the file system has no symbolic links it becomes a second name of the same file, or else a copy. A directory
+    in its place (a checkpoint in another format) is removed, as Lightning does.
 
     Raises:
         OSError: As the system says.
     """
-    temporary = link.parent / f"{PREFIX}{os.getpid()}-{next(_numbers)}-{link.name[-100:]}{SUFFIX}"
+    if target.absolute() == link.absolute():
+        return
+    temporary = _temporary_for(link, UNLOCKED)
     try:
-        os.symlink(os.path.relpath(target, link.parent), temporary)
-    except OSError:
-        os.link(target, temporary)
-    os.replace(temporary, link)
+        _name_again(target, temporary)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        os.replace(temporary, link)
+    finally:  # a replacement by another name of the same file does nothing, and leaves it too
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
     _sync_directory(link.parent)
 
 
-class Intention:
-    """A note in the directory that ``path`` is to be removed once ``successor`` is there, for who comes after a kill.
-
-    It must outlive the process, not a loss of power, and so costs no wait for the disk.
-
-    Args:
-        path: To be removed, later, by who calls :meth:`fulfil`.
-        successor: In the same directory or another.
-    """
-
-    def __init__(self, path: Path, successor: Path) -> None:
-        self.path = path
-        self._note = path.parent / f"{PREFIX}{path.name}{REMOVAL}"
-        with contextlib.suppress(OSError):
-            os.symlink(successor.absolute(), self._note)  # made and filled in one
-
-    def fulfil(self) -> None:
-        """Remove the file and the note.
-
-        Raises:
-            OSError: As the system says.
-        """
-        durable_remove(self.path)
-        self.withdraw()
-
-    def withdraw(self) -> None:
-        """Remove the note: the successor will not come."""
-        with contextlib.suppress(OSError):
-            self._note.unlink()
+def _temporary_for(path: Path, mark: str = "") -> Path:
+    """A name that nobody has, beside ``path``, with the end of its name."""
+    end = os.fsencode(path.name)[-_NAME_BYTES:]  # may begin within a character
+    name = end.decode(sys.getfilesystemencoding(), "ignore")
+    return path.parent / f"{PREFIX}{mark}{os.getpid()}-{next(_numbers)}-{name}{SUFFIX}"
 
 
-def sweep(directory: Path) -> list[Path]:
-    """Remove what killed runs left: unfinished files, and old ones whose successors have become durable.
-
-    Returns:
-        What was removed.
-    """
-    removed = []
-    for note in directory.glob(f"{PREFIX}*{REMOVAL}") if directory.is_dir() else ():
-        with contextlib.suppress(OSError):
-            old, successor = directory / note.name[len(PREFIX) : -len(REMOVAL)], Path(os.readlink(note))
-            if old.exists() and successor.exists():
-                for link in directory.iterdir():  # which the killed run had not come to
-                    if link.is_symlink() and link.suffix != REMOVAL and link.resolve() == old.resolve():
-                        durable_link(successor, link)
-                durable_remove(old)
-                removed.append(old)
-            note.unlink()
-    for path in _temporaries(directory):
-        with contextlib.suppress(OSError):
-            if _abandoned(path):
-                path.unlink()
-                removed.append(path)
-    return removed
+def _name_again(target: Path, name: Path) -> None:
+    with contextlib.suppress(OSError):
+        return os.symlink(os.path.relpath(target, name.parent), name)
+    with contextlib.suppress(OSError):
+        return os.link(target, name)
+    with target.open("rb") as source, name.open("xb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
-def _abandoned(path: Path) -> bool:
-    if path.is_symlink():  # it lives for a moment only, and has no lock
-        return time.time() - path.lstat().st_mtime > _LINK_SECONDS
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _temporaries(directory: Path) -> Iterator[Path]:
-    if directory.is_dir():
-        yield from directory.glob(f"{PREFIX}*{SUFFIX}")
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:  # some mounts have no such thing as a directory's fsync
+            raise
     finally:
         os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_efficient.checkpointing.archive import StorageLayout
 from lightning_efficient.checkpointing.barrier import UpdateBarrier, owned_tensors
+from lightning_efficient.checkpointing.copies_ahead import CopiesAhead
+from lightning_efficient.checkpointing.copy_plan import CopyPlan, Planner, storage_checksum
+from lightning_efficient.checkpointing.device_copies import DeviceCopies
 from lightning_efficient.checkpointing.skeleton import Skeleton, take_skeleton
-from lightning_efficient.checkpointing.snapshot import Snapshot, note_of, storage_checksum
+from lightning_efficient.checkpointing.snapshot import Snapshot, note_of
+from lightning_efficient.checkpointing.staging import DeviceStaging, Staging
 from lightning_efficient.checkpointing.streaming import write_streaming
 from lightning_efficient.checkpointing.writer import BackgroundWriter, Failure, Written
 from lightning_efficient.core.buffers import BufferPool, HostBuffer
@@ -24,7 +28,7 @@ from lightning_efficient.core.torch_internals import storage_key
 
 __all__ = ["CheckpointEngine", "WhenBusy"]
 
-WhenBusy = Literal["wait", "eager"]
+WhenBusy = Literal["wait", "skip", "eager"]
 
 _SPARE_BYTES = 1 << 20  # what a state may grow by, outside its tensors, without a new buffer
 
@@ -37,31 +41,34 @@ class Saved:
         seconds: In all.
         copied_bytes: Copied at once.
         later_bytes: Left to be copied while training goes on.
+        ahead_bytes: Copied, or begun to be, before the step was over.
+        skipped: Whether nothing will be written, for all memory is in use.
     """
 
     seconds: float
-    copied_bytes: int
-    later_bytes: int
+    copied_bytes: int = 0
+    later_bytes: int = 0
+    ahead_bytes: int = 0
+    skipped: bool = False
 
 
 class CheckpointEngine:
     """Takes snapshots and has them written, within a cap of memory.
 
-    The first snapshot from a place in the program is copied at once, and looked at again before the next update: a
-    tensor that changed without an optimizer (weights that user code clamps, for one) is copied at once from then on.
-
     Args:
         memory_cap: Bytes of all buffers; None: no cap.
         in_memory: How many snapshots stay in memory after they are written.
-        when_busy: What a save does while all buffers are in use: ``"wait"`` for one, or copy at once into memory past
-            the cap (``"eager"``).
+        when_busy: What a save does while all buffers are in use: ``"wait"`` for one, ``"skip"`` this save, or copy at
+            once into memory past the cap (``"eager"``).
         verify: Whether to compare the checksum of each tensor before its copy with that of the copy.
+        staging: See :class:`DeviceStaging`.
         attempts: How often a file is tried.
         retry_seconds: Between two tries.
 
     Attributes:
         barrier: To be attached while training.
-        volatile: Tensors that changed without an optimizer, by :func:`storage_key`.
+        planner: Knows which tensors are copied at once.
+        ahead: Copies that begin before the save.
     """
 
     def __init__(
@@ -71,20 +78,24 @@ class CheckpointEngine:
         in_memory: int = 0,
         when_busy: WhenBusy = "wait",
         verify: bool = False,
+        staging: Staging = "auto",
         attempts: int = 1,
         retry_seconds: float = 1.0,
     ) -> None:
         self.pool = BufferPool(memory_cap, most=2 + in_memory)
         self.barrier = UpdateBarrier(self._note_stall)
-        self.volatile: set[tuple[int, int]] = set()
-        self.stalled_seconds = 0.0
+        self.planner = Planner()
+        self.staging = DeviceStaging(staging)
         self.last_stall = 0.0
+        self._stalled_seconds = 0.0
+        self._stalled_since_save = 0.0
+        self._copies = DeviceCopies()
         self._in_memory = in_memory
         self._when_busy = when_busy
         self._verify = verify
         self._writer = BackgroundWriter(self._free, attempts=attempts, retry_seconds=retry_seconds)
-        self._known_places: set[str] = set()
-        self._layout: tuple[tuple[tuple[int, int], ...], StorageLayout] | None = None
+        self.ahead = CopiesAhead(self.planner, self._writer.prepare, self._discard)
+        self._rest_nbytes: int | None = None  # of the last file, beside its storages
         self._recent: deque[Snapshot] = deque()
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -97,7 +108,7 @@ class CheckpointEngine:
         *,
         owners: Sequence[Optimizer] = (),
         place: str = "",
-        first: Sequence[Tensor] = (),
+        first: Callable[[], Iterable[Tensor]] = tuple,
     ) -> Saved:
         """Take a snapshot that will become ``path``.
 
@@ -108,38 +119,75 @@ class CheckpointEngine:
             step: Of the run.
             owners: Optimizers whose every update passes the barrier.
             place: Where in the program this is, if ``owners`` are given.
-            first: Tensors that are to be copied before the others, in this order: those that change first.
+            first: Returns tensors that are to be copied before the others, in this order: those that change first.
 
         Raises:
             pickle.PicklingError: As ``torch.save``.
         """
         begin = time.perf_counter()
-        self.settle()
+        self.barrier.wait()
+        self._note_stall_of_last_save()
         skeleton = take_skeleton(checkpoint)
-        layout = self._lay_out(skeleton, first)
-        needed = layout.end + len(skeleton.pickled) + layout.directory_nbytes + _SPARE_BYTES
-        if not self.pool.fits(needed) and self._when_busy == "wait":
-            self._writer.wait()
-            write_streaming(skeleton, layout, path, note_of(step))
-            return Saved(time.perf_counter() - begin, layout.end, 0)
-        owned = self._owned(skeleton, owners)
-        calibrating = bool(owned) and place not in self._known_places
-        if calibrating:
-            self._calibrate(skeleton, owned, place)
-        later = {} if calibrating else owned
-        expected = {n: storage_checksum(skeleton.storages[n]) for n in owned} if self._verify else None
-        buffer = self._take_buffer(needed)
+        known = self.planner.last
+        plan = self.planner.plan(skeleton, owners, first)
+        if self._rest_nbytes is None or plan is not known:
+            self._rest_nbytes = len(skeleton.pickled)
+        snapshot = self.ahead.take(skeleton, plan, step)
+        if snapshot is None:
+            self.pool.pinned |= any(storage.is_cuda for storage in skeleton.storages)
+            needed = self._needed(plan)
+            if not self.pool.fits(needed) and self._when_busy != "eager":
+                self._save_streaming(skeleton, plan, path, step)
+                return Saved(time.perf_counter() - begin, plan.layout.end)
+            buffer = self._take_buffer(needed, may_skip=bool(owners) and self._writer.pending())
+            if buffer is None:
+                self._writer.skip(path)
+                return Saved(time.perf_counter() - begin, skipped=True)
+            snapshot = Snapshot(plan.layout, buffer, step, self._copies)
         try:
-            snapshot = Snapshot(skeleton, layout, buffer, step, watched=later, expected=expected)
-            snapshot.copy([number for number in layout.records if number not in later])
+            later = self._begin(snapshot, skeleton, plan, place)
         except BaseException:
-            self.pool.give_back(buffer)
+            self._discard(snapshot)
             raise
-        if later:
-            self.barrier.protect(snapshot, skeleton.numbers)
         self._writer.save(snapshot, path)  # the buffer is the writer's from now on
-        later_bytes = sum(layout.records[number].nbytes for number in later)
-        return Saved(time.perf_counter() - begin, layout.end - later_bytes, later_bytes)
+        later_bytes = sum(plan.layout.records[number].nbytes for number in later)
+        copied_bytes = plan.layout.end - later_bytes - self.ahead.taken_bytes
+        return Saved(time.perf_counter() - begin, copied_bytes, later_bytes, self.ahead.taken_bytes)
+
+    def _begin(self, snapshot: Snapshot, skeleton: Skeleton, plan: CopyPlan, place: str) -> set[int]:
+        """Copy what must be copied at once, and protect the rest; returns the rest."""
+        ahead, records = snapshot.offered, plan.layout.records
+        snapshot.describe = lambda: skeleton.pickled
+        if self._verify:
+            snapshot.expected = {number: storage_checksum(skeleton.storages[number]) for number in plan.owned}
+        later = {number for number in self.planner.later(plan, place) if number not in ahead}
+        inspected = {plan.keys[number]: skeleton.storages[number] for number in self.planner.to_calibrate(plan, place)}
+        if inspected:
+            self.barrier.before_next_update = self.planner.calibrate(inspected, place)
+        at_once = {number: skeleton.storages[number] for number in records if number not in later | ahead}
+        staged = self.staging.stage({number: skeleton.storages[number] for number in (*at_once, *later)})
+        snapshot.offer({number: source for number, source in at_once.items() if number not in staged})
+        snapshot.wait([number for number in at_once if number not in staged])
+        tensors = {number: skeleton.tensors[number] for number in later if number not in staged}
+        snapshot.offer(
+            {n: staged[n] if n in staged else skeleton.storages[n] for n in records if n in later or n in staged},
+            {number: tensor for number, tensor in tensors.items() if tensor is not None},
+        )
+        self.barrier.protect(snapshot, {plan.keys[n]: n for n in (later | ahead) - staged.keys()})
+        return later
+
+    def expect_save(self, step: int) -> None:
+        """A save will be asked for after ``step``, the one in progress: what it finishes first may be copied first.
+
+        Followed by :meth:`CopiesAhead.updated`.
+        """
+        self.ahead.drop()
+        plan = self.planner.last
+        if plan is None or not plan.owned or self._verify:
+            return
+        buffer = self.pool.try_take(self._needed(plan))
+        if buffer is not None:
+            self.ahead.begin(Snapshot(plan.layout, buffer, step, self._copies), plan)
 
     def prepare(self, module: nn.Module, owners: Sequence[Optimizer]) -> None:
         """Have memory for a checkpoint of these ready before the first is asked for, in the background.
@@ -152,6 +200,7 @@ class CheckpointEngine:
         storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
         sizes = {storage_key(storage): storage.nbytes() for storage in storages}
         nbytes = sum(sizes.values()) + 512 * len(sizes) + 2 * _SPARE_BYTES  # with headers and the pickle
+        self.pool.pinned |= any(storage.is_cuda for storage in storages)
         if self.pool.fits(nbytes):
             self._writer.prepare(lambda: self.pool.prepare(nbytes))
 
@@ -164,6 +213,7 @@ class CheckpointEngine:
         skeleton = take_skeleton(checkpoint)
         layout = StorageLayout([(n, storage.nbytes()) for n, storage in enumerate(skeleton.storages)])
         write_streaming(skeleton, layout, path, note_of(step))
+        self._writer.on_saved(path, step)
 
     def remove(self, path: Path) -> None:
         """See :meth:`BackgroundWriter.remove`."""
@@ -179,6 +229,7 @@ class CheckpointEngine:
         Returns:
             Seconds that it took.
         """
+        self.ahead.drop()
         return self.barrier.wait()
 
     def drain(self, path: Path | None = None) -> None:
@@ -201,8 +252,7 @@ class CheckpointEngine:
 
     def forget_places(self) -> None:
         """The tensors are others now: find out anew which of them change without an optimizer."""
-        self._known_places.clear()
-        self.volatile.clear()
+        self.planner.forget()
 
     def close(self) -> None:
         """Finish everything, end the threads, and let go of what is not kept in memory on purpose."""
@@ -225,46 +275,20 @@ class CheckpointEngine:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _lay_out(self, skeleton: Skeleton, first: Sequence[Tensor]) -> StorageLayout:
-        """In the order of the file, which is that of the copies."""
-        rank = {storage_key(tensor.untyped_storage()): place for place, tensor in enumerate(first)}
-        numbers = list(range(len(skeleton.storages)))
-        if rank:
-            numbers.sort(key=lambda n: rank.get(storage_key(skeleton.storages[n]), len(rank)))
-        places = tuple((number, skeleton.storages[number].nbytes()) for number in numbers)
-        if self._layout is None or self._layout[0] != places:
-            self._layout = places, StorageLayout(places)
-        return self._layout[1]
+    def _needed(self, plan: CopyPlan) -> int:
+        return plan.layout.end + plan.layout.directory_nbytes + (self._rest_nbytes or 0) + _SPARE_BYTES
 
-    def _owned(self, skeleton: Skeleton, owners: Sequence[Optimizer]) -> dict[int, Tensor]:
-        """The tensors that can be copied later, by number of their storage."""
-        if not owners:
-            return {}
-        owned: dict[int, Tensor] = {}
-        numbers, volatile = skeleton.numbers, self.volatile
-        for optimizer in owners:
-            for tensor in owned_tensors(optimizer):
-                if tensor.is_cpu:
-                    key = storage_key(tensor.untyped_storage())
-                    number = numbers.get(key)
-                    if number is not None and key not in volatile:
-                        owned[number] = tensor
-        return owned
+    def _save_streaming(self, skeleton: Skeleton, plan: CopyPlan, path: Path, step: int) -> None:
+        """Of a state that is larger than all memory for copies; the writer hears how it went."""
+        self._writer.wait()
+        self._writer.save_at_once(lambda: write_streaming(skeleton, plan.layout, path, note_of(step)), path, step)
 
-    def _calibrate(self, skeleton: Skeleton, owned: Mapping[int, Tensor], place: str) -> None:
-        storages = {storage_key(skeleton.storages[number]): skeleton.storages[number] for number in owned}
-        before = {key: storage_checksum(storage) for key, storage in storages.items()}
-
-        def compare() -> None:
-            self.volatile |= {key for key, storage in storages.items() if storage_checksum(storage) != before[key]}
-            self._known_places.add(place)
-
-        self.barrier.before_next_update = compare
-
-    def _take_buffer(self, nbytes: int) -> HostBuffer:
+    def _take_buffer(self, nbytes: int, may_skip: bool) -> HostBuffer | None:
         buffer = self.pool.try_take(nbytes)
+        if buffer is None and may_skip and self._when_busy == "skip":
+            return None
         if buffer is None and self._when_busy == "eager":
-            buffer = HostBuffer(nbytes)
+            return HostBuffer(nbytes)
         if buffer is None:
             self._writer.wait()
             buffer = self.pool.try_take(nbytes)
@@ -273,8 +297,15 @@ class CheckpointEngine:
             buffer = self.pool.try_take(nbytes)
         return buffer or self.pool.take(nbytes)
 
+    def _discard(self, snapshot: Snapshot) -> None:
+        snapshot.cancel()
+        self.pool.give_back(snapshot.buffer)
+
     def _free(self, snapshot: Snapshot) -> None:
         """In the writer's thread, when ``snapshot`` needs not be written any more."""
+        plan = self.planner.last
+        if snapshot.torn and plan is not None and plan.layout is snapshot.layout:  # not again
+            self.planner.volatile.update(plan.keys[number] for number in snapshot.torn)
         snapshot.release_sources()
         if snapshot.sealed and self._in_memory:
             self._recent.append(snapshot)
@@ -287,6 +318,23 @@ class CheckpointEngine:
         with contextlib.suppress(IndexError):  # another thread was faster
             self.pool.give_back(self._recent.popleft().buffer)
 
+    def follow(self, on_saved: Callable[[Path, int], None], on_removed: Callable[[Path], None]) -> None:
+        """Tell of each file that has become durable, and of each that has been removed, in the writer's thread."""
+        self._writer.on_saved, self._writer.on_removed = on_saved, on_removed
+
+    @property
+    def stalled_seconds(self) -> float:
+        """That updates have waited for copies, on the host and, up to the last save, on the device."""
+        return self._stalled_seconds
+
     def _note_stall(self, seconds: float) -> None:
         self.last_stall = seconds
-        self.stalled_seconds += seconds
+        self._stalled_seconds += seconds
+        self._stalled_since_save += seconds
+
+    def _note_stall_of_last_save(self) -> None:
+        on_device = self._copies.take_stalled_seconds()
+        self._stalled_seconds += on_device
+        if self.staging.chosen == "host":
+            self.staging.note_stall(self._stalled_since_save + on_device)
+        self._stalled_since_save = 0.0

@@ -69,6 +69,11 @@ class FrequencyTuner:
         return statistics.median(self._quiet) if len(self._quiet) >= self.profile_steps else None
 
     @property
+    def ready(self) -> bool:
+        """Whether the cost of one more checkpoint could be told: steps without one are known, and the last is over."""
+        return self.step_seconds is not None and self._open_cost is None
+
+    @property
     def interval(self) -> int | None:
         """Steps from one checkpoint to the next; None before it is known."""
         return self._interval

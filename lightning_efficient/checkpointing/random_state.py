@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["random_state", "restore_random_state"]
+__all__ = ["RandomStates", "random_state", "restore_random_state"]
 
 
 def random_state() -> dict[str, Any]:
@@ -40,3 +40,39 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
         name, keys, position, has_gauss, cached = state["numpy"]
         numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+
+
+class RandomStates:
+    """Those of all ranks, in a checkpoint that one of them writes."""
+
+    def __init__(self) -> None:
+        self._restored: Mapping[str, Any] | None = None
+
+    def gather(self) -> dict[str, Any]:
+        """The states by rank; to be called on all ranks."""
+        states = [random_state()]
+        world_size, _ = _world()
+        if world_size > 1:
+            states *= world_size
+            torch.distributed.all_gather_object(states, states[0])
+        return {"ranks": states}
+
+    def restore(self, gathered: Mapping[str, Any]) -> None:
+        """Go back to this rank's state; with another number of ranks, only rank zero can."""
+        world_size, rank = _world()
+        states = gathered["ranks"]
+        if rank == 0 or len(states) == world_size:
+            self._restored = states[rank]
+            restore_random_state(states[rank])
+
+    def restore_again(self) -> None:
+        """Once more, as training goes on: what was drawn since then the run had drawn before, or draws later."""
+        if self._restored is not None:
+            restore_random_state(self._restored)
+        self._restored = None
+
+
+def _world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

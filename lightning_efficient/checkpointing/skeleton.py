@@ -1,18 +1,23 @@
-"""A checkpoint in two parts: what ``pickle`` makes of it at once, and the storages whose bytes can follow later.
+"""A checkpoint in two parts: all but the bytes of its tensors, fixed at once, and the storages whose bytes can follow.
 
 ``torch.save`` writes an object as a pickle in which each tensor's storage is a numbered reference, and the storages
-beside it. The pickle is small and takes milliseconds, and all that is not a tensor (numbers, NumPy arrays, the state of
-callbacks) is in it by value. Taken alone it is therefore an exact snapshot of everything but the tensors' bytes, with
-tied tensors, views and ``state_dict._metadata`` as ``torch.save`` keeps them.
+beside it. All that is not a tensor (numbers, NumPy arrays, the state of callbacks) is in the pickle by value. Taken
+alone it is therefore an exact snapshot of everything but the tensors' bytes, with tied tensors, views and
+``state_dict._metadata`` as ``torch.save`` keeps them.
+
+To pickle takes milliseconds. A checkpoint of plain containers and tensors, as most are, is therefore copied as far as
+it could change (its containers, where its tensors lie), and pickled later; one with other objects is pickled at once.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import PosixPath, PurePosixPath
 from typing import Any
 
 import torch
@@ -43,22 +48,33 @@ _LEGACY_STORAGES = {
 """The class by which a file names the type of a storage; other types take the long way through torch."""
 
 
-_NO_STORAGES = frozenset((str, int, float, bool, tuple, list, dict, OrderedDict, type(None), Tensor, bytes))
+_ATOMS = frozenset(
+    (str, int, float, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, PosixPath, PurePosixPath)
+)
+"""Types whose objects never change, and which ``pickle`` writes by value."""
+
+_NO_STORAGES = _ATOMS | {tuple, list, dict, OrderedDict, Tensor}
 
 
-@dataclass(frozen=True)
 class Skeleton:
     """What :func:`take_skeleton` found.
 
     Attributes:
-        pickled: The object, with references in place of storages.
         storages: By number, alive.
-        numbers: The number of each, by :func:`storage_key`.
+        tensors: The first one met in each storage.
+        numbers: The number of each storage, by :func:`storage_key`.
     """
 
-    pickled: bytes
-    storages: tuple[UntypedStorage, ...]
-    numbers: Mapping[tuple[int, int], int]
+    def __init__(self, collected: _Storages, pickled: Callable[[], bytes]) -> None:
+        self.storages: Sequence[UntypedStorage] = collected.storages
+        self.tensors: Sequence[Tensor | None] = collected.tensors
+        self.numbers: Mapping[tuple[int, int], int] = collected.numbers
+        self._pickle = pickled
+
+    @cached_property
+    def pickled(self) -> bytes:
+        """The object, with references in place of storages; made when it is first asked for."""
+        return self._pickle()
 
 
 class _Reference:
@@ -70,13 +86,79 @@ class _Reference:
         self.persistent_id = persistent_id
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, protocol=_PROTOCOL)
+class _TensorParts:
+    """A plain tensor without its bytes: what its ``__reduce_ex__`` returns."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def reduced(self) -> tuple[Any, ...]:
+        reference, offset, shape, stride, requires_grad = self.parts
+        return rebuild_tensor, (reference, offset, tuple(shape), stride, requires_grad, OrderedDict())
+
+
+class _Storages:
+    """Numbers storages in the order in which they are met."""
+
+    def __init__(self) -> None:
         self.storages: list[UntypedStorage] = []
+        self.tensors: list[Tensor | None] = []
         self.numbers: dict[tuple[int, int], int] = {}
         self._types: list[torch.dtype] = []
-        self._references: dict[tuple[tuple[int, int], torch.dtype], _Reference] = {}
+        self._references: dict[int, _Reference] = {}
+
+    def parts(self, tensor: Tensor) -> _TensorParts | None:
+        """Of a plain tensor; None for one that must be asked for its own reduction."""
+        kind = _LEGACY_STORAGES.get(tensor.dtype)
+        requires_grad = tensor.requires_grad
+        if (
+            kind is None
+            or tensor.layout is not torch.strided
+            or not (tensor.is_cpu or tensor.is_cuda)
+            or tensor.__dict__
+            or tensor.is_neg()
+            or (requires_grad and (not tensor.is_leaf or tensor._backward_hooks))
+        ):
+            return None
+        storage = tensor.untyped_storage()
+        number = self._number(storage, tensor.dtype, tensor)
+        reference = self._references.get(number)
+        if reference is None:
+            size = storage.nbytes() // tensor.element_size()
+            reference = self._references[number] = _Reference(self._persistent_id(number, kind, size))
+        return _TensorParts(reference, tensor.storage_offset(), tensor.shape, tensor.stride(), requires_grad)
+
+    def reference(self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
+        """The persistent id of a storage."""
+        return self._persistent_id(self._number(storage, dtype, None), kind, numel)
+
+    def _number(self, storage: UntypedStorage, dtype: torch.dtype, tensor: Tensor | None) -> int:
+        number = self.numbers.setdefault(storage_key(storage), len(self.storages))
+        if number == len(self.storages):
+            self.storages.append(storage)
+            self.tensors.append(tensor)
+            self._types.append(dtype)
+        elif self._types[number] != dtype:
+            raise RuntimeError(
+                f"A checkpoint holds tensors that view the same memory as {self._types[number]} and as {dtype}, which "
+                "torch.save refuses too. Clone one of them."
+            )
+        return number
+
+    def _persistent_id(self, number: int, kind: Any, numel: int) -> tuple[Any, ...]:
+        storage = self.storages[number]
+        location = "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
+        return "storage", kind, str(number), location, numel
+
+
+class _Pickler(pickle.Pickler):
+    """Writes what ``torch.save`` writes as ``data.pkl``."""
+
+    def __init__(self, stream: io.BytesIO, storages: _Storages) -> None:
+        super().__init__(stream, protocol=_PROTOCOL)
+        self._storages = storages
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         kind = type(obj)  # asked of every object, so it must be quick
@@ -85,58 +167,72 @@ class _Pickler(pickle.Pickler):
         if kind is _Reference:
             return obj.persistent_id
         if isinstance(obj, TypedStorage):
-            return self._reference(*typed_storage_parts(obj))
+            return self._storages.reference(*typed_storage_parts(obj))
         if isinstance(obj, UntypedStorage):
-            return self._reference(obj, torch.uint8, torch.UntypedStorage, obj.nbytes())
+            return self._storages.reference(obj, torch.uint8, torch.UntypedStorage, obj.nbytes())
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        """For a plain tensor, what its ``__reduce_ex__`` returns, at a third of the time."""
-        if (
-            type(obj) is not Tensor
-            or obj.layout is not torch.strided
-            or not (obj.is_cpu or obj.is_cuda)
-            or obj.__dict__
-            or not obj.is_leaf
-            or obj.dtype not in _LEGACY_STORAGES
-            or obj._backward_hooks
-            or obj.is_neg()
-            or obj.is_conj()
-        ):
-            return NotImplemented
-        storage = obj.untyped_storage()
-        key = (storage_key(storage), obj.dtype)
-        reference = self._references.get(key)
-        if reference is None:
-            kind = _LEGACY_STORAGES[obj.dtype]
-            reference = _Reference(self._reference(storage, obj.dtype, kind, storage.nbytes() // obj.element_size()))
-            self._references[key] = reference
-        arguments: tuple[Any, ...] = (
-            reference,
-            obj.storage_offset(),
-            tuple(obj.shape),
-            obj.stride(),
-            obj.requires_grad,
-            OrderedDict(),
-        )
-        return rebuild_tensor, arguments
+        if type(obj) is _TensorParts:
+            return obj.reduced()
+        if type(obj) is Tensor and (parts := self._storages.parts(obj)) is not None:
+            return parts.reduced()  # what torch returns, at a third of the time
+        return NotImplemented
 
-    def _reference(self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
-        number = self.numbers.setdefault(storage_key(storage), len(self.storages))
-        if number == len(self.storages):
-            self.storages.append(storage)
-            self._types.append(dtype)
-        elif self._types[number] != dtype:
-            raise RuntimeError(
-                f"A checkpoint holds tensors that view the same memory as {self._types[number]} and as {dtype}, which "
-                "torch.save refuses too. Clone one of them."
-            )
-        location = "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
-        return "storage", kind, str(number), location, numel
+
+class _OtherObjectError(Exception):
+    """Something that is not known to be copied by copying its containers."""
+
+
+class _Structure:
+    """Copies containers; tensors by their parts; what cannot change by reference."""
+
+    def __init__(self) -> None:
+        self.storages = _Storages()
+        self._copies: dict[int, Any] = {}  # by identity: what is one object stays one
+
+    def copy(self, node: Any) -> Any:
+        kind = type(node)
+        if kind in _ATOMS:
+            return node
+        found = self._copies.get(id(node))
+        if found is not None:
+            return found
+        copy = self.copy
+        new: Any
+        if kind is Tensor:
+            new = self.storages.parts(node)
+            if new is None:
+                raise _OtherObjectError
+        elif kind is dict:
+            new = self._copies[id(node)] = {}
+            for key, value in node.items():
+                new[copy(key)] = copy(value)
+        elif kind is list:
+            new = self._copies[id(node)] = []
+            new.extend([copy(value) for value in node])
+        elif kind is OrderedDict:
+            new = self._copies[id(node)] = OrderedDict()
+            for key, value in node.items():
+                new[copy(key)] = copy(value)
+            new.__dict__.update({name: copy(value) for name, value in node.__dict__.items()})  # _metadata
+        elif kind is tuple:
+            new = tuple([copy(value) for value in node])
+        elif kind is _ndarray() and not node.dtype.hasobject:
+            new = node.copy(order="K")
+        else:
+            raise _OtherObjectError
+        self._copies[id(node)] = new
+        return new
+
+
+def _ndarray() -> Any:
+    numpy = sys.modules.get("numpy")
+    return numpy.ndarray if numpy else None
 
 
 def take_skeleton(checkpoint: Any) -> Skeleton:
-    """Pickle ``checkpoint`` as ``torch.save`` would, but for the bytes of its tensors.
+    """Fix all of ``checkpoint`` but the bytes of its tensors.
 
     Args:
         checkpoint: Anything that ``torch.save`` can write.
@@ -145,7 +241,17 @@ def take_skeleton(checkpoint: Any) -> Skeleton:
         RuntimeError: As ``torch.save``, for tensors that view the same memory as different types.
         pickle.PicklingError: As ``torch.save``, for what cannot be pickled.
     """
+    structure = _Structure()
+    try:
+        copied = structure.copy(checkpoint)
+    except _OtherObjectError:
+        storages = _Storages()
+        pickled = _pickled(checkpoint, storages)
+        return Skeleton(storages, lambda: pickled)
+    return Skeleton(structure.storages, lambda: _pickled(copied, structure.storages))
+
+
+def _pickled(checkpoint: Any, storages: _Storages) -> bytes:
     stream = io.BytesIO()
-    pickler = _Pickler(stream)
-    pickler.dump(checkpoint)
-    return Skeleton(stream.getvalue(), tuple(pickler.storages), pickler.numbers)
+    _Pickler(stream, storages).dump(checkpoint)
+    return stream.getvalue()

@@ -11,7 +11,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.storage import UntypedStorage
 
 from lightning_efficient.checkpointing.archive import Archive, Record, StorageLayout
-from lightning_efficient.checkpointing.skeleton import Skeleton
+from lightning_efficient.checkpointing.device_copies import DeviceCopies
 from lightning_efficient.core.buffers import HostBuffer
 from lightning_efficient.core.checksum import crc32
 from lightning_efficient.core.torch_internals import bytes_of
 
-__all__ = ["Snapshot", "TornSnapshotError", "note_of", "storage_checksum"]
+__all__ = ["Snapshot", "TornSnapshotError", "note_of"]
 
 FORMAT = 1
 PIECE_BYTES = 16 << 20  # what a waiting update waits for at most once all is claimed
@@ -43,86 +43,116 @@ class TornSnapshotError(RuntimeError):
 
 
 class Snapshot:
-    """One state on its way into ``buffer``.
+    """One state on its way into ``buffer``, where each byte goes to its place in the file.
 
-    Pieces are claimed one by one, by the copying thread and by an update that would otherwise wait for it.
+    Pieces are claimed one by one, by the copying thread and by an update that would otherwise wait for it. From a CUDA
+    device a piece counts as copied as soon as its copy is enqueued; what then overwrites it is enqueued behind.
 
     Args:
-        skeleton: The state; its storages are kept alive until they are copied.
         layout: Where each storage goes.
-        buffer: At least as large as the file.
+        buffer: Large enough for the storages; if not for what follows them, another one takes its place.
         step: Of the run.
-        watched: Tensors that must not change until they are copied, by the number of their storage.
-        expected: Checksums that the copies must have, by number of the storage.
+        copies: For storages of CUDA devices.
 
     Attributes:
-        archive: Where everything is in the file.
-        expected: As given.
+        describe: Returns the pickle that goes with the storages; to be set before :meth:`seal`.
+        expected: Checksums that the copies must have, by number of the storage, as far as they are known.
+        archive: Where everything is in the file; from :meth:`seal` on.
         torn: Numbers of the storages that changed while they were being copied, as far as it was noticed.
         sealed: Whether the image is the whole file.
     """
 
+    archive: Archive
+
     def __init__(
-        self,
-        skeleton: Skeleton,
-        layout: StorageLayout,
-        buffer: HostBuffer,
-        step: int,
-        *,
-        watched: Mapping[int, Tensor] | None = None,
-        expected: Mapping[int, int] | None = None,
+        self, layout: StorageLayout, buffer: HostBuffer, step: int, copies: DeviceCopies | None = None
     ) -> None:
-        self.archive = Archive(layout, skeleton.pickled, note_of(step))
-        if self.archive.nbytes > buffer.nbytes:
-            raise ValueError(f"The buffer has {buffer.nbytes} bytes and the file needs {self.archive.nbytes}.")
+        if layout.end > buffer.nbytes:
+            raise ValueError(f"The buffer has {buffer.nbytes} bytes and the storages need {layout.end}.")
+        self.layout = layout
         self.buffer = buffer
         self.step = step
-        self.expected = dict(expected or {})
+        self.describe: Callable[[], bytes]
+        self.expected: Mapping[int, int] = {}
         self.torn: list[int] = []
         self.sealed = False
-        self._versions = {number: (tensor, tensor._version) for number, tensor in (watched or {}).items()}
-        self._storages: Sequence[UntypedStorage] = skeleton.storages
+        self._copies = copies or DeviceCopies()
+        self._sources: dict[int, UntypedStorage | Tensor] = {}
+        self._versions: dict[int, tuple[Tensor, int]] = {}
         self._left = {number: -(-record.nbytes // PIECE_BYTES) for number, record in layout.records.items()}
-        self._waiting = {number: self._left[number] for number in layout.records if self._left[number]}
-        self._unfinished = len(self._waiting)
+        self._unfinished = sum(left > 0 for left in self._left.values())
+        self._waiting: dict[int, int] = {}
+        self._claimed = 0
+        self._enqueued: dict[int, tuple[int, torch.device, torch.cuda.Event]] = {}
         self._changed = threading.Condition()
+
+    def offer(
+        self, sources: Mapping[int, UntypedStorage | Tensor], watched: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Let these be copied from now on.
+
+        Args:
+            sources: By number: storages, or byte tensors that nothing changes.
+            watched: Tensors that must not change until they are copied, likewise.
+        """
+        for device in {source.device for source in sources.values() if source.device.type == "cuda"}:
+            self._copies.begin(device)
+        with self._changed:
+            self._sources.update(sources)
+            for number, tensor in (watched or {}).items():
+                self._versions[number] = tensor, tensor._version
+            self._waiting.update({number: self._left[number] for number in sources if self._left[number]})
+
+    @property
+    def offered(self) -> frozenset[int]:
+        """The numbers of what may be copied."""
+        return frozenset(self._sources)
 
     @property
     def complete(self) -> bool:
-        """Whether every byte is copied."""
+        """Whether every byte is copied, or its copy enqueued."""
         return self._unfinished == 0
+
+    @property
+    def safe(self) -> bool:
+        """Whether nothing that happens to the live tensors from now on can reach the copies."""
+        return self.complete and all(event.query() for _, event in self._last_events(None))
 
     def copied(self, number: int) -> bool:
         """Whether storage ``number`` is."""
         return self._left[number] == 0
 
+    def unchanged(self) -> bool:
+        """Whether none of the watched tensors has changed, as far as torch counts it."""
+        return all(tensor._version == version for tensor, version in self._versions.values())
+
     def copy(self, numbers: Iterable[int] | None = None) -> None:
         """Copy what nobody has claimed yet, in this thread.
 
         Args:
-            numbers: Of these storages only, in this order; None: of all, in the order of the file.
+            numbers: Of these storages only, in this order; None: of all that were offered, in that order.
         """
         for number in (None,) if numbers is None else numbers:
             while (claimed := self._claim(number)) is not None:
                 self._copy_piece(*claimed)
 
     def wait(self, numbers: Collection[int] | None = None) -> float:
-        """Return once these storages (None: all) are copied, and help to copy them meanwhile.
+        """After this, the calling thread may change these storages (None: all), and helps to copy them before.
+
+        Where they are on a device, what it enqueues there on the current stream comes after the copies.
 
         Returns:
             Seconds that it took.
         """
-        if self.complete or (numbers is not None and all(self.copied(number) for number in numbers)):
+        if self.safe:
             return 0.0
         begin = time.perf_counter()
-        self.copy(numbers)
-        wanted = list(self._left) if numbers is None else numbers
-        with self._changed:
-            self._changed.wait_for(lambda: all(self._left[number] == 0 for number in wanted))
+        self._wait_copied(numbers)
+        self._copies.let_current_wait(self._last_events(numbers))
         return time.perf_counter() - begin
 
     def seal(self) -> Iterator[int]:
-        """Wait for the copies one after another and make the image the file that it shall be; once.
+        """Wait for the copies one after another and make the image the file that it shall be.
 
         Yields:
             Up to which byte the image is final.
@@ -130,25 +160,29 @@ class Snapshot:
         Raises:
             TornSnapshotError: If a tensor changed while it was being copied.
         """
-        archive, image = self.archive, self.buffer.view
         checksums: dict[str, int] = {}
         headers = 0
+        archive = self.archive = Archive(self.layout, self.describe(), note_of(self.step))
 
         def close(record: Record) -> None:
             nonlocal headers
+            image = self.buffer.view
             checksums[record.name] = crc32(image[record.start : record.end])
             header = archive.header(record, checksums[record.name])
             image[record.header : record.start] = header
             headers = crc32(header, headers)
 
         for number, record in archive.storages.items():
-            self.wait([number])
+            self._wait_arrived(number)
             close(record)
             if self.expected.get(number, checksums[record.name]) != checksums[record.name]:
                 self.torn.append(number)
             if self.torn:
                 raise TornSnapshotError(self.torn)
             yield record.end
+        if archive.nbytes > self.buffer.nbytes:
+            self.buffer = self.buffer.grown(archive.nbytes, keep=self.layout.end)
+        image = self.buffer.view
         for record, content in archive.small:
             image[record.start : record.end] = content
             close(record)
@@ -156,15 +190,22 @@ class Snapshot:
         self.sealed = True
         yield archive.nbytes
 
+    def checksum(self, number: int) -> int:
+        """CRC-32 of the copy of a storage that was offered, once it is there."""
+        self._wait_arrived(number)
+        record = self.layout.records[number]
+        return crc32(self.buffer.view[record.start : record.end])
+
     def cancel(self) -> None:
         """Copy nothing more; who waits, waits no longer."""
         with self._changed:
-            for number, pieces in self._waiting.items():
-                self._left[number] -= pieces
             self._waiting.clear()
-            self._changed.wait_for(lambda: not any(self._left.values()))  # what is being copied now
+            self._changed.wait_for(lambda: not self._claimed)
+            self._left = dict.fromkeys(self._left, 0)
             self._unfinished = 0
             self._changed.notify_all()
+        for _, event in self._last_events(None):
+            event.synchronize()
 
     def load(self, map_location: Any = "cpu") -> Any:
         """The state, read from a sealed image as ``torch.load`` would read it from its file."""
@@ -173,8 +214,29 @@ class Snapshot:
 
     def release_sources(self) -> None:
         """Let go of the live tensors; nothing is compared or copied any more."""
-        self._storages = ()
+        self._sources = {}
         self._versions = {}
+
+    def _wait_copied(self, numbers: Collection[int] | None) -> None:
+        self.copy(numbers)
+        wanted = list(self._left) if numbers is None else numbers
+        with self._changed:
+            self._changed.wait_for(lambda: all(self._left[number] == 0 for number in wanted))
+
+    def _wait_arrived(self, number: int) -> None:
+        self._wait_copied([number])
+        for _, event in self._last_events([number]):
+            event.synchronize()
+
+    def _last_events(self, numbers: Collection[int] | None) -> list[tuple[torch.device, torch.cuda.Event]]:
+        """The last enqueued copy of these on each device; those before it are over when it is."""
+        if not self._enqueued:
+            return []
+        with self._changed:
+            wanted = self._enqueued if numbers is None else [n for n in numbers if n in self._enqueued]
+            found = [self._enqueued[number] for number in wanted]
+        last = {device: (device, event) for _, device, event in sorted(found, key=lambda entry: entry[0])}
+        return list(last.values())
 
     def _claim(self, number: int | None) -> tuple[int, int] | None:
         """Number and index of a piece that is now ours."""
@@ -188,19 +250,25 @@ class Snapshot:
                 self._waiting[number] = left
             else:
                 del self._waiting[number]
-            record = self.archive.storages[number]
+            self._claimed += 1
+            record = self.layout.records[number]
             return number, -(-record.nbytes // PIECE_BYTES) - 1 - left
 
     def _copy_piece(self, number: int, piece: int) -> None:
-        record = self.archive.storages[number]
+        record = self.layout.records[number]
         offset = piece * PIECE_BYTES
         nbytes = min(PIECE_BYTES, record.nbytes - offset)
-        storage, target = self._storages[number], record.start + offset
+        source, target = self._sources[number], record.start + offset
         try:
-            if storage.device.type == "cpu":
-                ctypes.memmove(self.buffer.address + target, storage.data_ptr() + offset, nbytes)
+            if source.device.type == "cpu":
+                ctypes.memmove(self.buffer.address + target, source.data_ptr() + offset, nbytes)
             else:
-                self.buffer.tensor[target : target + nbytes].copy_(bytes_of(storage)[offset : offset + nbytes])
+                data = (source if isinstance(source, Tensor) else bytes_of(source))[offset : offset + nbytes]
+                into = self.buffer.tensor[target : target + nbytes]
+                if source.device.type == "cuda":
+                    self._copies.copy(into, data)
+                else:
+                    into.copy_(data)
         except BaseException:  # an interrupt, for one: what is there is not known, so it must not become a file
             self.torn.append(number)
             raise
@@ -209,14 +277,18 @@ class Snapshot:
 
     def _note_copied(self, number: int) -> None:
         with self._changed:
+            self._claimed -= 1
             self._left[number] -= 1
             if self._left[number] == 0:
+                device = self._sources[number].device
+                if device.type == "cuda":
+                    self._enqueued[number] = len(self._enqueued), device, self._copies.mark(device)
                 # Now, for the update that waits for this copy is about to change the tensor, rightly.
                 tensor, version = self._versions.get(number, (None, 0))
                 if tensor is not None and tensor._version != version:
                     self.torn.append(number)
                 self._unfinished -= 1
-                self._changed.notify_all()
+            self._changed.notify_all()
 
 
 class _MemoryStream(io.RawIOBase):
@@ -246,8 +318,3 @@ class _MemoryStream(io.RawIOBase):
 def note_of(step: int) -> bytes:
     """What the writer notes in a file."""
     return json.dumps({"format": FORMAT, "global_step": step}).encode()
-
-
-def storage_checksum(storage: UntypedStorage) -> int:
-    """CRC-32 of a storage as it is now."""
-    return crc32(bytes_of(storage).cpu().numpy())

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_efficient.checkpointing.archive import NOTE, SEAL, SEAL_DIGITS
+from lightning_efficient.checkpointing.archive import NOTE, ROOT, SEAL, SEAL_DIGITS
 from lightning_efficient.core.checksum import crc32
 
-__all__ = ["CheckpointDamagedError", "verify"]
+__all__ = ["CheckpointDamagedError", "top_level_keys", "verify"]
 
-_LOCAL_FIXED = 30
+_LOCAL_MAGIC, _LOCAL_FIXED = b"PK\x03\x04", 30
+_FIRST_NAME = f"{ROOT}/data/".encode()
+_PIECE_BYTES = 1 << 20
 
 
 class CheckpointDamagedError(RuntimeError):
@@ -34,9 +36,11 @@ class CheckpointDamagedError(RuntimeError):
 
 
 def verify(path: Path) -> None:
-    """Read a checkpoint of this package or of ``torch.save`` and compare all its checksums.
+    """Read a checkpoint and compare all checksums that it has.
 
-    Files of ``torch.save`` have checksums of their records only; those of this package of every byte.
+    Files of this package have them for every byte; other ZIP archives, such as those of ``torch.save``, for their
+    records. What is neither (``torch.save`` before torch 1.6, any other pickle) has none and passes unchecked: whether
+    it is whole is for ``torch.load`` to find out.
 
     Raises:
         CheckpointDamagedError: Naming the tensor, or the part of the file, that is damaged.
@@ -46,17 +50,44 @@ def verify(path: Path) -> None:
         if not path.stat().st_size:
             raise CheckpointDamagedError(path, "it is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            problem = _problem(file, view)
+            problem = _problem(file, view) if _is_archive(view) else None
         if problem:
             raise CheckpointDamagedError(path, problem)
 
 
+def top_level_keys(path: Path) -> frozenset[Any]:
+    """The keys of a checkpoint, of which no code is run; none if it is no dict or cannot be understood.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+    with path.open("rb") as file:
+        tree = _structure(_pickled(file))
+    return frozenset(tree) if isinstance(tree, dict) else frozenset()
+
+
+def _is_archive(view: memoryview) -> bool:
+    """Whether it is one, or was: one of this package is known by its seal or its first header too."""
+    sealed = bytes(view[-len(SEAL) - SEAL_DIGITS : -SEAL_DIGITS]) == SEAL
+    return _LOCAL_MAGIC.startswith(bytes(view[: len(_LOCAL_MAGIC)])) or sealed or _begins_as_ours(view)
+
+
+def _begins_as_ours(view: memoryview) -> bool:
+    """Whether a storage comes first (not in ``torch.save``), with its size before it (not in TorchScript)."""
+    header = bytes(view[: _LOCAL_FIXED + len(_FIRST_NAME)])
+    return header[6:8] == b"\0\x08" and header[_LOCAL_FIXED:] == _FIRST_NAME
+
+
 def _problem(file: BinaryIO, view: memoryview) -> str | None:
     try:
-        with zipfile.ZipFile(file) as archive:
-            members, comment, directory = archive.infolist(), archive.comment, archive.start_dir
+        archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, struct.error, UnicodeDecodeError, ValueError, OverflowError, NotImplementedError):
         return "it ends too early, or its directory is not readable"
+    members = archive.infolist()
+    sealed = SEAL in bytes(view[archive.start_dir :]) or any(member.filename.endswith(NOTE) for member in members)
+    ours = sealed or _begins_as_ours(view)
+    if not ours and not any(member.CRC for member in members):
+        return None  # torch was told to compute none: torch.serialization.set_crc32_options(False)
     position, frame = 0, 0
     damaged: list[str] = []
     for member in sorted(members, key=lambda m: m.header_offset):
@@ -65,34 +96,46 @@ def _problem(file: BinaryIO, view: memoryview) -> str | None:
         if start < position or len(fixed) < _LOCAL_FIXED:
             return "its directory is not readable"
         begin = start + _LOCAL_FIXED + sum(struct.unpack("<HH", fixed[26:30]))
-        end = begin + member.file_size
-        if member.compress_type != zipfile.ZIP_STORED or end > len(view):
+        end = begin + member.compress_size
+        stored = member.compress_type == zipfile.ZIP_STORED and member.compress_size == member.file_size
+        if end > len(view) or (ours and not stored):
             return f"the header of '{member.filename}' is not readable"
         frame = crc32(view[position:begin], frame)
-        if crc32(view[begin:end]) != member.CRC:
+        if crc32(view[begin:end]) != member.CRC if stored else not _decompresses(archive, member):
             damaged.append(member.filename.split("/", 1)[-1])
         position = end
     if damaged:
         return _describe(damaged, file)
-    if SEAL in bytes(view[directory:]) or any(member.filename.endswith(NOTE) for member in members):
-        sealed = view[position : len(view) - len(SEAL) - SEAL_DIGITS]
-        if comment != SEAL + f"{crc32(sealed, frame):0{SEAL_DIGITS}x}".encode():
+    if ours:
+        seal = view[position : len(view) - len(SEAL) - SEAL_DIGITS]
+        if archive.comment != SEAL + f"{crc32(seal, frame):0{SEAL_DIGITS}x}".encode():
             return "a header or the directory has changed"
     return None
+
+
+def _decompresses(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Whether a compressed record has its checksum, as far as that can be told."""
+    try:
+        with archive.open(member) as record:
+            while record.read(_PIECE_BYTES):
+                pass
+    except RuntimeError:  # encrypted, or by a method that this Python lacks
+        return True
+    except Exception:  # each method has its own
+        return False
+    return True
 
 
 def _describe(damaged: list[str], file: BinaryIO) -> str:
     if "data.pkl" in damaged:
         return "the structure of the state (record 'data.pkl') has changed"
-    with zipfile.ZipFile(file) as archive:
-        root = archive.namelist()[0].split("/", 1)[0]
-        names = _tensor_names(archive.read(f"{root}/data.pkl"))
-    parts = [f"{names.get(record.removeprefix('data/'), 'no tensor')} (record '{record}')" for record in damaged]
+    names = {f"data/{number}": name for number, name in _tensor_names(_pickled(file)).items()}
+    parts = [f"{names[record]} (record '{record}')" if record in names else f"record '{record}'" for record in damaged]
     more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
     return f"the bytes of {', '.join(parts[:3])}{more} have changed"
 
 
-# -- which tensor a record belongs to ------------------------------------------------------------------------------
+# -- what is in it, and which tensor a record belongs to ------------------------------------------------------------
 
 
 class _Opaque:
@@ -109,6 +152,9 @@ class _Opaque:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.__setstate__({key: value})
+
+    def __call__(self, *parts: Any, **_: Any) -> _Opaque:
+        return _Opaque(*parts)
 
     append = add = __setstate__
 
@@ -130,20 +176,36 @@ class _Unpickler(pickle.Unpickler):
     """Reads the structure and runs no code of the file."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if name == "getattr":  # of a class: a method of it, or a class in it, of which there may be objects
+            return lambda *_: _Opaque
         return _Dict if (module, name) == ("collections", "OrderedDict") else _Opaque
 
     def persistent_load(self, pid: Any) -> Any:
         return _Storage(pid[2])
 
 
+def _pickled(file: BinaryIO) -> bytes:
+    """The record ``data.pkl``; nothing if it cannot be read."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+            return archive.read(name)
+    except Exception:  # what is damaged, or is no checkpoint, can raise anything
+        return b""
+
+
+def _structure(pickled: bytes) -> Any:
+    """What it holds, with opaque objects; None if it cannot be understood."""
+    try:
+        return _Unpickler(io.BytesIO(pickled)).load()
+    except Exception:
+        return None
+
+
 def _tensor_names(pickled: bytes) -> dict[str, str]:
     """Path of the first tensor that uses each storage, by the storage's number."""
-    try:
-        tree = _Unpickler(io.BytesIO(pickled)).load()
-    except Exception:
-        return {}
     names: dict[str, str] = {}
-    for number, path in _storages(tree, ""):
+    for number, path in _storages(_structure(pickled), ""):
         names.setdefault(number, path)
     return names
 

@@ -11,16 +11,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from lightning_efficient.checkpointing.durable_file import DurableFile, Intention, durable_link, durable_remove
+from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove
+from lightning_efficient.checkpointing.leftovers import Intention
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.core.buffers import round_up
 
 __all__ = ["BackgroundWriter", "Failure", "Written"]
 
-
 CHUNK_BYTES = 8 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,26 @@ class Failure:
         cause: What went wrong.
     """
 
-    action: Literal["save", "remove", "link"]
+    action: Literal["save", "skip", "remove", "link"]
     path: Path
     step: int | None
     cause: BaseException
 
     def __str__(self) -> str:
-        what = {"save": "saved", "remove": "removed", "link": "made a link"}[self.action]
+        what = {"save": "saved", "skip": "skipped", "remove": "removed", "link": "made a link"}[self.action]
         at = f" of step {self.step}" if self.step is not None else ""
         return f"'{self.path}'{at} could not be {what}: {type(self.cause).__name__}: {self.cause}"
 
 
 @dataclass
 class _Job:
-    action: Literal["save", "remove", "link"]
+    action: Literal["save", "skip", "remove", "link"]
     path: Path
     snapshot: Snapshot | None = None
     target: Path | None = None
     intention: Intention | None = None
     asked: float = 0.0
+    step: int | None = None
 
 
 class BackgroundWriter:
@@ -86,9 +89,15 @@ class BackgroundWriter:
         on_free: Called with a snapshot, in the writer's thread, when its buffer is not needed for writing any more.
         attempts: How often a save is tried.
         retry_seconds: Between two tries.
+
+    Attributes:
+        on_saved: Called with path and step as soon as a save is durable, before anything else is done.
+        on_removed: Called with a path that has been removed.
     """
 
     def __init__(self, on_free: Callable[[Snapshot], None], *, attempts: int = 1, retry_seconds: float = 1.0) -> None:
+        self.on_saved: Callable[[Path, int], None] = lambda path, step: None
+        self.on_removed: Callable[[Path], None] = lambda path: None
         self._on_free = on_free
         self._attempts = attempts
         self._retry_seconds = retry_seconds
@@ -98,6 +107,7 @@ class BackgroundWriter:
         self._threads: list[threading.Thread] = []
         self._closing = False
         self._last_asked: dict[Path, Path] = {}  # by directory
+        self._last_asked_anywhere: Path | None = None
         self._failed_saves: set[Path] = set()
         self._written: list[Written] = []
         self._failures: list[Failure] = []
@@ -106,10 +116,30 @@ class BackgroundWriter:
 
     def save(self, snapshot: Snapshot, path: Path) -> None:
         """Copy what is left of ``snapshot``, then write it to ``path``."""
-        self._last_asked[path.parent] = path
+        self._note_asked(path)
         self._start()
         self._copies.put(snapshot.copy)
-        self._add(_Job("save", path, snapshot, asked=time.perf_counter()))
+        self._add(_Job("save", path, snapshot, asked=time.perf_counter(), step=snapshot.step))
+
+    def save_at_once(self, write: Callable[[], None], path: Path, step: int) -> None:
+        """Let ``write`` make ``path`` in this thread; how it went is heard as of the other saves."""
+        self._note_asked(path)
+        begin = time.perf_counter()
+        try:
+            self._try(write)
+        except OSError as error:
+            self._note_failure(_Job("save", path, step=step), error)
+            return
+        seconds = time.perf_counter() - begin
+        self.on_saved(path, step)
+        with self._changed:
+            self._failed_saves.discard(path)
+            self._written.append(Written(path, step, path.stat().st_size, seconds, seconds, seconds))
+
+    def skip(self, path: Path) -> None:
+        """A save to ``path`` was asked for and will not be: what waits for it to give way stays."""
+        self._note_asked(path)
+        self._add(_Job("skip", path))
 
     def prepare(self, work: Callable[[], None]) -> None:
         """Do ``work`` in the thread that copies, when it has nothing to copy."""
@@ -118,7 +148,7 @@ class BackgroundWriter:
 
     def remove(self, path: Path) -> None:
         """Remove ``path`` after all that was asked for before, or let the next run do so if this one is killed."""
-        successor = self._last_asked.get(path.parent)
+        successor = self._last_asked.get(path.parent, self._last_asked_anywhere)
         intention = Intention(path, successor) if successor and successor != path and self.pending(successor) else None
         self._add(_Job("remove", path, target=successor, intention=intention))
 
@@ -169,6 +199,9 @@ class BackgroundWriter:
 
     # -- in the background -------------------------------------------------------------------------------------------
 
+    def _note_asked(self, path: Path) -> None:
+        self._last_asked[path.parent] = self._last_asked_anywhere = path
+
     def _add(self, job: _Job) -> None:
         self._start()
         with self._changed:
@@ -214,6 +247,8 @@ class BackgroundWriter:
                 job.snapshot.cancel()
                 self._on_free(job.snapshot)
             self._failed_saves.discard(job.path)
+        elif job.action == "skip":
+            self._failed_saves.add(job.path)
         elif job.target in self._failed_saves:  # what it was to give way to is not there
             if job.intention is not None:
                 job.intention.withdraw()
@@ -221,30 +256,31 @@ class BackgroundWriter:
             durable_link(job.target, job.path)
         else:
             _remove(job)
+            self.on_removed(job.path)
 
     def _save(self, job: _Job, snapshot: Snapshot) -> None:
-        for attempt in range(1, self._attempts + 1):
-            begin = time.perf_counter()
+        begin = time.perf_counter()
+        copied = self._try(lambda: _persist(snapshot, job.path))
+        now = time.perf_counter()
+        nbytes = snapshot.archive.nbytes
+        done = Written(job.path, snapshot.step, nbytes, copied - job.asked, now - begin, now - job.asked)
+        self.on_saved(job.path, snapshot.step)
+        with self._changed:
+            self._written.append(done)
+
+    def _try(self, write: Callable[[], T]) -> T:
+        for _ in range(self._attempts - 1):
             try:
-                copied = _persist(snapshot, job.path)
+                return write()
             except OSError:
-                if attempt == self._attempts:
-                    raise
                 time.sleep(self._retry_seconds)
-                continue
-            now = time.perf_counter()
-            nbytes = snapshot.archive.nbytes
-            done = Written(job.path, snapshot.step, nbytes, copied - job.asked, now - begin, now - job.asked)
-            with self._changed:
-                self._written.append(done)
-            return
+        return write()
 
     def _note_failure(self, job: _Job, error: BaseException) -> None:
-        if job.snapshot is not None:
-            self._failed_saves.add(job.path)
-        failure = Failure(job.action, job.path, job.snapshot.step if job.snapshot else None, error)
         with self._changed:
-            self._failures.append(failure)
+            if job.action == "save":
+                self._failed_saves.add(job.path)
+            self._failures.append(Failure(job.action, job.path, job.step, error))
 
 
 def _remove(job: _Job) -> None:
@@ -260,17 +296,17 @@ def _persist(snapshot: Snapshot, path: Path) -> float:
     Returns:
         When all was copied.
     """
-    image, nbytes = snapshot.buffer.view, snapshot.archive.nbytes
     copied = time.perf_counter()
     file = DurableFile(path)
     try:
         for ready in snapshot.seal():
             if not snapshot.sealed:
                 copied = time.perf_counter()
-            whole = ready if ready < nbytes else round_up(nbytes)
-            while (left := whole - file.written) >= CHUNK_BYTES or (left and ready == nbytes):
+            image = snapshot.buffer.view  # another one at the end, if the rest did not fit
+            whole = round_up(ready) if snapshot.sealed else ready
+            while (left := whole - file.written) >= CHUNK_BYTES or (left and snapshot.sealed):
                 file.append(image[file.written : file.written + min(left, CHUNK_BYTES)])
-        file.commit(nbytes)
+        file.commit(snapshot.archive.nbytes)
     except BaseException:
         with contextlib.suppress(OSError):
             file.abandon()

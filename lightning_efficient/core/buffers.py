@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class HostBuffer:
         """Make the system give all pages now, rather than in the first copy."""
         for start in range(0, self.nbytes, _TOUCH):
             ctypes.memset(self.address + start, 0, min(_TOUCH, self.nbytes - start))
+
+    def grown(self, nbytes: int, *, keep: int) -> HostBuffer:
+        """A larger one with the first ``keep`` bytes of this one."""
+        larger = HostBuffer(nbytes)
+        ctypes.memmove(larger.address, self.address, keep)
+        return larger
 
     def __del__(self) -> None:
         if getattr(self, "_pinned", False):
@@ -134,7 +141,7 @@ class BufferPool:
             self._coming += 1
         buffer = None
         try:
-            buffer = HostBuffer(nbytes, pinned=self.pinned)
+            buffer = self._new(nbytes)
             buffer.touch()
         finally:
             with self._changed:
@@ -170,10 +177,18 @@ class BufferPool:
                 self._held -= self._free.pop(0).nbytes
             if self._coming or not self._may_add(needed):  # one that is being touched is soon quicker than a new one
                 return None
-            buffer = HostBuffer(nbytes, pinned=self.pinned)
+            buffer = self._new(nbytes)
             self._held += buffer.nbytes
         self._lent.add(id(buffer))
         return buffer
+
+    def _new(self, nbytes: int) -> HostBuffer:
+        try:
+            return HostBuffer(nbytes, pinned=self.pinned)
+        except RuntimeError as error:
+            warnings.warn(f"{error} Copies from the GPU will be slower.", stacklevel=2)
+            self.pinned = False
+            return HostBuffer(nbytes)
 
     def _may_add(self, nbytes: int) -> bool:
         count = len(self._free) + len(self._lent) + self._coming

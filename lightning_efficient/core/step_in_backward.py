@@ -8,7 +8,7 @@ Limited Resources", LOMO; and torch's tutorial on fusing the optimizer step into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,12 +29,18 @@ class StepInBackward:
     Args:
         optimizers: Of any ``torch.optim`` class that updates parameter by parameter.
         ready: Asked at each gradient: whether it is complete, or more micro-batches will add to it.
+        updated: Called with each parameter that has been updated, and its state.
 
     Raises:
         ValueError: For an optimizer that needs all gradients together.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        ready: Callable[[], bool],
+        updated: Callable[[nn.Parameter, Mapping[str, Any]], None] = lambda parameter, state: None,
+    ) -> None:
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
                 raise ValueError(
@@ -43,6 +49,7 @@ class StepInBackward:
                 )
         self._optimizers = list(optimizers)
         self._ready = ready
+        self._updated = updated
         self._handles: list[RemovableHandle] = []
         self.order: list[nn.Parameter] = []
 
@@ -79,5 +86,6 @@ class StepInBackward:
             if len(self.order) == len(self._handles):
                 self.order.clear()
             self.order.append(parameter)
+            self._updated(parameter, optimizer.state.get(parameter, {}))
 
         return update

@@ -8,6 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.core.before_update import right_before_update
+
 __all__ = ["LearningRateScale"]
 
 
@@ -45,19 +47,7 @@ class LearningRateScale:
         self._factor = None
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Lightning runs forward and backward in the closure: scale after it, or at once where there is none."""
-        _, *given = args
-        closure = given[0] if given else kwargs.get("closure")
-        if closure is None:
-            self._scale(optimizer)
-            return None
-
-        def run() -> Any:
-            result = closure()
-            self._scale(optimizer)
-            return result
-
-        return (args[0], *given[1:]), {**kwargs, "closure": run}
+        return right_before_update(lambda: self._scale(optimizer), args, kwargs)
 
     def _scale(self, optimizer: Optimizer) -> None:
         factor = self._factor() if self._factor else 1.0

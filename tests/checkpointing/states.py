@@ -39,12 +39,16 @@ def layout_of(skeleton: Skeleton) -> StorageLayout:
     return StorageLayout([(number, storage.nbytes()) for number, storage in enumerate(skeleton.storages)])
 
 
-def snapshot_of(state: Any, step: int = 7, **arguments: Any) -> Snapshot:
+def snapshot_of(state: Any, step: int = 7, watched: Any = None, expected: Any = None) -> Snapshot:
     """A snapshot of which nothing is copied yet."""
     skeleton = take_skeleton(state)
     layout = layout_of(skeleton)
     buffer = HostBuffer(layout.end + len(skeleton.pickled) + layout.directory_nbytes + (1 << 16))
-    return Snapshot(skeleton, layout, buffer, step, **arguments)
+    snapshot = Snapshot(layout, buffer, step)
+    snapshot.describe = lambda: skeleton.pickled
+    snapshot.expected = expected or {}
+    snapshot.offer(dict(enumerate(skeleton.storages)), watched)
+    return snapshot
 
 
 def write(state: Any, path: Path) -> Path:

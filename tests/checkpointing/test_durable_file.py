@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lightning_efficient.checkpointing import durable_file
-from lightning_efficient.checkpointing.durable_file import DurableFile, Intention, durable_link, durable_remove, sweep
+from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove
+from lightning_efficient.checkpointing.leftovers import Intention, sweep
 from lightning_efficient.core.buffers import PAGE, HostBuffer
 
 
@@ -117,6 +119,52 @@ def test_without_symbolic_links_it_is_a_second_name(tmp_path: Path, monkeypatch:
     durable_link(tmp_path / "a", tmp_path / "last")
     assert (tmp_path / "last").read_text() == "a"
     assert not (tmp_path / "last").is_symlink()
+    durable_link(tmp_path / "a", tmp_path / "last")
+    assert (tmp_path / "last").samefile(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path)) == ["a", "last"]
+    monkeypatch.setattr(os, "link", refuse)  # as FAT
+    (tmp_path / "b").write_text("b")
+    durable_link(tmp_path / "b", tmp_path / "last")
+    assert (tmp_path / "last").read_text() == "b"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "last"]
+
+
+def test_a_link_takes_the_place_of_a_directory(tmp_path: Path) -> None:
+    """As the checkpoints of other strategies are."""
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "last" / "shard").mkdir(parents=True)
+    (tmp_path / "last" / "shard" / "0").write_text("old")
+    durable_link(tmp_path / "a", tmp_path / "last")
+    assert os.readlink(tmp_path / "last") == "a"
+    (tmp_path / "sharded").mkdir()
+    durable_link(tmp_path / "sharded", tmp_path / "last")
+    durable_link(tmp_path / "a", tmp_path / "last")
+    assert sorted(os.listdir(tmp_path)) == ["a", "last", "sharded"], "a link to a directory is only a link"
+    durable_remove(tmp_path / "sharded")
+    assert sorted(os.listdir(tmp_path)) == ["a", "last"]
+
+
+def test_a_link_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "last").mkdir()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EACCES, "not yours")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(OSError, match="not yours"):
+        durable_link(tmp_path / "a", tmp_path / "last")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(FileNotFoundError):
+        durable_link(tmp_path / "nothing", tmp_path / "last")
+    assert sorted(os.listdir(tmp_path)) == ["a", "last"]
+
+
+def test_a_file_is_not_made_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "last").write_text("a")
+    durable_link(tmp_path / "last", tmp_path / "last")
+    assert (tmp_path / "last").read_text() == "a"
 
 
 def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
@@ -124,6 +172,139 @@ def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "some").write_text("")
     durable_remove(tmp_path / "some")
     assert not os.listdir(tmp_path)
+
+
+NO_LOCKS = [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK]
+
+
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def let_pass(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + seconds)
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_without_locks_files_are_written_all_the_same_c10(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network file systems."""
+    refuse_locks(monkeypatch, number)
+    file = DurableFile(tmp_path / "a.ckpt")
+    file.append(image(1))
+    assert sweep(tmp_path) == [], "its writer lives"
+    file.commit(10)
+    assert (tmp_path / "a.ckpt").read_bytes() == bytes(image(1)[:10])
+    DurableFile(tmp_path / "a.ckpt").abandon()
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_what_was_written_without_locks_is_not_swept_when_they_come_back_c10(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as without:
+        refuse_locks(without, errno.ENOLCK)
+        file = DurableFile(tmp_path / "a.ckpt")
+    assert sweep(tmp_path) == []
+    file.append(image(1))
+    file.commit(10)
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("mark", ["", durable_file.UNLOCKED])
+def test_without_locks_only_what_is_old_and_no_process_has_is_swept_c10(
+    mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of another host may be at work on what is not old; one of this host, suspended, on what is."""
+    if not mark:
+        refuse_locks(monkeypatch, errno.ENOSYS)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+            pass
+        numbers = {"living": living.pid, "dead": dead.pid, "ours, of a former life": os.getpid(), "none": "x"}
+        paths = {
+            whose: tmp_path / f"{durable_file.PREFIX}{mark}{number}-0-a.ckpt{durable_file.SUFFIX}"
+            for whose, number in numbers.items()
+        }
+        for path in paths.values():
+            path.write_bytes(b"half")
+        let_pass(23 * 3600, monkeypatch)
+        assert sweep(tmp_path) == []
+        let_pass(2 * 3600, monkeypatch)
+        assert set(sweep(tmp_path)) == {paths["dead"], paths["ours, of a former life"]}
+        living.communicate(b"\n")
+
+
+def test_what_cannot_be_begun_leaves_nothing_open_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_before = len(os.listdir("/proc/self/fd"))
+    refuse_locks(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="no locks here"):
+        DurableFile(tmp_path / "a.ckpt")
+    monkeypatch.undo()
+    monkeypatch.setattr(DurableFile, "_set_direct", lambda self, on: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        DurableFile(tmp_path / "a.ckpt")
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_swept_is_locked_as_network_file_systems_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NFS only what is open for writing can be locked."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / f"{durable_file.PREFIX}1-0-a.ckpt{durable_file.SUFFIX}").write_bytes(b"half")
+    assert len(sweep(tmp_path)) == 1
+
+
+LONG = ["a" * 250 + ".ckpt", "ü" * 124 + ".ckpt", "日" * 83 + ".ckpt", "a" * 222 + ".ckpt"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_names_may_be_as_long_as_the_file_system_lets_them_c10(name: str, tmp_path: Path) -> None:
+    path, successor = tmp_path / name, tmp_path / "2.ckpt"
+    file = DurableFile(path)
+    file.append(image(1))
+    assert sweep(tmp_path) == []
+    file.commit(10)
+    durable_link(path, tmp_path / f"l{name[1:]}")
+    Intention(path, successor).withdraw()
+    intention = Intention(path, successor)
+    assert sweep(tmp_path) == [], "there is no successor"
+    successor.write_text("new")
+    intention.fulfil()
+    assert sorted(os.listdir(tmp_path)) == sorted(["2.ckpt", f"l{name[1:]}"])
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_mounts_that_sync_no_directory_are_no_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, "not of a directory")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    DurableFile(tmp_path / "a.ckpt").commit(0)
+    durable_link(tmp_path / "a.ckpt", tmp_path / "last.ckpt")
+    durable_remove(tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    number = errno.EIO
+    with pytest.raises(OSError, match="not of a directory"):
+        durable_remove(tmp_path / "a.ckpt")
 
 
 def test_only_what_dead_writers_left_is_swept_c10(tmp_path: Path) -> None:
@@ -149,8 +330,7 @@ sys.stdin.read()
 def test_half_made_links_are_swept_when_they_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"{durable_file.PREFIX}1-1-last{durable_file.SUFFIX}").symlink_to("a")
     assert sweep(tmp_path) == []
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    let_pass(3600, monkeypatch)
     assert len(sweep(tmp_path)) == 1
 
 
@@ -172,3 +352,48 @@ def test_an_intention_that_is_fulfilled_leaves_no_note_c10(tmp_path: Path) -> No
     (tmp_path / "1.ckpt").write_text("old")
     Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt").fulfil()
     assert not os.listdir(tmp_path)
+
+
+def test_a_file_that_is_replaced_is_no_successor_yet_c10(tmp_path: Path) -> None:
+    """A run killed while it writes a new ``last.ckpt`` must not cost the checkpoint that the old one links to."""
+    old, last = tmp_path / "1.ckpt", tmp_path / "last.ckpt"
+    old.write_text("old")
+    last.symlink_to("1.ckpt")
+    Intention(old, last)
+    assert sweep(tmp_path) == []
+    assert last.read_text() == "old"
+
+
+def test_the_last_intention_counts_c10(tmp_path: Path) -> None:
+    old, new = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
+    old.write_text("old")
+    Intention(old, new)
+    new.write_text("new")
+    Intention(old, tmp_path / "3.ckpt")
+    assert sweep(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == ["1.ckpt", "2.ckpt"]
+
+
+def test_a_removal_that_fails_is_not_made_up_for_later_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then the name may be that of a new file."""
+    (tmp_path / "1.ckpt").write_text("old")
+    intention = Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt")
+    real = os.unlink
+
+    def unlink(path: Path) -> None:
+        if Path(path).suffix == ".ckpt":
+            raise PermissionError(errno.EPERM, "immutable")
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(PermissionError):
+        intention.fulfil()
+    assert os.listdir(tmp_path) == ["1.ckpt"]
+
+
+def test_links_in_a_circle_do_not_stop_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "1.ckpt").write_text("old")
+    (tmp_path / "circle").symlink_to("circle")
+    Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt")
+    (tmp_path / "2.ckpt").write_text("new")
+    assert sweep(tmp_path) == [tmp_path / "1.ckpt"]

@@ -208,7 +208,7 @@ def test_only_owned_tensors_are_copied_later_c2(make: Any, tmp_path: Path) -> No
     owned = sum(p.numel() for p in model.parameters()) * 4 * 3 + 4 * len(list(model.parameters()))
     assert second.later_bytes == owned
     assert second.copied_bytes >= sum(b.numel() * b.element_size() for b in model.buffers())
-    assert not engine.volatile
+    assert not engine.planner.volatile
     elsewhere = engine.save(checkpoint_of(model, optimizer), tmp_path / "3.ckpt", 3, owners=[optimizer], place="there")
     assert elsewhere.later_bytes == 0
 
@@ -226,7 +226,7 @@ def test_weights_that_user_code_changes_are_copied_at_once_c2(make: Any, tmp_pat
         model.a.weight.data.clamp_(-0.1, 0.1)
         engine.drain()
         assert same(dict(torch.load(tmp_path / f"{number}.ckpt")["state_dict"]), truth)
-    assert len(engine.volatile) == 1
+    assert len(engine.planner.volatile) == 1
     assert engine.take_failures() == []
 
 

@@ -13,8 +13,9 @@ import torch
 
 from lightning_efficient.checkpointing import snapshot as module
 from lightning_efficient.checkpointing.barrier import UpdateBarrier, owned_tensors
+from lightning_efficient.checkpointing.copy_plan import storage_checksum
 from lightning_efficient.checkpointing.skeleton import take_skeleton
-from lightning_efficient.checkpointing.snapshot import Snapshot, TornSnapshotError, storage_checksum
+from lightning_efficient.checkpointing.snapshot import Snapshot, TornSnapshotError
 from tests.checkpointing.states import checkpoint_of, layout_of, same, snapshot_of, step, trained
 
 
@@ -80,8 +81,19 @@ def test_a_buffer_that_is_too_small_is_refused() -> None:
     skeleton = take_skeleton({"a": torch.randn(5000)})
     from lightning_efficient.core.buffers import HostBuffer
 
-    with pytest.raises(ValueError, match="The buffer has 4096 bytes and the file needs"):
-        Snapshot(skeleton, layout_of(skeleton), HostBuffer(1), 1)
+    with pytest.raises(ValueError, match="The buffer has 4096 bytes and the storages need 2"):
+        Snapshot(layout_of(skeleton), HostBuffer(1), 1)
+
+
+def test_a_buffer_that_the_rest_does_not_fit_grows() -> None:
+    from lightning_efficient.core.buffers import HostBuffer
+
+    state = {"a": torch.randn(1000), "text": "x" * 100_000}
+    skeleton = take_skeleton(state)
+    snapshot = Snapshot(layout_of(skeleton), HostBuffer(layout_of(skeleton).end), 1)
+    snapshot.describe = lambda: skeleton.pickled
+    snapshot.offer(dict(enumerate(skeleton.storages)))
+    assert same(finished(snapshot), state)
 
 
 def test_a_change_that_torch_counts_is_noticed_c4() -> None:
@@ -137,7 +149,7 @@ def many_snapshots(barrier: UpdateBarrier | None, rounds: int, how: dict[str, An
             barrier.protect(snapshot, skeleton.numbers)
         with copying(snapshot):
             step(model, optimizer)
-        records = snapshot.archive.storages
+        records = snapshot.layout.records
         torn += any(bytes(snapshot.buffer.view[records[n].start : records[n].end]) != truth[n] for n in truth)
     if barrier is not None:
         barrier.detach()

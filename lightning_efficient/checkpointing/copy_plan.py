@@ -1,0 +1,134 @@
+"""Which storages of a state can be copied later, and where each lies in the file.
+
+What an optimizer owns can, for it changes at the optimizer's steps only, unless other code changes it too. This is
+found out by looking: what is saved from a place in the program for the first time is copied at once, and the live
+tensors are compared before the next update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.storage import UntypedStorage
+
+from lightning_efficient.checkpointing.archive import StorageLayout
+from lightning_efficient.checkpointing.barrier import owned_tensors
+from lightning_efficient.checkpointing.device_copies import fingerprint
+from lightning_efficient.checkpointing.skeleton import Skeleton
+from lightning_efficient.core.checksum import crc32
+from lightning_efficient.core.torch_internals import bytes_of, storage_key
+
+__all__ = ["CopyPlan", "Planner", "storage_checksum"]
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """For one set of tensors.
+
+    Attributes:
+        keys: Of the storages, by number.
+        numbers: The number of each key.
+        layout: Where they go.
+        owned: The numbers of those that an optimizer owns.
+    """
+
+    keys: tuple[Key, ...]
+    numbers: Mapping[Key, int]
+    layout: StorageLayout
+    owned: frozenset[int]
+
+
+class Planner:
+    """Makes plans, and keeps the last one while the tensors are the same.
+
+    Attributes:
+        last: The last plan, or None.
+        volatile: Keys of what changed without an optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.last: CopyPlan | None = None
+        self.volatile: set[Key] = set()
+        self._owners: tuple[tuple[int, int], ...] = ()
+        self._calibrated: dict[str, set[Key]] = {}
+
+    def plan(self, skeleton: Skeleton, owners: Sequence[Optimizer], first: Callable[[], Iterable[Tensor]]) -> CopyPlan:
+        """For the storages of ``skeleton``.
+
+        Args:
+            skeleton: Of the state.
+            owners: Optimizers whose every update passes the barrier.
+            first: Asked for a new plan: tensors to be copied before the others, in this order.
+        """
+        keys = tuple(skeleton.numbers)
+        owned_by = tuple((id(owner), sum(len(group["params"]) for group in owner.param_groups)) for owner in owners)
+        if self.last is not None and self.last.keys == keys and self._owners == owned_by:
+            return self.last
+        rank = {storage_key(tensor.untyped_storage()): place for place, tensor in enumerate(first())}
+        order = sorted(range(len(keys)), key=lambda number: rank.get(keys[number], len(rank)))
+        layout = StorageLayout([(number, skeleton.storages[number].nbytes()) for number in order])
+        owned = {
+            skeleton.numbers.get(storage_key(tensor.untyped_storage()))
+            for owner in owners
+            for tensor in owned_tensors(owner)
+            if tensor.is_cpu or tensor.is_cuda
+        }
+        self.last = CopyPlan(keys, dict(skeleton.numbers), layout, frozenset(n for n in owned if n is not None))
+        self._owners = owned_by
+        return self.last
+
+    def later(self, plan: CopyPlan, place: str) -> set[int]:
+        """What can be copied after a save from ``place``."""
+        known = self._calibrated.get(place, set()) - self.volatile
+        return {number for number in plan.owned if plan.keys[number] in known}
+
+    def to_calibrate(self, plan: CopyPlan, place: str) -> set[int]:
+        """What an optimizer owns of which it is not known whether other code changes it after ``place``."""
+        known = self._calibrated.get(place, set()) | self.volatile
+        return {number for number in plan.owned if plan.keys[number] not in known}
+
+    def calibrate(self, storages: Mapping[Key, UntypedStorage], place: str) -> Callable[[], None]:
+        """Look at ``storages`` now.
+
+        Returns:
+            What looks again, to be called before the next update.
+        """
+        before = {key: _look(storage) for key, storage in storages.items()}
+
+        def compare() -> None:
+            self.volatile |= {key for key, storage in storages.items() if not torch.equal(_look(storage), before[key])}
+            self._calibrated.setdefault(place, set()).update(storages)
+
+        return compare
+
+    def note_calibrated(self, keys: Iterable[Key], place: str) -> None:
+        """These have been compared otherwise."""
+        self._calibrated.setdefault(place, set()).update(keys)
+
+    def calibrated(self, place: str) -> bool:
+        """Whether anything has been compared at ``place``."""
+        return place in self._calibrated
+
+    def forget(self) -> None:
+        """The tensors are others now."""
+        self.last = None
+        self.volatile.clear()
+        self._calibrated.clear()
+
+
+def storage_checksum(storage: UntypedStorage) -> int:
+    """CRC-32 of a storage as it is now."""
+    return crc32(bytes_of(storage).cpu().numpy())
+
+
+def _look(storage: UntypedStorage) -> Tensor:
+    """A checksum, made where the storage is."""
+    if storage.device.type == "cuda":
+        return fingerprint(bytes_of(storage))
+    return torch.tensor([storage_checksum(storage)])
