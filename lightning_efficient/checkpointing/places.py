@@ -112,7 +112,7 @@ class Places:
     def _remote(self, url: str) -> RemoteTier:
         if self._tier is None:
             raise ValueError(
-                f"'{url}' is on remote storage, to which AsyncCheckpointIO uploads what it has written to a local disk. "
+                f"'{url}' is on remote storage, to which AsyncCheckpointIO uploads what it wrote to a local disk. "
                 "Say where these may be with local_dir='...', or save to a local directory."
             )
         return self._tier
