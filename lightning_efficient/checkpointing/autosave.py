@@ -118,14 +118,14 @@ class Autosave(Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         directory = self.directory(trainer)
         path = f"{directory}/step={trainer.global_step}.ckpt"
+        kept = [*(name for name in self._kept if name != path), path]
+        self._kept = kept[-self._keep :]  # before it is saved itself, for who goes on from there
         trainer.save_checkpoint(path)
-        self._kept = [*(name for name in self._kept if name != path), path]
         if trainer.is_global_zero:
             if not is_remote(directory):  # which has no links
                 self._engine.link(Path(path), Path(directory) / "last.ckpt")
-            for old in self._kept[: -self._keep]:
+            for old in kept[: -self._keep]:
                 self._engine.remove(self._places.file(old))
-        self._kept = self._kept[-self._keep :]
 
     def found(self) -> dict[str, float]:
         """The interval, and what it costs."""

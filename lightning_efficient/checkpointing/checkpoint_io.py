@@ -263,6 +263,11 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     ) -> None:
         self._exact.on_load_checkpoint(trainer, checkpoint)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._exact.on_save_checkpoint(checkpoint)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._exact.on_train_start(trainer)
         self._random.restore_again()
@@ -333,6 +338,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._asked_by.tell_loggers()
 
     def _let_go(self) -> None:
+        self._exact.teardown()
         if self._trainer is not None:
             self._autosave.leave(self._trainer)
             if self._replaced is not None:

@@ -55,7 +55,7 @@ class CopiesAhead:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             number = plan.numbers.get(storage_key(storage))
-            if number in plan.owned and plan.keys[number] not in self._planner.volatile and number is not None:
+            if number is not None and plan.keys[number] not in self._planner.volatile:
                 sources[number], watched[number] = storage, tensor
         snapshot.offer(sources, watched)
         self._start(snapshot.copy)

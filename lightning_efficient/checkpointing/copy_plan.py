@@ -29,19 +29,25 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """For one set of tensors.
+    """For states of the same sizes, with the same tensors as far as an optimizer owns them.
 
     Attributes:
-        keys: Of the storages, by number.
-        numbers: The number of each key.
+        sizes: Bytes of the storages, by number.
         layout: Where they go.
-        owned: The numbers of those that an optimizer owns.
+        on_gpu: Whether any of them is on a CUDA device.
+        keys: Of the storages that an optimizer owns, by number.
+        numbers: The number of each of these keys.
     """
 
-    keys: tuple[Key, ...]
-    numbers: Mapping[Key, int]
+    sizes: tuple[int, ...]
     layout: StorageLayout
-    owned: frozenset[int]
+    on_gpu: bool
+    keys: Mapping[int, Key]
+    numbers: Mapping[Key, int]
+
+    def is_for(self, keys: Sequence[Key]) -> bool:
+        """Whether it is for a state with these storages."""
+        return self.sizes == tuple([size for _, size in keys]) and self.keys == {n: keys[n] for n in self.keys}
 
 
 class Planner:
@@ -68,30 +74,31 @@ class Planner:
         """
         keys = tuple(skeleton.numbers)
         owned_by = tuple((id(owner), sum(len(group["params"]) for group in owner.param_groups)) for owner in owners)
-        if self.last is not None and self.last.keys == keys and self._owners == owned_by:
+        if self.last is not None and self._owners == owned_by and self.last.is_for(keys):
             return self.last
         rank = {storage_key(tensor.untyped_storage()): place for place, tensor in enumerate(first())}
         order = sorted(range(len(keys)), key=lambda number: rank.get(keys[number], len(rank)))
         layout = StorageLayout([(number, skeleton.storages[number].nbytes()) for number in order])
         owned = {
-            skeleton.numbers.get(storage_key(tensor.untyped_storage()))
+            key: skeleton.numbers[key]
             for owner in owners
             for tensor in owned_tensors(owner)
-            if tensor.is_cpu or tensor.is_cuda
+            if (tensor.is_cpu or tensor.is_cuda) and (key := storage_key(tensor.untyped_storage())) in skeleton.numbers
         }
-        self.last = CopyPlan(keys, dict(skeleton.numbers), layout, frozenset(n for n in owned if n is not None))
+        sizes, by_number = tuple(size for _, size in keys), {number: key for key, number in owned.items()}
+        self.last = CopyPlan(sizes, layout, skeleton.on_gpu, by_number, owned)
         self._owners = owned_by
         return self.last
 
     def later(self, plan: CopyPlan, place: str) -> set[int]:
         """What can be copied after a save from ``place``."""
         known = self._calibrated.get(place, set()) - self.volatile
-        return {number for number in plan.owned if plan.keys[number] in known}
+        return {number for number, key in plan.keys.items() if key in known}
 
     def to_calibrate(self, plan: CopyPlan, place: str) -> set[int]:
         """What an optimizer owns of which it is not known whether other code changes it after ``place``."""
         known = self._calibrated.get(place, set()) | self.volatile
-        return {number for number in plan.owned if plan.keys[number] not in known}
+        return {number for number, key in plan.keys.items() if key not in known}
 
     def calibrate(self, storages: Mapping[Key, UntypedStorage], place: str) -> Callable[[], None]:
         """Look at ``storages`` now.

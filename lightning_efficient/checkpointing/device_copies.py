@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.storage import UntypedStorage
 
 __all__ = ["DeviceCopies", "cloned_on_device", "fingerprint"]
 
@@ -22,6 +23,10 @@ class DeviceCopies:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def takes(self, source: Tensor | UntypedStorage) -> bool:
+        """Whether copies of ``source`` go this way."""
+        return source.device.type == "cuda"
 
     def begin(self, device: torch.device) -> torch.cuda.Stream:
         """The side stream, behind all that the current stream has been given so far."""

@@ -134,7 +134,7 @@ class CheckpointEngine:
             self._rest_nbytes = len(skeleton.pickled)
         snapshot = self.ahead.take(skeleton, plan, step)
         if snapshot is None:
-            self.pool.pinned |= any(storage.is_cuda for storage in skeleton.storages)
+            self.pool.pinned |= plan.on_gpu
             needed = self._needed(plan)
             if not self.pool.fits(needed) and self._when_busy != "eager":
                 self._save_streaming(skeleton, plan, path, step)
@@ -143,7 +143,7 @@ class CheckpointEngine:
             if buffer is None:
                 self._writer.skip(path)
                 return Saved(time.perf_counter() - begin, skipped=True)
-            snapshot = Snapshot(plan.layout, buffer, step, self._copies)
+            snapshot = self._new_snapshot(plan, buffer, step)
         try:
             later = self._begin(snapshot, skeleton, plan, place)
         except BaseException:
@@ -159,21 +159,24 @@ class CheckpointEngine:
         ahead, records = snapshot.offered, plan.layout.records
         snapshot.describe = lambda: skeleton.pickled
         if self._verify:
-            snapshot.expected = {number: storage_checksum(skeleton.storages[number]) for number in plan.owned}
-        later = {number for number in self.planner.later(plan, place) if number not in ahead}
+            snapshot.expected = {number: storage_checksum(skeleton.storages[number]) for number in plan.keys}
+        later = self.planner.later(plan, place) - ahead
         inspected = {plan.keys[number]: skeleton.storages[number] for number in self.planner.to_calibrate(plan, place)}
         if inspected:
             self.barrier.before_next_update = self.planner.calibrate(inspected, place)
-        at_once = {number: skeleton.storages[number] for number in records if number not in later | ahead}
-        staged = self.staging.stage({number: skeleton.storages[number] for number in (*at_once, *later)})
-        snapshot.offer({number: source for number, source in at_once.items() if number not in staged})
-        snapshot.wait([number for number in at_once if number not in staged])
-        tensors = {number: skeleton.tensors[number] for number in later if number not in staged}
-        snapshot.offer(
-            {n: staged[n] if n in staged else skeleton.storages[n] for n in records if n in later or n in staged},
-            {number: tensor for number, tensor in tensors.items() if tensor is not None},
-        )
-        self.barrier.protect(snapshot, {plan.keys[n]: n for n in (later | ahead) - staged.keys()})
+        begun = later | ahead
+        at_once = {number: skeleton.storages[number] for number in records if number not in begun}
+        wanted = {number: skeleton.storages[number] for number in records if number in later}
+        tensors = {number: tensor for number in later if (tensor := skeleton.tensors[number]) is not None}
+        if plan.on_gpu and (staged := self.staging.stage(at_once | wanted)):
+            begun -= staged.keys()
+            at_once = {number: source for number, source in at_once.items() if number not in staged}
+            tensors = {number: tensor for number, tensor in tensors.items() if number not in staged}
+            wanted |= staged  # type: ignore[arg-type]
+        snapshot.offer(at_once)
+        snapshot.wait(at_once.keys())
+        snapshot.offer(wanted, tensors)
+        self.barrier.protect(snapshot, {plan.keys[number]: number for number in begun})
         return later
 
     def expect_save(self, step: int) -> None:
@@ -183,11 +186,11 @@ class CheckpointEngine:
         """
         self.ahead.drop()
         plan = self.planner.last
-        if plan is None or not plan.owned or self._verify:
+        if plan is None or not plan.keys or self._verify:
             return
         buffer = self.pool.try_take(self._needed(plan))
         if buffer is not None:
-            self.ahead.begin(Snapshot(plan.layout, buffer, step, self._copies), plan)
+            self.ahead.begin(self._new_snapshot(plan, buffer, step), plan)
 
     def prepare(self, module: nn.Module, owners: Sequence[Optimizer]) -> None:
         """Have memory for a checkpoint of these ready before the first is asked for, in the background.
@@ -275,6 +278,9 @@ class CheckpointEngine:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    def _new_snapshot(self, plan: CopyPlan, buffer: HostBuffer, step: int) -> Snapshot:
+        return Snapshot(plan.layout, buffer, step, self._copies if plan.on_gpu else None)
+
     def _needed(self, plan: CopyPlan) -> int:
         return plan.layout.end + plan.layout.directory_nbytes + (self._rest_nbytes or 0) + _SPARE_BYTES
 
@@ -305,7 +311,7 @@ class CheckpointEngine:
         """In the writer's thread, when ``snapshot`` needs not be written any more."""
         plan = self.planner.last
         if snapshot.torn and plan is not None and plan.layout is snapshot.layout:  # not again
-            self.planner.volatile.update(plan.keys[number] for number in snapshot.torn)
+            self.planner.volatile.update(plan.keys[number] for number in snapshot.torn if number in plan.keys)
         snapshot.release_sources()
         if snapshot.sealed and self._in_memory:
             self._recent.append(snapshot)

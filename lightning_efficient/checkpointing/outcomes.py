@@ -59,35 +59,35 @@ class Outcomes:
         self.failing = self.unresolved = False
 
     def poll(self, trainer: pl.Trainer | None) -> None:
-        """Hear of earlier saves, on this rank.
+        """Hear of earlier saves, on all ranks alike, of which only one writes.
+
+        If that ended alone, the others would wait for it for ever. With an exception on its way nobody knows where the
+        others are, and each rank hears for itself.
 
         Raises:
             CheckpointSaveError: If one failed and errors shall end the run.
         """
-        if error := self._heard(trainer):
-            raise error
+        if trainer is None or trainer.world_size == 1 or self.failing:
+            if error := self._heard(trainer):
+                raise error
+            return
+        error = self._heard(trainer) if trainer.is_global_zero else None
+        text, self.unresolved = trainer.strategy.broadcast((str(error or ""), self._places.pending()))
+        if text:
+            raise error or CheckpointSaveError(f"On rank zero: {text}")
 
     def poll_together(self, trainer: pl.Trainer) -> None:
-        """The same on all ranks, of which only one writes: if it ended alone, the others would wait for it for ever.
-
-        Asked from a save on, which all ranks know of, until it is done.
+        """The same after a batch: of several ranks, only from a save on, which all know of, until it is done.
 
         Raises:
             CheckpointSaveError: On all ranks alike.
         """
-        if trainer.world_size == 1:
+        if trainer.world_size == 1 or self.unresolved:
             self.poll(trainer)
-        elif self.unresolved:
-            error = self._heard(trainer) if trainer.is_global_zero else None
-            text, self.unresolved = trainer.strategy.broadcast((str(error or ""), self._places.pending()))
-            if text:
-                raise error or CheckpointSaveError(f"On rank zero: {text}")
 
     def _heard(self, trainer: pl.Trainer | None) -> CheckpointSaveError | None:
-        for written in self._engine.take_written():
+        for written in self._places.take_written():
             self._on_written(written)
-        for uploaded in self._places.take_uploaded():
-            self._on_written(uploaded)
         failures: list[Failure | RemoteFailure] = [*self._engine.take_failures(), *self._places.take_failures()]
         if not failures:
             return None

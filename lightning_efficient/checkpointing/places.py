@@ -12,6 +12,7 @@ from lightning_efficient.checkpointing.leftovers import sweep
 from lightning_efficient.checkpointing.remote import RemoteFailure, RemoteTier, Uploaded
 from lightning_efficient.checkpointing.remote_file import is_remote
 from lightning_efficient.checkpointing.retention import newest_intact
+from lightning_efficient.checkpointing.writer import Written
 
 __all__ = ["Places"]
 
@@ -29,6 +30,7 @@ class Places:
 
     def __init__(self, engine: CheckpointEngine, local_dir: str | None) -> None:
         self._engine = engine
+        self._newest: dict[str, str] = {}  # what was written last, by directory
         self._tier = None if local_dir is None else RemoteTier(local_dir)
         if self._tier is not None:
             self._tier.drain = engine.drain
@@ -77,8 +79,9 @@ class Places:
 
     def pending(self, path: str | None = None) -> bool:
         """Whether something is still to be done (with ``path``), here or remotely."""
-        remotely = self._tier is not None and self._tier.pending(path)
-        return remotely or self._engine.pending(None if path is None else self.file(path))
+        if self._engine.pending(None if path is None else self.file(path)):
+            return True
+        return self._tier is not None and self._tier.pending(path)  # is asked before it is done here
 
     def sweep(self, directory: str) -> list[str]:
         """Remove what killed runs left unfinished in ``directory``.
@@ -95,9 +98,18 @@ class Places:
         if is_remote(path):
             self._remote(str(path)).wait(str(path))
 
-    def take_uploaded(self) -> list[Uploaded]:
-        """What has become complete remotely since this was asked the last time."""
-        return [] if self._tier is None else self._tier.take_written()
+    def take_written(self) -> list[Written | Uploaded]:
+        """What has become durable here, and complete remotely, since this was asked the last time."""
+        written, uploaded = self._engine.take_written(), [] if self._tier is None else self._tier.take_written()
+        self._newest |= {str(one.path.parent): str(one.path) for one in written}
+        self._newest |= {remote_file.split(one.url)[0]: one.url for one in uploaded}
+        return [*written, *uploaded]
+
+    def newest_beside(self, path: str) -> str | None:
+        """What was written last to the directory of ``path``, if it is still there."""
+        directory = remote_file.split(path)[0] if is_remote(path) else str(self.file(path).parent)
+        newest = self._newest.get(directory)
+        return newest if newest is not None and self.exists(newest) else None
 
     def take_failures(self) -> list[RemoteFailure]:
         """What has failed remotely since this was asked the last time."""

@@ -63,12 +63,14 @@ class Skeleton:
         storages: By number, alive.
         tensors: The first one met in each storage.
         numbers: The number of each storage, by :func:`storage_key`.
+        on_gpu: Whether any of them is on a CUDA device.
     """
 
     def __init__(self, collected: _Storages, pickled: Callable[[], bytes]) -> None:
         self.storages: Sequence[UntypedStorage] = collected.storages
         self.tensors: Sequence[Tensor | None] = collected.tensors
         self.numbers: Mapping[tuple[int, int], int] = collected.numbers
+        self.on_gpu = collected.on_gpu
         self._pickle = pickled
 
     @cached_property
@@ -91,7 +93,7 @@ class _TensorParts:
 
     __slots__ = ("parts",)
 
-    def __init__(self, *parts: Any) -> None:
+    def __init__(self, parts: tuple[Any, ...]) -> None:
         self.parts = parts
 
     def reduced(self) -> tuple[Any, ...]:
@@ -106,15 +108,15 @@ class _Storages:
         self.storages: list[UntypedStorage] = []
         self.tensors: list[Tensor | None] = []
         self.numbers: dict[tuple[int, int], int] = {}
+        self.on_gpu = False
         self._types: list[torch.dtype] = []
-        self._references: dict[int, _Reference] = {}
+        self._references: dict[tuple[int, int], _Reference] = {}  # of plain tensors
 
     def parts(self, tensor: Tensor) -> _TensorParts | None:
         """Of a plain tensor; None for one that must be asked for its own reduction."""
-        kind = _LEGACY_STORAGES.get(tensor.dtype)
-        requires_grad = tensor.requires_grad
+        dtype, requires_grad = tensor.dtype, tensor.requires_grad
         if (
-            kind is None
+            dtype not in _LEGACY_STORAGES
             or tensor.layout is not torch.strided
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.__dict__
@@ -123,33 +125,34 @@ class _Storages:
         ):
             return None
         storage = tensor.untyped_storage()
-        number = self._number(storage, tensor.dtype, tensor)
-        reference = self._references.get(number)
-        if reference is None:
+        key = storage_key(storage)
+        reference = self._references.get(key)
+        if reference is None or self._types[self.numbers[key]] != dtype:
             size = storage.nbytes() // tensor.element_size()
-            reference = self._references[number] = _Reference(self._persistent_id(number, kind, size))
-        return _TensorParts(reference, tensor.storage_offset(), tensor.shape, tensor.stride(), requires_grad)
+            reference = _Reference(self._persistent_id(storage, dtype, _LEGACY_STORAGES[dtype], size, tensor))
+            self._references[key] = reference
+        return _TensorParts((reference, tensor.storage_offset(), tensor.shape, tensor.stride(), requires_grad))
 
     def reference(self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
         """The persistent id of a storage."""
-        return self._persistent_id(self._number(storage, dtype, None), kind, numel)
+        return self._persistent_id(storage, dtype, kind, numel, None)
 
-    def _number(self, storage: UntypedStorage, dtype: torch.dtype, tensor: Tensor | None) -> int:
+    def _persistent_id(
+        self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int, tensor: Tensor | None
+    ) -> tuple[Any, ...]:
         number = self.numbers.setdefault(storage_key(storage), len(self.storages))
+        device = storage.device
         if number == len(self.storages):
             self.storages.append(storage)
             self.tensors.append(tensor)
             self._types.append(dtype)
+            self.on_gpu |= device.type == "cuda"
         elif self._types[number] != dtype:
             raise RuntimeError(
                 f"A checkpoint holds tensors that view the same memory as {self._types[number]} and as {dtype}, which "
                 "torch.save refuses too. Clone one of them."
             )
-        return number
-
-    def _persistent_id(self, number: int, kind: Any, numel: int) -> tuple[Any, ...]:
-        storage = self.storages[number]
-        location = "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
+        location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
         return "storage", kind, str(number), location, numel
 
 
@@ -204,20 +207,17 @@ class _Structure:
             new = self.storages.parts(node)
             if new is None:
                 raise _OtherObjectError
-        elif kind is dict:
-            new = self._copies[id(node)] = {}
+        elif kind is dict or kind is OrderedDict:
+            new = self._copies[id(node)] = kind()
             for key, value in node.items():
-                new[copy(key)] = copy(value)
+                new[key if type(key) in _ATOMS else copy(key)] = value if type(value) in _ATOMS else copy(value)
+            if kind is OrderedDict:
+                new.__dict__.update(copy(node.__dict__))  # _metadata
         elif kind is list:
             new = self._copies[id(node)] = []
-            new.extend([copy(value) for value in node])
-        elif kind is OrderedDict:
-            new = self._copies[id(node)] = OrderedDict()
-            for key, value in node.items():
-                new[copy(key)] = copy(value)
-            new.__dict__.update({name: copy(value) for name, value in node.__dict__.items()})  # _metadata
+            new.extend([value if type(value) in _ATOMS else copy(value) for value in node])
         elif kind is tuple:
-            new = tuple([copy(value) for value in node])
+            new = tuple([value if type(value) in _ATOMS else copy(value) for value in node])
         elif kind is _ndarray() and not node.dtype.hasobject:
             new = node.copy(order="K")
         else:

@@ -52,7 +52,7 @@ class Snapshot:
         layout: Where each storage goes.
         buffer: Large enough for the storages; if not for what follows them, another one takes its place.
         step: Of the run.
-        copies: For storages of CUDA devices.
+        copies: For storages of CUDA devices; None: there are none.
 
     Attributes:
         describe: Returns the pickle that goes with the storages; to be set before :meth:`seal`.
@@ -76,7 +76,7 @@ class Snapshot:
         self.expected: Mapping[int, int] = {}
         self.torn: list[int] = []
         self.sealed = False
-        self._copies = copies or DeviceCopies()
+        self._copies = copies
         self._sources: dict[int, UntypedStorage | Tensor] = {}
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._left = {number: -(-record.nbytes // PIECE_BYTES) for number, record in layout.records.items()}
@@ -95,8 +95,9 @@ class Snapshot:
             sources: By number: storages, or byte tensors that nothing changes.
             watched: Tensors that must not change until they are copied, likewise.
         """
-        for device in {source.device for source in sources.values() if source.device.type == "cuda"}:
-            self._copies.begin(device)
+        if self._copies is not None:
+            for device in {source.device for source in sources.values() if self._copies.takes(source)}:
+                self._copies.begin(device)
         with self._changed:
             self._sources.update(sources)
             for number, tensor in (watched or {}).items():
@@ -148,7 +149,8 @@ class Snapshot:
             return 0.0
         begin = time.perf_counter()
         self._wait_copied(numbers)
-        self._copies.let_current_wait(self._last_events(numbers))
+        if self._copies is not None:
+            self._copies.let_current_wait(self._last_events(numbers))
         return time.perf_counter() - begin
 
     def seal(self) -> Iterator[int]:
@@ -260,15 +262,15 @@ class Snapshot:
         nbytes = min(PIECE_BYTES, record.nbytes - offset)
         source, target = self._sources[number], record.start + offset
         try:
-            if source.device.type == "cpu":
+            if self._copies is not None and self._copies.takes(source):
+                data = source if isinstance(source, Tensor) else bytes_of(source)
+                into = self.buffer.tensor[target : target + nbytes]
+                self._copies.copy(into, data[offset : offset + nbytes])
+            elif source.device.type == "cpu":
                 ctypes.memmove(self.buffer.address + target, source.data_ptr() + offset, nbytes)
             else:
-                data = (source if isinstance(source, Tensor) else bytes_of(source))[offset : offset + nbytes]
-                into = self.buffer.tensor[target : target + nbytes]
-                if source.device.type == "cuda":
-                    self._copies.copy(into, data)
-                else:
-                    into.copy_(data)
+                data = source if isinstance(source, Tensor) else bytes_of(source)
+                self.buffer.tensor[target : target + nbytes].copy_(data[offset : offset + nbytes])
         except BaseException:  # an interrupt, for one: what is there is not known, so it must not become a file
             self.torn.append(number)
             raise
@@ -280,9 +282,10 @@ class Snapshot:
             self._claimed -= 1
             self._left[number] -= 1
             if self._left[number] == 0:
-                device = self._sources[number].device
-                if device.type == "cuda":
-                    self._enqueued[number] = len(self._enqueued), device, self._copies.mark(device)
+                source = self._sources[number]
+                if self._copies is not None and self._copies.takes(source):
+                    mark = self._copies.mark(source.device)
+                    self._enqueued[number] = len(self._enqueued), source.device, mark
                 # Now, for the update that waits for this copy is about to change the tensor, rightly.
                 tensor, version = self._versions.get(number, (None, 0))
                 if tensor is not None and tensor._version != version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def refuse_in_backward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> No
         "several ranks": trainer.world_size > 1,
         "a gradient scaler (precision='16-mixed')": getattr(trainer.precision_plugin, "scaler", None) is not None,
         "an on_before_optimizer_step of your module": is_overridden("on_before_optimizer_step", pl_module),
-        "a parameter in two optimizers": _shared_by_optimizers(trainer),
+        "a parameter that is updated twice": _shared_by_optimizers(trainer),
     }
     for what, present in reasons.items():
         if present:
@@ -86,25 +86,29 @@ class SavedByModelCheckpoint:
     def __init__(self, engine: CheckpointEngine, places: Places) -> None:
         self._engine = engine
         self._places = places
+        self._trainer: pl.Trainer | None = None
         self._callbacks: list[ModelCheckpoint] = []
         self._undo: list[Callable[[], None]] = []
         self._untold: list[tuple[Callable[[Any], None], Any]] = []
-        self._newest: dict[Path, Path] = {}  # durable file, by directory
+        self._may_be_there = False  # what loggers are to be told of
 
     def attach(self, trainer: pl.Trainer) -> None:
         """From now on links are made, names chosen and loggers told with regard to what is still to be written."""
         self.detach()
+        self._trainer = trainer
         self._callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         self._undo = [compat.defer_links(callback, self._link, self._will_exist) for callback in self._callbacks]
-        for logger in trainer.loggers:
+        for logger in {id(logger): logger for logger in trainer.loggers}.values():
+            self._undo.append(partial(_set_back, logger, logger.__dict__.get("after_save_checkpoint")))
             logger.__dict__["after_save_checkpoint"] = partial(self._tell_later, logger.after_save_checkpoint)
-            self._undo.append(partial(logger.__dict__.pop, "after_save_checkpoint", None))
 
     def detach(self) -> None:
         """Leave the callbacks and loggers as they were."""
         while self._undo:
             self._undo.pop()()
+        self._trainer = None
         self._callbacks = []
+        self._untold = []
 
     def directories(self) -> set[str]:
         """Where they save, as far as they know it yet."""
@@ -115,38 +119,72 @@ class SavedByModelCheckpoint:
         return any((every := compat.saves_every_n_steps(c)) and step % every == 0 for c in self._callbacks)
 
     def note_written(self, path: Path) -> None:
-        """A file has become durable."""
-        self._newest[path.parent] = path
+        """Not needed any more: ``Places`` knows."""
 
     def tell_loggers(self) -> None:
-        """Of all that was saved, if it is there."""
-        if self._untold and not self._places.pending():
-            untold, self._untold = self._untold, []
-            for tell, callback in untold:
+        """Of all that was saved, when nothing is pending; not while a callback names a file that did not come."""
+        if not self._may_be_there or self._places.pending():
+            return
+        self._may_be_there = False
+        untold, self._untold = self._untold, []
+        for tell, callback in untold:
+            if all(map(self._places.exists, _named(callback))):
                 tell(callback)
+            else:
+                self._untold.append((tell, callback))
 
     def correct_paths(self) -> None:
-        """After a failure that the user let pass: no path of theirs names a file that is not there."""
-        exists = self._places.exists
-        for callback in self._callbacks:
-            kept = {path: value for path, value in callback.best_k_models.items() if exists(path)}
-            if len(kept) < len(callback.best_k_models):
-                callback.best_k_models = kept
-            if callback.best_model_path and not exists(callback.best_model_path):
-                best = min if callback.mode == "min" else max
-                newest = self._newest.get(self._places.file(callback.best_model_path).parent)
-                if kept:
-                    callback.best_model_path = best(kept, key=lambda path: kept[path].item())
-                else:
-                    callback.best_model_path = str(newest) if newest is not None and newest.exists() else ""
-            if callback.last_model_path and not exists(callback.last_model_path):
-                callback.last_model_path = ""
+        """After a failure that the user let pass: no path of theirs names a file that is not there.
+
+        On all ranks alike, of which only one knows, except with an exception on its way: nobody knows where the others
+        are.
+        """
+        trainer = self._trainer
+        if trainer is None or not self._callbacks:
+            return
+        instead = self._lost() if trainer.is_global_zero else {}
+        if trainer.world_size > 1 and not trainer.interrupted:
+            instead = trainer.strategy.broadcast(instead)
+        for callback in self._callbacks if instead else ():
+            _correct(callback, instead)
+        self._may_be_there = bool(self._untold)
+
+    def _lost(self) -> dict[str, str]:
+        """What is named and not there, and for each what was written last beside it, if anything was."""
+        named = {path for callback in self._callbacks for path in (*_named(callback), *callback.best_k_models)}
+        return {path: self._places.newest_beside(path) or "" for path in named if not self._places.exists(path)}
 
     def _tell_later(self, tell: Callable[[Any], None], callback: Any) -> None:
         self._untold.append((tell, callback))
+        self._may_be_there = True
 
     def _link(self, target: str, link: str) -> None:
         self._engine.link(Path(target).absolute(), Path(link).absolute())
 
     def _will_exist(self, path: str) -> bool:
         return self._places.pending(path)
+
+
+def _set_back(logger: Any, own: Callable[[Any], None] | None) -> None:
+    """Let ``logger`` have its own ``after_save_checkpoint``: that of its class, if it had no other."""
+    if own is None:
+        logger.__dict__.pop("after_save_checkpoint", None)
+    else:
+        logger.__dict__["after_save_checkpoint"] = own
+
+
+def _named(callback: Any) -> set[str]:
+    """The files that loggers look for first."""
+    return {callback.best_model_path, callback.last_model_path} - {""}
+
+
+def _correct(callback: ModelCheckpoint, instead: Mapping[str, str]) -> None:
+    """Replace what is not there by the best or newest that is."""
+    kept = {path: score for path, score in callback.best_k_models.items() if path not in instead}
+    callback.best_k_models = kept
+    if (lost := callback.best_model_path) in instead:
+        best = min if callback.mode == "min" else max
+        callback.best_model_path = best(kept, key=lambda path: kept[path].item()) if kept else instead[lost]
+        callback.best_model_score = kept.get(callback.best_model_path)
+    if callback.last_model_path in instead:
+        callback.last_model_path = ""

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO as LightningAsync
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -24,33 +23,13 @@ from lightning_efficient.checkpointing import CheckpointDamagedError, Checkpoint
 from lightning_efficient.coordination import SnapshotSource, find
 from lightning_efficient.demos import ByteLanguageModel
 from tests.helpers.fitting import assert_same_tree
-from tests.helpers.models import ManualModel
+from tests.helpers.quick import train
 from tests.technique_settings import demo_data, demo_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
-
-
-def train(
-    root: Path, *callbacks: Callback, module: Any = None, resume: Any = None, **arguments: Any
-) -> tuple[pl.Trainer, pl.LightningModule]:
-    settings: dict[str, Any] = {"max_steps": 12, "limit_val_batches": 0}
-    settings["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = pl.Trainer(
-        **(settings | arguments),
-        default_root_dir=root,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = module or demo_model()
-    trainer.fit(module, demo_data(), ckpt_path=resume)
-    return trainer, module
 
 
 def every(root: Path, steps: int = 2, **arguments: Any) -> ModelCheckpoint:
@@ -383,32 +362,6 @@ def test_strays_of_killed_runs_are_swept_c10(tmp_path: Path) -> None:
     assert names(tmp_path) == ["mine.tmp", "step=12.ckpt", "step=6.ckpt"]
 
 
-# -- how often -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*will be saved to the same directory")
-def test_it_saves_by_itself_and_keeps_the_newest_c11(tmp_path: Path) -> None:
-    io = AsyncCheckpointIO(frequency="drive", dirpath=str(tmp_path / "ck"), keep=2)
-    _, module = train(tmp_path, io, max_steps=60)
-    saved = [name for name in names(tmp_path) if name != "last.ckpt"]
-    assert len(saved) == 2
-    newest = torch.load(tmp_path / "ck" / "last.ckpt", weights_only=True)["global_step"]
-    assert f"step={newest}.ckpt" in saved
-    assert newest >= 15
-    assert "checkpoint/interval_batches" in io.measurements() or newest < 45
-    resumed_io = AsyncCheckpointIO(frequency="drive", dirpath=str(tmp_path / "ck"), keep=2)
-    _, resumed = train(tmp_path, resumed_io, max_steps=60, resume=tmp_path / "ck" / "last.ckpt")
-    assert_same_tree(dict(resumed.state_dict()), dict(module.state_dict()), "weights")
-    assert len([name for name in names(tmp_path) if name != "last.ckpt"]) == 2
-
-
-def test_it_advises_whoever_saves_c11(tmp_path: Path) -> None:
-    io = AsyncCheckpointIO()
-    train(tmp_path, io, every(tmp_path, 8, save_top_k=1), max_steps=100)
-    assert io.measurements()["checkpoint/interval_batches"] >= 1
-    assert io.measurements()["checkpoint/overhead_percent"] >= 0
-
-
 # -- where it is put -------------------------------------------------------------------------------------------------
 
 
@@ -487,64 +440,7 @@ def test_others_find_the_last_good_state(tmp_path: Path) -> None:
     assert asks.left is None
 
 
-# -- updates within backward -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_updates_in_backward_are_those_of_plain_training_c7_c8_c9(accumulate: int, tmp_path: Path) -> None:
-    io = AsyncCheckpointIO(optimizer_in_backward=True, verify="checksum")
-    arguments = {"accumulate_grad_batches": accumulate, "max_steps": 6}
-    _, ours = train(tmp_path, io, every(tmp_path, 1), **arguments)
-    plain_save = every(tmp_path / "plain", 1)
-    _, plain = train(tmp_path, plain_save, **arguments)
-    assert_same_tree(dict(ours.state_dict()), dict(plain.state_dict()), "weights")
-    for name in names(tmp_path):
-        one, other = (torch.load(folder / "ck" / name, weights_only=True) for folder in (tmp_path, tmp_path / "plain"))
-        assert_same_tree(dict(one["state_dict"]), dict(other["state_dict"]), name)
-        assert_same_tree(one["optimizer_states"], other["optimizer_states"], name)
-    assert not any(p._post_accumulate_grad_hooks for p in ours.parameters())
-
-
-def test_layers_are_copied_in_the_order_of_their_updates_c7(tmp_path: Path) -> None:
-    """The last layers change first, so they lie first in the file, and are copied first."""
-    import zipfile
-
-    from lightning_efficient.checkpointing.verification import _tensor_names
-
-    train(tmp_path, AsyncCheckpointIO(optimizer_in_backward=True), every(tmp_path, 4, save_top_k=1))
-    with zipfile.ZipFile(tmp_path / "ck" / "step=12.ckpt") as archive:
-        names_of = _tensor_names(archive.read("archive/data.pkl"))
-        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-        order = [names_of[m.filename.split("/")[-1]] for m in members if "/data/" in m.filename]
-    blocks = [name.split("blocks.")[1][0] for name in order if "state_dict.model.blocks." in name]
-    assert blocks == sorted(blocks, reverse=True)
-
-
-def test_growth_with_updates_in_backward_c8(tmp_path: Path) -> None:
-    grow = {"stages": [{"depth": 2, "until": 4}, {"depth": 4}]}
-    _, ours = train(tmp_path, GrowAndUnshareCallback(**grow), AsyncCheckpointIO(optimizer_in_backward=True))
-    _, plain = train(tmp_path, GrowAndUnshareCallback(**grow))
-    assert_same_tree(dict(ours.state_dict()), dict(plain.state_dict()), "weights")
-
-
-def half() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "what"),
-    [
-        (demo_model, {"gradient_clip_val": 1.0}, "gradient clipping"),
-        (demo_model, {"plugins": [half()]}, "a gradient scaler"),
-        (lambda: demo_model(ManualModel), {}, "manual optimization"),
-    ],
-    ids=["clipping", "scaler", "manual"],
-)
-def test_what_needs_all_gradients_is_refused_c8(
-    module: Any, arguments: dict[str, Any], what: str, tmp_path: Path
-) -> None:
-    with pytest.raises(MisconfigurationException, match=f"and {what}"):
-        train(tmp_path, AsyncCheckpointIO(optimizer_in_backward=True), module=module(), **arguments)
+# -- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import nn
 
 from lightning_efficient.checkpointing.device_copies import DeviceCopies, cloned_on_device, fingerprint
 from lightning_efficient.checkpointing.engine import CheckpointEngine
+from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.checkpointing.staging import DeviceStaging, stages_on_device
 from lightning_efficient.checkpointing.verification import verify
 from lightning_efficient.core.buffers import HostBuffer
+from tests.checkpointing import states
 from tests.checkpointing.states import same
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -71,6 +75,89 @@ def test_a_fingerprint_tells_bytes_and_places_apart() -> None:
     assert torch.equal(fingerprint(data), fingerprint(data.clone()))
     assert not torch.equal(fingerprint(data), fingerprint(changed))
     assert torch.equal(data, swapped) or not torch.equal(fingerprint(data), fingerprint(swapped))
+
+
+# -- a device as slow as it may be -----------------------------------------------------------------------------------
+
+
+class LaziestDevice(DeviceCopies):
+    """What a device promises, and no more: a copy happens when something that waits for it is to happen.
+
+    The side stream runs only up to what is waited for; the current stream is the CPU.
+    """
+
+    def __init__(self, obedient: bool = True) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.done = 0
+        self.obedient = obedient
+
+    def takes(self, source: Any) -> bool:
+        return True
+
+    def begin(self, device: Any) -> Any:
+        pass
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with self.lock:
+            self.queue.append((target, source))
+
+    def mark(self, device: Any) -> Any:
+        with self.lock:
+            return Mark(self, len(self.queue))
+
+    def let_current_wait(self, events: Any) -> None:
+        for _, mark in events if self.obedient else ():
+            mark.synchronize()
+
+    def run(self, until: int) -> None:
+        with self.lock:
+            for target, source in self.queue[self.done : until]:
+                target.copy_(source)
+            self.done = max(self.done, until)
+
+
+class Mark:
+    def __init__(self, device: LaziestDevice, position: int) -> None:
+        self.device, self.position = device, position
+
+    def query(self) -> bool:
+        return self.device.done >= self.position
+
+    def synchronize(self) -> None:
+        self.device.run(self.position)
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_what_may_change_waits_for_the_device_c2_c4(
+    obedient: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Untorn though the device copies as late as it can; torn where the current stream is not told to wait."""
+    device = LaziestDevice(obedient)
+    monkeypatch.setattr(CheckpointEngine, "_new_snapshot", lambda _, plan, *rest: Snapshot(plan.layout, *rest, device))
+    engine = CheckpointEngine(memory_cap=None)
+    engine.barrier.attach()
+    engine._writer.prepare(
+        lambda: time.sleep(0.2)
+    )  # what is written waits for the device too: let the updates be first
+    model, optimizer = states.trained(width=32)
+    torn = 0
+    try:
+        for number in range(12):
+            states.step(model, optimizer)
+            state = states.checkpoint_of(model, optimizer)
+            truth = on_host(state)
+            engine._writer.prepare(lambda: time.sleep(0.02))
+            engine.save(state, tmp_path / "a.ckpt", number, owners=[optimizer], place="here")
+            model(torch.randn(4, 32))  # moves BatchNorm's buffers
+            states.step(model, optimizer)
+            engine.drain()
+            assert engine.take_failures() == []
+            torn += not same(on_host(torch.load(tmp_path / "a.ckpt")), truth)
+    finally:
+        engine.close()
+    assert bool(torn) is not obedient
 
 
 # -- on the device ---------------------------------------------------------------------------------------------------

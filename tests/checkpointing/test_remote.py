@@ -9,98 +9,23 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import fsspec
 import pytest
 import torch
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from lightning_efficient.checkpointing import remote, remote_file
 from lightning_efficient.checkpointing.remote import RemoteTier
 from lightning_efficient.checkpointing.remote_file import is_remote
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
+from tests.checkpointing.clouds import Bucket, Cloud, Network, content, everything, seen, until
 from tests.checkpointing.states import snapshot_of
-
-
-class _Network:
-    """What happens to the writes of a cloud."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.fails: list[BaseException | None] = []  # one for each write, in turn
-        self.swallows = 0  # bytes of each write, without a word
-        self.writes: list[str] = []
-        self.reads = 0
-
-
-class _CloudFile(MemoryFile):
-    def write(self, piece: Any) -> int:
-        network = Cloud.network
-        network.writes.append(self.path)
-        assert network.gate.wait(30)
-        if network.fails and (error := network.fails.pop(0)) is not None:
-            super().write(piece[: len(piece) // 2])
-            raise error
-        return super().write(piece[: len(piece) - network.swallows])
-
-
-class Cloud(MemoryFileSystem):
-    """A store in which files that are being written can be seen."""
-
-    protocol = "cloud"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-    network = _Network()
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.rpartition("://")[2])
-
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        if mode != "wb":
-            return super()._open(path, mode, **options)
-        file = _CloudFile(self, self._strip_protocol(path))
-        if not self._intrans:
-            file.commit()
-        return file
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        Cloud.network.reads += 1
-        return super().cat_file(path, start, end, **options)
-
-    def rm_file(self, path: str) -> None:
-        if "-tmp" not in path:
-            Cloud.network.writes.append(f"-{path}")
-        super().rm_file(path)
-
-
-class TransactionCloud(Cloud):
-    """The same, written to in transactions, as S3."""
-
-    protocol = ("cloudtx", "memory")  # type: ignore[assignment]
-
-
-class Bucket(DirFileSystem):
-    """A directory, as it is seen from a root."""
-
-    protocol = "bucket"
-    root: ClassVar[Path]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(path=str(self.root), fs=LocalFileSystem(), **options)
-
-
-fsspec.register_implementation("cloud", Cloud, clobber=True)
-fsspec.register_implementation("cloudtx", TransactionCloud, clobber=True)
-fsspec.register_implementation("bucket", Bucket, clobber=True)
 
 
 @pytest.fixture(params=["cloud", "cloudtx"])
@@ -110,8 +35,8 @@ def run(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def network() -> Iterator[_Network]:
-    Cloud.network = _Network()
+def network() -> Iterator[Network]:
+    Cloud.network = Network()
     Cloud.store.clear()
     yield Cloud.network
     Cloud.network.gate.set()
@@ -119,7 +44,7 @@ def network() -> Iterator[_Network]:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, network: _Network) -> Iterator[RemoteTier]:
+def tier(tmp_path: Path, network: Network) -> Iterator[RemoteTier]:
     made = RemoteTier(tmp_path / "fast", attempts=2, retry_seconds=0.001)
     yield made
     made.close()
@@ -150,28 +75,6 @@ def remove(tier: RemoteTier, url: str) -> None:
     tier.removed(tier.local(url))
 
 
-def seen(run: str) -> list[str]:
-    """The names that others can see in a cloud's directory, without the temporary ones."""
-    return sorted(name for name in everything(run) if not name.startswith("."))
-
-
-def everything(run: str) -> list[str]:
-    path = "/" + run.rpartition("://")[2]
-    return sorted(key.removeprefix(path + "/") for key in list(Cloud.store) if key.startswith(path + "/"))
-
-
-def content(url: str) -> bytes:
-    system, path = fsspec.url_to_fs(url)
-    return bytes(system.cat_file(path))
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def damage(path: Path) -> None:
     spoilt = bytearray(path.read_bytes())
     spoilt[200] ^= 1
@@ -181,7 +84,7 @@ def damage(path: Path) -> None:
 # -- uploads and removals ----------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_uploaded_while_others_go_on(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_a_file_is_uploaded_while_others_go_on(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     saved = save(tier, f"{run}/a.ckpt", 3)
     assert tier.pending(f"{run}/a.ckpt")
@@ -199,7 +102,7 @@ def test_a_file_is_uploaded_while_others_go_on(tier: RemoteTier, network: _Netwo
     assert everything(run) == ["a.ckpt"]
 
 
-def test_uploads_are_done_in_order(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_uploads_are_done_in_order(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     for step in (5, 1, 3):
         save(tier, f"{run}/{step}.ckpt", step)
@@ -208,7 +111,7 @@ def test_uploads_are_done_in_order(tier: RemoteTier, network: _Network, run: str
     assert [written.step for written in tier.take_written()] == [5, 1, 3]
 
 
-def test_a_file_is_removed_only_after_its_successor_is_there(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_a_file_is_removed_only_after_its_successor_is_there(tier: RemoteTier, network: Network, run: str) -> None:
     save(tier, f"{run}/1.ckpt", 1)
     tier.wait()
     network.gate.clear()
@@ -224,7 +127,7 @@ def test_a_file_is_removed_only_after_its_successor_is_there(tier: RemoteTier, n
     assert tier.take_failures() == []
 
 
-def test_a_failed_upload_keeps_what_it_should_have_replaced(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_a_failed_upload_keeps_what_it_should_have_replaced(tier: RemoteTier, network: Network, run: str) -> None:
     first = save(tier, f"{run}/1.ckpt", 1)
     tier.wait()
     network.fails = [ConnectionError("gone"), RuntimeError("gone for good")]
@@ -242,7 +145,7 @@ def test_a_failed_upload_keeps_what_it_should_have_replaced(tier: RemoteTier, ne
     assert everything(run) == ["1.ckpt", "3.ckpt"]
 
 
-def test_it_is_tried_again(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_it_is_tried_again(tier: RemoteTier, network: Network, run: str) -> None:
     network.fails = [OSError("a cable")]
     saved = save(tier, f"{run}/1.ckpt", 1)
     tier.wait()
@@ -252,7 +155,7 @@ def test_it_is_tried_again(tier: RemoteTier, network: _Network, run: str) -> Non
 
 
 def test_a_failure_in_the_middle_leaves_the_file_of_this_name_as_it_was(
-    tier: RemoteTier, network: _Network, run: str, monkeypatch: pytest.MonkeyPatch
+    tier: RemoteTier, network: Network, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_file, "CHUNK_BYTES", 1000)
     before = save(tier, f"{run}/last.ckpt", 1)
@@ -265,7 +168,7 @@ def test_a_failure_in_the_middle_leaves_the_file_of_this_name_as_it_was(
     assert len(tier.take_failures()) == 1
 
 
-def test_bytes_that_are_lost_without_a_word_are_missed(tier: RemoteTier, network: _Network) -> None:
+def test_bytes_that_are_lost_without_a_word_are_missed(tier: RemoteTier, network: Network) -> None:
     network.swallows = 1
     save(tier, "cloud://store/run/1.ckpt", 1)
     tier.wait()
@@ -283,7 +186,7 @@ def test_a_failed_removal_is_heard_of(tier: RemoteTier, run: str, monkeypatch: p
     assert seen(run) == ["1.ckpt"]
 
 
-def test_what_is_uploaded_is_what_was_saved(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_what_is_uploaded_is_what_was_saved(tier: RemoteTier, network: Network, run: str) -> None:
     """Whatever becomes of the local file meanwhile."""
     network.gate.clear()
     first = save(tier, f"{run}/1.ckpt", 1)
@@ -313,7 +216,7 @@ def test_the_directory_of_nobody_is_nobodys_business(tier: RemoteTier, tmp_path:
     assert not tier.pending()
 
 
-def test_another_directory_is_no_successor(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_another_directory_is_no_successor(tier: RemoteTier, network: Network, run: str) -> None:
     save(tier, f"{run}/a/1.ckpt", 1)
     tier.wait()
     network.fails = [OSError(), OSError()]
@@ -324,7 +227,7 @@ def test_another_directory_is_no_successor(tier: RemoteTier, network: _Network, 
     assert everything(run) == ["a/1.ckpt", "b/2.ckpt"]
 
 
-def test_nor_is_there_one_in_the_directory_of_an_earlier_run(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_nor_is_there_one_in_the_directory_of_an_earlier_run(tier: RemoteTier, network: Network, run: str) -> None:
     checkpoint(tier.local(f"{run}/old/1.ckpt"), 1)
     tier.upload(f"{run}/old/1.ckpt", 1)
     tier.wait()
@@ -339,7 +242,7 @@ def test_nor_is_there_one_in_the_directory_of_an_earlier_run(tier: RemoteTier, n
 # -- more than the network can take ------------------------------------------------------------------------------------
 
 
-def test_what_is_not_wanted_any_more_is_not_uploaded(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_what_is_not_wanted_any_more_is_not_uploaded(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     save(tier, f"{run}/1.ckpt", 1)
     until(lambda: network.writes)
@@ -356,7 +259,7 @@ def test_what_is_not_wanted_any_more_is_not_uploaded(tier: RemoteTier, network: 
     assert [path.name for path in tier.folder(run).iterdir()] == ["19.ckpt"]
 
 
-def test_what_was_replaced_is_not_uploaded(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_what_was_replaced_is_not_uploaded(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     save(tier, f"{run}/1.ckpt", 1)
     until(lambda: network.writes)
@@ -371,7 +274,7 @@ def test_what_was_replaced_is_not_uploaded(tier: RemoteTier, network: _Network, 
 
 
 def test_what_waited_for_one_that_is_not_uploaded_waits_for_the_next(
-    tier: RemoteTier, network: _Network, run: str
+    tier: RemoteTier, network: Network, run: str
 ) -> None:
     save(tier, f"{run}/1.ckpt", 1)
     tier.wait()
@@ -387,7 +290,7 @@ def test_what_waited_for_one_that_is_not_uploaded_waits_for_the_next(
     assert everything(run) == ["1.ckpt", "other.ckpt"]
 
 
-def test_a_name_that_is_given_again_is_not_removed(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_a_name_that_is_given_again_is_not_removed(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     save(tier, f"{run}/1.ckpt", 1)
     save(tier, f"{run}/2.ckpt", 2)
@@ -399,7 +302,7 @@ def test_a_name_that_is_given_again_is_not_removed(tier: RemoteTier, network: _N
     assert content(f"{run}/1.ckpt") == again
 
 
-def test_the_newest_can_be_removed(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_the_newest_can_be_removed(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     save(tier, f"{run}/1.ckpt", 1)
     remove(tier, f"{run}/1.ckpt")
@@ -411,7 +314,7 @@ def test_the_newest_can_be_removed(tier: RemoteTier, network: _Network, run: str
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_local_copy_saves_the_download(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_the_local_copy_saves_the_download(tier: RemoteTier, network: Network, run: str) -> None:
     network.gate.clear()
     saved = save(tier, f"{run}/1.ckpt", 1)
     threading.Timer(0.05, network.gate.set).start()
@@ -474,7 +377,7 @@ def test_what_is_damaged_everywhere_is_said(tier: RemoteTier, run: str) -> None:
 
 
 def test_a_network_that_fails_is_not_taken_for_an_answer(
-    tier: RemoteTier, network: _Network, run: str, monkeypatch: pytest.MonkeyPatch
+    tier: RemoteTier, network: Network, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{run}/1.ckpt"
     saved = save(tier, url, 1)
@@ -497,7 +400,7 @@ def test_a_network_that_fails_is_not_taken_for_an_answer(
         tier.newest_intact(run)
 
 
-def test_of_several_one_downloads(tier: RemoteTier, network: _Network, run: str, tmp_path: Path) -> None:
+def test_of_several_one_downloads(tier: RemoteTier, network: Network, run: str, tmp_path: Path) -> None:
     url = f"{run}/1.ckpt"
     save(tier, url, 1)
     tier.wait()
@@ -516,7 +419,7 @@ def test_it_waits_for_what_is_to_be_written(tier: RemoteTier, run: str) -> None:
     assert seen(run) == ["1.ckpt"]
 
 
-def test_the_newest_intact_one(tier: RemoteTier, network: _Network, run: str, tmp_path: Path) -> None:
+def test_the_newest_intact_one(tier: RemoteTier, network: Network, run: str, tmp_path: Path) -> None:
     assert tier.newest_intact(run) is None
     for step in (1, 20, 3):
         save(tier, f"{run}/step={step}.ckpt", step, count=30_000)
@@ -579,7 +482,7 @@ def test_the_file_systems_of_fsspec(tier: RemoteTier, place: str, tmp_path: Path
     assert elsewhere.fetch(f"{place}/last.ckpt").read_bytes() == last
 
 
-def test_the_root_of_a_file_system(tier: RemoteTier, network: _Network, tmp_path: Path) -> None:
+def test_the_root_of_a_file_system(tier: RemoteTier, network: Network, tmp_path: Path) -> None:
     save(tier, "cloud://a.ckpt", 1)
     tier.wait()
     assert tier.take_failures() == []
@@ -588,7 +491,7 @@ def test_the_root_of_a_file_system(tier: RemoteTier, network: _Network, tmp_path
 
 
 def test_other_writes_of_the_process_are_not_held_up(
-    tier: RemoteTier, network: _Network, monkeypatch: pytest.MonkeyPatch
+    tier: RemoteTier, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A transaction holds for all that is written through an object; fsspec gives many the same object."""
     network.gate.clear()
@@ -599,7 +502,7 @@ def test_other_writes_of_the_process_are_not_held_up(
     network.gate.set()
 
 
-def test_what_a_killed_run_left_is_swept(tier: RemoteTier, network: _Network, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_swept(tier: RemoteTier, network: Network, tmp_path: Path) -> None:
     run = "cloud://store/run"
     network.gate.clear()
     save(tier, f"{run}/1.ckpt", 1)
@@ -660,7 +563,7 @@ def test_no_file_is_held_in_memory_as_a_whole(tier: RemoteTier, tmp_path: Path) 
     assert peak < 64 << 20
 
 
-def test_it_can_be_closed_and_used_again(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_it_can_be_closed_and_used_again(tier: RemoteTier, network: Network, run: str) -> None:
     tier.close()
     for step in (1, 2):
         save(tier, f"{run}/{step}.ckpt", step)
@@ -707,7 +610,7 @@ def test_what_was_asked_for_is_uploaded_when_the_program_ends(tmp_path: Path, wh
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_does_not_wait_for_the_upload(tier: RemoteTier, network: _Network, run: str) -> None:
+def test_a_fork_does_not_wait_for_the_upload(tier: RemoteTier, network: Network, run: str) -> None:
     """A worker of a DataLoader, for one."""
     network.gate.clear()
     save(tier, f"{run}/1.ckpt", 1)

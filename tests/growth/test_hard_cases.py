@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_efficient import GrowAndUnshareCallback, load_grown
 from lightning_efficient.demos import ByteLanguageModel
+from tests.helpers import quick
 from tests.helpers.fitting import StopAt
 from tests.technique_settings import demo_data, demo_model
 
@@ -24,24 +25,7 @@ STAGES = [{"depth": 1, "until": 3}, {"depth": 2, "until": 6}, {"depth": 4}]
 
 def train(module: pl.LightningModule, root: Path, *callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
     """Ten steps, quietly; returns the Trainer."""
-    settings: dict[str, Any] = {
-        "max_steps": 10,
-        "limit_val_batches": 0,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    }
-    resume = arguments.pop("resume", None)
-    trainer = pl.Trainer(
-        **(settings | arguments),
-        default_root_dir=root,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, demo_data(), ckpt_path=resume)
-    return trainer
+    return quick.train(root, *callbacks, module=module, **({"max_steps": 10} | arguments))[0]
 
 
 class Break(pl.Callback):
