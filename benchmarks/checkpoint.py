@@ -75,6 +75,14 @@ class DistributedCheckpoint(pl.Callback, CheckpointIO):
             self._stager = None
 
 
+class Pageable(AsyncCheckpointIO):
+    """Ours without pinned memory."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.engine.pool.may_pin = False
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to checkpoint: what goes into the Trainer's callbacks and plugins."""
@@ -94,7 +102,12 @@ ARMS = (
     Arm("DCP, default stager", lambda: _in_both(DistributedCheckpoint(False))),
     Arm("DCP, kept stager", lambda: _in_both(DistributedCheckpoint(True))),
     Arm("ours", lambda: ([AsyncCheckpointIO(memory_cap=None)], [])),
+    Arm("ours, to the host", lambda: ([AsyncCheckpointIO(memory_cap=None, staging="host")], [])),
+    Arm("ours, pageable", lambda: ([Pageable(memory_cap=None, staging="host")], [])),
+    Arm("ours, within the device", lambda: ([AsyncCheckpointIO(memory_cap=None, staging="device")], [])),
 )
+EVERYWHERE = 6
+"""Arms from there on differ on a GPU only."""
 
 
 @dataclass
@@ -105,8 +118,9 @@ class Cost:
         wall: Seconds from the first batch until everything is written.
         cpu: Likewise, of all threads.
         blocked: Milliseconds of the training thread in each save.
-        stalled: Milliseconds that updates waited, in all.
+        stalled: Milliseconds that updates waited, in all; on a GPU those of the device too.
         buffers: Bytes of copy buffers after the first two saves, and at the end.
+        slow_down: Median time of the step that follows a save, over that of the others.
     """
 
     wall: float = 0.0
@@ -114,6 +128,7 @@ class Cost:
     blocked: list[float] = field(default_factory=list)
     stalled: float = 0.0
     buffers: tuple[float, float] = (0.0, 0.0)
+    slow_down: float = 1.0
 
 
 class Watch(pl.Callback):
@@ -123,6 +138,8 @@ class Watch(pl.Callback):
         self.cost = Cost()
         self.io = io
         self.held: list[float] = []
+        self.saved = False
+        self.marks: list[tuple[bool, Any]] = []  # whether a save came before this step, and when it began
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         save = trainer.save_checkpoint
@@ -131,15 +148,34 @@ class Watch(pl.Callback):
             began = time.perf_counter()
             save(*arguments, **more)
             self.cost.blocked.append((time.perf_counter() - began) * 1e3)
+            self.saved = True
             if self.io is not None:
                 self.held.append(float(self.io.engine.pool.held_bytes))
 
         trainer.save_checkpoint = timed  # type: ignore[method-assign]
         self.began = time.perf_counter(), time.process_time()
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if pl_module.device.type == "cuda":  # when the device begins with it
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((self.saved, now))
+        self.saved = False
+
+    def _slow_down(self) -> float:
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for (saved, begin), (_, end) in zip(self.marks[5:], self.marks[6:], strict=False):
+            times[saved].append(end - begin if isinstance(begin, float) else begin.elapsed_time(end))
+        return statistics.median(times[True]) / statistics.median(times[False]) if all(times.values()) else 1.0
+
     def ended(self) -> Cost:
         self.cost.wall = time.perf_counter() - self.began[0]
         self.cost.cpu = time.process_time() - self.began[1]
+        if self.marks and not isinstance(self.marks[0][1], float):
+            torch.cuda.synchronize()
+        self.cost.slow_down = self._slow_down()
         if self.io is not None:
             self.cost.stalled = self.io.engine.stalled_seconds * 1e3
             self.cost.buffers = self.held[min(2, len(self.held) - 1)], self.held[-1]
@@ -158,8 +194,8 @@ class Size:
     arms: Sequence[str]
 
 
-SMALL = Size("about 300 MB every 8 steps", 512, 8, 42, 8, [arm.name for arm in ARMS])
-LARGE = Size("about 1.2 GB every 4 steps", 1024, 8, 18, 4, ["none", "Lightning, sync", "Lightning, async", "ours"])
+SMALL = Size("about 300 MB every 8 steps", 512, 8, 82, 8, [arm.name for arm in ARMS])
+LARGE = Size("about 1.2 GB every 4 steps", 1024, 8, 26, 4, ["none", "Lightning, sync", "Lightning, async", "ours"])
 TINY = Size("a few MB every 2 steps (quick)", 64, 2, 10, 2, [arm.name for arm in ARMS])
 
 
@@ -178,6 +214,7 @@ def run(options: Options) -> Result:
         "blocked_ratio": statistics.median(ours) / statistics.median(rival),
         "run_cpu_ratio": statistics.median(cpu),
         "run_wall_ratio": statistics.median(wall),
+        "step_slow_down": statistics.median(cost.slow_down for cost in main["ours"]),
         "stalled_ms_per_save": statistics.median(c.stalled / len(c.blocked) for c in main["ours"]),
         "steady_state_new_bytes": max(c.buffers[1] - c.buffers[0] for c in main["ours"]),
         "torn": torn,
@@ -196,7 +233,8 @@ def run(options: Options) -> Result:
         notes=[
             "Byte-level language model, AdamW, ModelCheckpoint with save_top_k=1, one Trainer per run. Blocked: time "
             "in Trainer.save_checkpoint; the first save of a run is left out, it takes the memory. Total and CPU time "
-            "are from the first batch until all is written, over the run without checkpoints of the same round.",
+            "are from the first batch until all is written, over the run without checkpoints of the same round. Next step: "
+            "median time of the step after a save, over that of the others; on a GPU as the device sees it.",
             "DCP: the default stager copies before it returns; the kept one stages in a thread and is awaited before "
             "the next update, as its recipe says.",
             f"Torn: snapshots that are not the state they were taken of, of {10 if options.quick else 200} under fused "
@@ -208,7 +246,8 @@ def run(options: Options) -> Result:
 
 
 def _rounds(size: Size, options: Options) -> dict[str, list[Cost]]:
-    arms = [arm for arm in ARMS if arm.name in size.arms]
+    there = ARMS if options.device == "cuda" else ARMS[:EVERYWHERE]
+    arms = [arm for arm in there if arm.name in size.arms]
     costs: dict[str, list[Cost]] = {arm.name: [] for arm in arms}
     _fit(arms[0], size, options)  # warm-up
     for number, seed in enumerate(options.seeds):
@@ -258,8 +297,11 @@ def _table(size: Size, costs: Mapping[str, Sequence[Cost]]) -> Table:
     for name, runs in costs.items():
         blocked = _blocked(runs)
         shown = f"{statistics.median(blocked):.1f} (max {max(blocked):.1f})" if blocked else "-"
-        rows.append((name, shown, spread(_ratios(costs, name, "wall"), 2), spread(_ratios(costs, name, "cpu"), 3)))
-    return Table(size.title, ("", "blocked (ms)", "total time / none", "CPU time / none"), rows)
+        slow = f"{statistics.median(run.slow_down for run in runs):.2f}"
+        wall, cpu = spread(_ratios(costs, name, "wall"), 2), spread(_ratios(costs, name, "cpu"), 3)
+        rows.append((name, shown, wall, cpu, slow))
+    header = ("", "blocked (ms)", "total time / none", "CPU time / none", "next step / others")
+    return Table(size.title, header, rows)
 
 
 # -- torn snapshots ----------------------------------------------------------------------------------------------------

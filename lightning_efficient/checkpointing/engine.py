@@ -274,7 +274,7 @@ class CheckpointEngine:
     def discard_after(self, step: int) -> None:
         """Forget the snapshots in memory of later steps."""
         while self._recent and self._recent[-1].step > step:
-            self.pool.give_back(self._recent.pop().buffer)
+            self.pool.give_back(self._recent.pop().retire())
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class CheckpointEngine:
 
     def _evict_oldest(self) -> None:
         with contextlib.suppress(IndexError):  # another thread was faster
-            self.pool.give_back(self._recent.popleft().buffer)
+            self.pool.give_back(self._recent.popleft().retire())
 
     def follow(self, on_saved: Callable[[Path, int], None], on_removed: Callable[[Path], None]) -> None:
         """Tell of each file that has become durable, and of each that has been removed, in the writer's thread."""

@@ -20,6 +20,7 @@ from torch.storage import UntypedStorage
 
 from lightning_efficient.checkpointing.archive import Archive, Record, StorageLayout
 from lightning_efficient.checkpointing.device_copies import DeviceCopies
+from lightning_efficient.checkpointing.verification import tensor_names
 from lightning_efficient.core.buffers import HostBuffer
 from lightning_efficient.core.checksum import crc32
 from lightning_efficient.core.torch_internals import bytes_of
@@ -34,12 +35,16 @@ class TornSnapshotError(RuntimeError):
     """Tensors changed while they were being copied, other than by an optimizer's step, or were not copied whole.
 
     Args:
-        numbers: Of their storages.
+        names: Of the tensors, as paths in the checkpoint.
     """
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        super().__init__(f"{len(numbers)} tensors of the snapshot changed, or the copy was interrupted")
-        self.numbers = tuple(numbers)
+    def __init__(self, names: Sequence[str]) -> None:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        super().__init__(
+            f"{', '.join(names[:3])}{more} changed after the save and before the copy, by other code than the "
+            "optimizer's, or the copy was interrupted"
+        )
+        self.names = tuple(names)
 
 
 class Snapshot:
@@ -85,6 +90,7 @@ class Snapshot:
         self._claimed = 0
         self._enqueued: dict[int, tuple[int, torch.device, torch.cuda.Event]] = {}
         self._changed = threading.Condition()
+        self._reading = threading.Lock()
 
     def offer(
         self, sources: Mapping[int, UntypedStorage | Tensor], watched: Mapping[int, Tensor] | None = None
@@ -180,7 +186,8 @@ class Snapshot:
             if self.expected.get(number, checksums[record.name]) != checksums[record.name]:
                 self.torn.append(number)
             if self.torn:
-                raise TornSnapshotError(self.torn)
+                names = tensor_names(self.describe())
+                raise TornSnapshotError([names.get(str(number), "a tensor") for number in self.torn])
             yield record.end
         if archive.nbytes > self.buffer.nbytes:
             self.buffer = self.buffer.grown(archive.nbytes, keep=self.layout.end)
@@ -210,9 +217,22 @@ class Snapshot:
             event.synchronize()
 
     def load(self, map_location: Any = "cpu") -> Any:
-        """The state, read from a sealed image as ``torch.load`` would read it from its file."""
-        stream = io.BufferedReader(_MemoryStream(self.buffer.view[: self.archive.nbytes]))  # type: ignore[type-var]
-        return torch.load(stream, map_location=map_location, weights_only=False)
+        """The state, read from a sealed image as ``torch.load`` would read it from its file.
+
+        Raises:
+            LookupError: If it is not in memory any more.
+        """
+        with self._reading:
+            if not self.sealed:
+                raise LookupError(f"The state of step {self.step} is not in memory any more.")
+            stream = io.BufferedReader(_MemoryStream(self.buffer.view[: self.archive.nbytes]))  # type: ignore[type-var]
+            return torch.load(stream, map_location=map_location, weights_only=False)
+
+    def retire(self) -> HostBuffer:
+        """Take the buffer for something else, when nobody reads from it."""
+        with self._reading:
+            self.sealed = False
+            return self.buffer
 
     def release_sources(self) -> None:
         """Let go of the live tensors; nothing is compared or copied any more."""

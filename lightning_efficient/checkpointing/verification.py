@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from lightning_efficient.checkpointing.archive import NOTE, ROOT, SEAL, SEAL_DIGITS
 from lightning_efficient.core.checksum import crc32
 
-__all__ = ["CheckpointDamagedError", "top_level_keys", "verify"]
+__all__ = ["CheckpointDamagedError", "tensor_names", "top_level_keys", "verify"]
 
 _LOCAL_MAGIC, _LOCAL_FIXED = b"PK\x03\x04", 30
 _FIRST_NAME = f"{ROOT}/data/".encode()
@@ -129,7 +129,7 @@ def _decompresses(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
 def _describe(damaged: list[str], file: BinaryIO) -> str:
     if "data.pkl" in damaged:
         return "the structure of the state (record 'data.pkl') has changed"
-    names = {f"data/{number}": name for number, name in _tensor_names(_pickled(file)).items()}
+    names = {f"data/{number}": name for number, name in tensor_names(_pickled(file)).items()}
     parts = [f"{names[record]} (record '{record}')" if record in names else f"record '{record}'" for record in damaged]
     more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
     return f"the bytes of {', '.join(parts[:3])}{more} have changed"
@@ -202,7 +202,7 @@ def _structure(pickled: bytes) -> Any:
         return None
 
 
-def _tensor_names(pickled: bytes) -> dict[str, str]:
+def tensor_names(pickled: bytes) -> dict[str, str]:
     """Path of the first tensor that uses each storage, by the storage's number."""
     names: dict[str, str] = {}
     for number, path in _storages(_structure(pickled), ""):

@@ -83,11 +83,15 @@ class BufferPool:
         cap_bytes: Memory of all buffers together; None: no cap.
         pinned: See :class:`HostBuffer`.
         most: Buffers that may exist at a time.
+
+    Attributes:
+        may_pin: False once memory could not be pinned.
     """
 
     def __init__(self, cap_bytes: int | None, *, pinned: bool = False, most: int = 2) -> None:
         self.cap_bytes = cap_bytes
         self.pinned = pinned
+        self.may_pin = True
         self.most = most
         self._free: list[HostBuffer] = []
         self._lent: set[int] = set()
@@ -184,10 +188,10 @@ class BufferPool:
 
     def _new(self, nbytes: int) -> HostBuffer:
         try:
-            return HostBuffer(nbytes, pinned=self.pinned)
+            return HostBuffer(nbytes, pinned=self.pinned and self.may_pin)
         except RuntimeError as error:
             warnings.warn(f"{error} Copies from the GPU will be slower.", stacklevel=2)
-            self.pinned = False
+            self.may_pin = False
             return HostBuffer(nbytes)
 
     def _may_add(self, nbytes: int) -> bool:

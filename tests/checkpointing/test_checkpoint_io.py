@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback
 from lightning_efficient.checkpointing import CheckpointDamagedError, CheckpointSaveError, verify
+from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.coordination import SnapshotSource, find
 from lightning_efficient.demos import ByteLanguageModel
 from tests.helpers.fitting import assert_same_tree
@@ -269,6 +270,38 @@ def test_an_error_at_the_very_end_is_not_lost_c10(tmp_path: Path, monkeypatch: p
     FullDisk(monkeypatch, after=0)
     with pytest.raises(CheckpointSaveError, match=r"step=12\.ckpt"):
         train(tmp_path, AsyncCheckpointIO(), every(tmp_path, 12))
+
+
+class MovesAWeight(Callback):
+    """After the save of step 6 and before its copy, in a way that torch counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.moved = threading.Event()
+        real = Snapshot._copy_piece
+
+        def copy(snapshot: Snapshot, *arguments: Any) -> None:
+            if snapshot.step == 6 and threading.current_thread() is not threading.main_thread():
+                self.moved.wait(30)
+            real(snapshot, *arguments)
+
+        monkeypatch.setattr(Snapshot, "_copy_piece", copy)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 6:
+            with torch.no_grad():
+                pl_module.model.blocks[0].attention.output.weight.mul_(0.9)
+            self.moved.set()
+
+
+@pytest.mark.parametrize("on_error", ["warn", "retry"])
+def test_a_torn_snapshot_is_no_file_and_the_next_one_is_whole_c4(
+    on_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io = AsyncCheckpointIO(on_error=on_error)
+    with pytest.warns(UserWarning, match=r"step=6.ckpt'.*'state_dict.model.blocks.0.attention.output.weight' changed"):
+        train(tmp_path, io, MovesAWeight(monkeypatch), every(tmp_path, 2))
+    assert names(tmp_path) == [f"step={step}.ckpt" for step in (10, 12, 2, 4, 8)]
+    assert len(io.engine.planner.volatile) == 1, "it is copied at once from then on"
 
 
 class Fails(Callback):

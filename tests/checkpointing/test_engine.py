@@ -248,7 +248,7 @@ def test_a_change_that_was_not_foreseen_is_a_failure_not_a_file_c4(
     hold.set()
     engine.drain()
     [failure] = engine.take_failures()
-    assert "1 tensors of the snapshot changed" in str(failure)
+    assert "'state_dict.a.weight' changed after the save" in str(failure)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt"]
 
 
@@ -279,6 +279,71 @@ def test_the_last_good_stays_in_memory(make: Any, tmp_path: Path) -> None:
     assert same(engine.last_good().load(), state(2))
     engine.discard_after(1)
     assert engine.last_good() is None
+
+
+def test_what_is_read_from_memory_is_not_overwritten_meanwhile(make: Any, tmp_path: Path) -> None:
+    engine = make(in_memory=1)
+    engine.save(state(1), tmp_path / "1.ckpt", 1)
+    engine.drain()
+    kept = engine.last_good()
+    engine.save(state(2), tmp_path / "2.ckpt", 2)
+    engine.drain()
+    with pytest.raises(LookupError, match="The state of step 1 is not in memory any more"):
+        kept.load()
+    assert same(engine.last_good().load(), state(2))
+
+
+def test_a_save_is_skipped_while_all_memory_is_in_use_c10(make: Any, disk: Disk, tmp_path: Path) -> None:
+    """And what it should have replaced stays."""
+    engine = make(when_busy="skip")
+    model, optimizer = trained()
+    disk.gate.clear()
+    skipped = []
+    for number in range(1, 5):
+        path = tmp_path / f"{number}.ckpt"
+        saved = engine.save(checkpoint_of(model, optimizer), path, number, owners=[optimizer], place="here")
+        skipped.append(saved.skipped)
+        engine.remove(tmp_path / f"{number - 1}.ckpt")
+        engine.link(path, tmp_path / "last.ckpt")
+        step(model, optimizer)
+    assert skipped == [False, False, True, True]
+    disk.gate.set()
+    engine.drain()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.ckpt", "last.ckpt"]
+    assert (tmp_path / "last.ckpt").resolve().name == "2.ckpt"
+    assert engine.take_failures() == []
+    at_the_end = engine.save(checkpoint_of(model, optimizer), tmp_path / "end.ckpt", 9)
+    assert not at_the_end.skipped
+
+
+def test_a_disk_that_is_ten_times_slower_loses_nothing_c10(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def slow(*arguments: Any) -> int:
+        began = time.perf_counter()
+        written = real(*arguments)
+        time.sleep(max(0.02, 9 * (time.perf_counter() - began)))
+        return written
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    engine = make()
+    engine.barrier.attach()
+    model, optimizer = trained(width=300)
+    truth = {}
+    for number in range(1, 9):
+        step(model, optimizer)
+        saved = checkpoint_of(model, optimizer)
+        truth[number] = {name: value.clone() for name, value in saved["state_dict"].items()}
+        engine.save(saved, tmp_path / f"{number}.ckpt", number, owners=[optimizer], place="here")
+        engine.remove(tmp_path / f"{number - 2}.ckpt")
+    engine.drain()
+    assert engine.take_failures() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7.ckpt", "8.ckpt"]
+    for number in (7, 8):
+        verify(tmp_path / f"{number}.ckpt")
+        assert same(dict(torch.load(tmp_path / f"{number}.ckpt")["state_dict"]), truth[number])
 
 
 def test_memory_for_the_next_goes_before_what_is_kept(make: Any, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_efficient import AsyncCheckpointIO
 from lightning_efficient.checkpointing import CheckpointDamagedError, CheckpointSaveError
-from tests.checkpointing.clouds import Cloud, Network, content, everything, seen, until
+from tests.checkpointing.clouds import Cloud, Network, everything, seen, until
 from tests.helpers import quick
 from tests.helpers.fitting import assert_same_tree
 from tests.technique_settings import demo_data, demo_model
@@ -193,7 +192,7 @@ def test_the_local_copy_of_a_damaged_file_is_gone_on_from_c6(store: str, tmp_pat
 
 
 def test_what_is_not_there_is_said(store: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint 'memory://run/no.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint 'memory://run/no\.ckpt'"):
         train(tmp_path, remote_io(tmp_path, resume="auto"), resume=f"{store}/no.ckpt")
 
 
@@ -205,7 +204,7 @@ def test_the_best_is_tested_after_the_fit(which: str, store: str, tmp_path: Path
     assert_same_tree(dict(module.state_dict()), dict(expected), "weights")
 
 
-# -- what cannot be is said before the first step ------------------------------------------------------------------------
+# -- what cannot be is said before the first step ----------------------------------------------------------------------
 
 
 class CountsSteps(Callback):
@@ -247,38 +246,33 @@ def test_a_remote_root_where_nothing_is_saved_is_nobodys_business(store: str, tm
 
 
 class Breaks(Callback):
-    """The network, from a step on, for some tries."""
+    """The network, from a step on, for some tries; what was asked for before is there."""
 
-    def __init__(self, step: int, tries: int = 10**6) -> None:
+    def __init__(self, io: AsyncCheckpointIO, step: int, tries: int = 1000) -> None:
+        self.io = io
         self.step = step
         self.tries = tries
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not Cloud.network.fails:
-            until(
-                lambda: (
-                    not any(thread.name == "checkpoint-upload" and _busy(trainer) for thread in threading.enumerate())
-                )
-            )
-            Cloud.network.fails = [ConnectionError("the network is down")] * min(self.tries, 1000)
-
-
-def _busy(trainer: pl.Trainer) -> bool:
-    return bool(trainer.strategy.checkpoint_io._places.pending())
+        if trainer.global_step == self.step:
+            until(lambda: not self.io._places.pending())
+            Cloud.network.fails = [ConnectionError("the network is down")] * self.tries
 
 
 @pytest.mark.parametrize("protocol", ["cloud", "cloudtx"])
+@pytest.mark.filterwarnings("ignore:AsyncCheckpointIO. .*network is down")  # one more, asked for before the error came
 def test_a_failed_upload_ends_the_run_and_costs_no_file_c10(protocol: str, store: str, tmp_path: Path) -> None:
-    url = f"{protocol}://run"
+    url, io = f"{protocol}://run", remote_io(tmp_path)
     with pytest.raises(CheckpointSaveError, match=r"step=6\.ckpt' of step 6 could not be uploaded: ConnectionError"):
-        train(tmp_path, remote_io(tmp_path), Breaks(5), every(url, 2, save_top_k=1), max_steps=200)
+        train(tmp_path, io, Breaks(io, 5), every(url, save_top_k=1), max_steps=200)
     assert everything(url) == ["step=4.ckpt"]
     assert load(f"{url}/step=4.ckpt")["global_step"] == 4
 
 
 def test_a_failed_upload_at_the_very_end_is_not_lost_c10(store: str, tmp_path: Path) -> None:
+    io = remote_io(tmp_path)
     with pytest.raises(CheckpointSaveError, match=r"step=8\.ckpt' of step 8 could not be uploaded: ConnectionError"):
-        train(tmp_path, remote_io(tmp_path), Breaks(7), every("cloud://run", save_top_k=1))
+        train(tmp_path, io, Breaks(io, 7), every("cloud://run", save_top_k=1))
     assert everything("cloud://run") == ["step=6.ckpt"]
 
 
@@ -287,15 +281,16 @@ def test_warn_goes_on_and_names_only_files_that_are_there_c10(monitor: str | Non
     url, io = "cloud://run", remote_io(tmp_path, on_error="warn")
     save = every(url, save_top_k=1, monitor=monitor, mode="max")
     with pytest.warns(UserWarning, match="the network is down"):
-        trainer, _ = train(tmp_path, io, Breaks(5), save)
+        trainer, _ = train(tmp_path, io, Breaks(io, 5), save)
     assert trainer.global_step == 8
     assert everything(url) == ["step=4.ckpt"]
     assert any("the network is down" in event.text for event in io.events())
-    assert save.best_model_path in ({"", f"{url}/step=4.ckpt"} if monitor else {f"{url}/step=4.ckpt"})
+    assert save.best_model_path == f"{url}/step=4.ckpt"
 
 
 def test_a_short_trouble_is_outlasted_c10(store: str, tmp_path: Path) -> None:
-    train(tmp_path, remote_io(tmp_path), Breaks(5, tries=2), every("cloud://run", save_top_k=1))
+    io = remote_io(tmp_path)
+    train(tmp_path, io, Breaks(io, 5, tries=2), every("cloud://run", save_top_k=1))
     assert everything("cloud://run") == ["step=8.ckpt"]
 
 
@@ -304,11 +299,12 @@ def test_training_does_not_wait_for_the_network(store: str, tmp_path: Path) -> N
 
     class Opens(Callback):
         def on_train_end(self, *_: Any) -> None:
+            io.engine.drain()
             assert seen("cloud://run") == []
             Cloud.network.gate.set()
 
+    io = remote_io(tmp_path)
     Cloud.network.gate.clear()
-    train(tmp_path, remote_io(tmp_path), every("cloud://run", 1, save_top_k=1), Opens(), max_steps=12)
+    train(tmp_path, io, every("cloud://run", 1, save_top_k=1), Opens(), max_steps=12)
     assert everything("cloud://run") == ["step=12.ckpt"]
-    assert len([path for path in Cloud.network.writes if not path.startswith("-")]) <= 3
-    assert content("cloud://run/step=12.ckpt")
+    assert len([path for path in Cloud.network.writes if not path.startswith("-")]) == 2, "of steps 1 and 12"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback
 from lightning_efficient.checkpointing.snapshot import Snapshot
-from lightning_efficient.checkpointing.verification import _tensor_names
+from lightning_efficient.checkpointing.verification import tensor_names
 from lightning_efficient.demos import ByteLanguageModel
 from tests.checkpointing.test_checkpoint_io import every, names
 from tests.helpers.fitting import assert_same_tree
@@ -48,7 +48,7 @@ def test_layers_are_copied_in_the_order_of_their_updates_c7(tmp_path: Path) -> N
     """The last layers change first, so they lie first in the file, and are copied first."""
     train(tmp_path, AsyncCheckpointIO(optimizer_in_backward=True), every(tmp_path, 4, save_top_k=1))
     with zipfile.ZipFile(tmp_path / "ck" / "step=12.ckpt") as archive:
-        names_of = _tensor_names(archive.read("archive/data.pkl"))
+        names_of = tensor_names(archive.read("archive/data.pkl"))
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
         order = [names_of[m.filename.split("/")[-1]] for m in members if "/data/" in m.filename]
     blocks = [name.split("blocks.")[1][0] for name in order if "state_dict.model.blocks." in name]
