@@ -209,7 +209,7 @@ def run(options: Options) -> Result:
     kills = _kills(5 if options.quick else 200)
     ours, rival = (_blocked(main[name]) for name in ("ours", "Lightning, async"))
     cpu, wall = (_ratios(main, "ours", what) for what in ("cpu", "wall"))
-    figures: dict[str, float] = {
+    figures: dict[str, float | str] = {
         "blocked_ms": statistics.median(ours),
         "blocked_ratio": statistics.median(ours) / statistics.median(rival),
         "run_cpu_ratio": statistics.median(cpu),
@@ -219,8 +219,7 @@ def run(options: Options) -> Result:
         "steady_state_new_bytes": max(c.buffers[1] - c.buffers[0] for c in main["ours"]),
         "torn": torn,
         "torn_without_barrier": torn_without,
-        "kills": kills["kills"],
-        "kills_survived": kills["survived"],
+        "kills_survived": f"{kills['survived']}/{kills['kills']}",
     }
     return Result(
         "checkpoint",

@@ -61,19 +61,23 @@ class Result:
     """
 
     name: str
-    figures: Mapping[str, float]
+    figures: Mapping[str, float | str]
     tables: Sequence[Table]
     raw: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
     def last_line(self) -> str:
         """``NAME key=value key=value ...``"""
-        return " ".join([self.name, *(f"{key}={value:.4g}" for key, value in self.figures.items())])
+        return " ".join([self.name, *(f"{key}={_short(value)}" for key, value in self.figures.items())])
 
     def markdown(self) -> str:
         """Tables and notes."""
         parts = [f"# Benchmark: {self.name}", "", *(table.markdown() for table in self.tables)]
         return "\n".join([*parts, *(f"- {note}" for note in self.notes), ""])
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lightning_efficient.__main__ import main
+from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.demos.compare import main as compare
 from lightning_efficient.monitoring.report import read_report
 
@@ -47,6 +48,14 @@ trainer:
         optimizer_state: copy
     - class_path: lightning_efficient.EfficiencyMonitor
 """
+CHECKPOINTS = """
+trainer:
+  callbacks:
+    - class_path: lightning_efficient.AsyncCheckpointIO
+      init_args: {max_overhead: 0.035, memory_cap: 2GiB, verify: none, in_memory: 1, on_error: raise}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {every_n_train_steps: 50, save_top_k: 2, monitor: train/loss, save_last: link}
+"""
 VARIANTS: list[dict[str, Any]] = [
     {"mode": "share", "unit": 2, "until": {"fraction": 0.1, "loss_below": 2.5, "plateau": 50}},
     {"width": {"factor": 2, "until": 0.2}},
@@ -73,6 +82,28 @@ def test_a_users_callbacks_in_yaml_replace_the_base_ones(tmp_path: Path) -> None
     main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={config}", *SMALL])
     report = read_report(next(tmp_path.rglob("efficiency_report.json")))
     assert [event.step for event in report.events] == [2, 5]
+
+
+class LogsWithASlash(ByteLanguageModel):
+    """Names its loss as many do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss)
+        return loss
+
+
+def test_checkpoints_as_the_card_writes_them_run(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(CHECKPOINTS)
+    model = f"--model={__name__}.LogsWithASlash"
+    more = ["--trainer.max_steps=150", "--trainer.limit_train_batches=null", "--trainer.val_check_interval=null"]
+    main(["fit", f"--config={CONFIGS / 'base.yaml'}", model, f"--config={config}", *SMALL, *more])
+    files = {path.name.rpartition("step=")[2] for path in tmp_path.rglob("*.ckpt")}
+    assert len(files & {"50.ckpt", "100.ckpt", "150.ckpt"}) == 2
+    [last] = tmp_path.rglob("last.ckpt")
+    assert last.is_symlink()
+    assert torch.load(last, weights_only=True)["global_step"] == 150
 
 
 @pytest.mark.parametrize("arguments", VARIANTS, ids=lambda arguments: "-".join(arguments))

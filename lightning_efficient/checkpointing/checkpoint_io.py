@@ -207,6 +207,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             FileNotFoundError: If there is no such file.
         """
         trainer = self._trainer
+        self.engine.settle()  # who loads will change the weights
         self.engine.drain(self._places.file(path))
         if trainer is not None:
             trainer.strategy.barrier()  # only one rank writes, and all read

@@ -141,7 +141,7 @@ class Truth(Callback):
 
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
-def test_no_checkpoint_is_torn_c2_c4(clamp: bool, tmp_path: Path) -> None:
+def test_no_checkpoint_is_torn_c1_c2_c4(clamp: bool, tmp_path: Path) -> None:
     module = Normed(clamp)
     io = AsyncCheckpointIO(verify="checksum")
     train(tmp_path, Truth(), io, every(tmp_path, 1), module=module, max_steps=30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,10 @@ import torch
 from lightning_efficient.checkpointing import writer as writer_module
 from lightning_efficient.checkpointing.durable_file import DurableFile
 from lightning_efficient.checkpointing.engine import CheckpointEngine
+from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.checkpointing.verification import verify
+from lightning_efficient.checkpointing.writer import BackgroundWriter
+from lightning_efficient.core.buffers import BufferPool
 from tests.checkpointing.states import checkpoint_of, same, step, trained
 
 
@@ -185,6 +189,49 @@ def test_both_ways_write_the_same_file(make: Any, tmp_path: Path) -> None:
     engine.save_now(saved, tmp_path / "b.ckpt", 4)
     engine.drain()
     assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.ckpt").read_bytes()
+
+
+def test_a_save_in_a_signal_handler_may_interrupt_another_c10(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SLURM's, which comes at any moment, also between any two steps of a save."""
+    engine = make()
+    engine.barrier.attach()
+    model, optimizer = trained()
+    saved = checkpoint_of(model, optimizer)
+    handled: list[Path] = []
+
+    def handler(*_: Any) -> None:
+        path = tmp_path / f"hpc_ckpt_{len(handled)}.ckpt"
+        engine.save_now(saved, path, 1)
+        verify(path)
+        handled.append(path)
+
+    def interrupted(real: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return real(*arguments, **more)
+
+        return call
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        for owner, name in (
+            (Snapshot, "offer"), (Snapshot, "wait"), (Snapshot, "_note_copied"), (BufferPool, "try_take"),
+            (BackgroundWriter, "save"), (BackgroundWriter, "_add"), (threading.Condition, "wait_for"),
+        ):  # fmt: skip
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupted(getattr(owner, name)))
+                for number in range(2):
+                    engine.save(saved, tmp_path / f"{name}{number}.ckpt", 1, owners=[optimizer], place=name)
+                    step(model, optimizer)
+                engine.drain()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert len(handled) > 14
+    assert engine.take_failures() == []
+    assert len(list(tmp_path.glob("*.ckpt"))) == 14 + len(handled)
 
 
 def test_a_failure_of_a_save_at_once_leaves_nothing(make: Any, disk: Disk, tmp_path: Path) -> None:

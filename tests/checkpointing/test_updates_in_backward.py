@@ -137,7 +137,7 @@ class Follows(Callback):
         self.ahead[trainer.global_step - 1] = int(self.io.measurements().get("checkpoint/copied_ahead_bytes", 0))
 
 
-def test_a_layer_is_copied_while_others_still_wait_for_their_update_c7(
+def test_a_layer_is_copied_while_others_still_wait_for_their_update_c7_c9(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint of step i is begun in the backward of step i, and is that of plain training."""
