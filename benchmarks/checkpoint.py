@@ -232,8 +232,8 @@ def run(options: Options) -> Result:
         notes=[
             "Byte-level language model, AdamW, ModelCheckpoint with save_top_k=1, one Trainer per run. Blocked: time "
             "in Trainer.save_checkpoint; the first save of a run is left out, it takes the memory. Total and CPU time "
-            "are from the first batch until all is written, over the run without checkpoints of the same round. Next step: "
-            "median time of the step after a save, over that of the others; on a GPU as the device sees it.",
+            "are from the first batch until all is written, over the run without checkpoints of the same round. Next "
+            "step: median time of the step after a save, over that of the others; on a GPU as the device sees it.",
             "DCP: the default stager copies before it returns; the kept one stages in a thread and is awaited before "
             "the next update, as its recipe says.",
             f"Torn: snapshots that are not the state they were taken of, of {10 if options.quick else 200} under fused "

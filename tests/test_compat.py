@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
-from lightning_efficient import compat
+from lightning_efficient import compat, compat_resume
 
 from .monitoring.tiny import TinyModel, ValidatedModel, loader, trainer
 
@@ -118,7 +118,7 @@ class Places(pl.Callback):
 
     def note(self, hook: str, trainer: pl.Trainer) -> None:
         checkpoint = deepcopy(trainer._checkpoint_connector.dump_checkpoint())
-        point = compat.resume_point(checkpoint, trainer.accumulate_grad_batches)
+        point = compat_resume.resume_point(checkpoint, trainer.accumulate_grad_batches)
         self.places.append((hook, point and (point.place, point.last, point.batches)))
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -172,15 +172,15 @@ class Loaders(pl.Callback):
         self.kept: list[list[dict[str, Any]]] = []
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.found = compat.train_loaders(trainer)
-        self.cycles = compat.cycles_loaders(trainer)
-        self.states, self.end = compat.keep_loader_states(trainer)
+        self.found = compat_resume.train_loaders(trainer)
+        self.cycles = compat_resume.cycles_loaders(trainer)
+        self.states, self.end = compat_resume.keep_loader_states(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         checkpoint = trainer._checkpoint_connector.dump_checkpoint()
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         if self.states is not None:
-            compat.replace_loader_states(checkpoint, self.states)
+            compat_resume.replace_loader_states(checkpoint, self.states)
         self.kept.append([states, checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])])
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -232,7 +232,7 @@ class PairModel(TinyModel):
 
 class NamesEpochs(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        compat.name_epoch(trainer, compat.train_loaders(trainer)[0])
+        compat_resume.name_epoch(trainer, compat_resume.train_loaders(trainer)[0])
 
 
 class Sampler(torch.utils.data.SequentialSampler):
@@ -255,10 +255,10 @@ class Resumes(pl.Callback):
 
     def __init__(self) -> None:
         self.waiting: list[Any] = []
-        self.point: compat.ResumePoint | None = None
+        self.point: compat_resume.ResumePoint | None = None
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.point = compat.resume_point(checkpoint, 1)
+        self.point = compat_resume.resume_point(checkpoint, 1)
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         loop = trainer.fit_loop
@@ -267,12 +267,12 @@ class Resumes(pl.Callback):
         self.waiting = list(loop._combined_loader_states_to_load)
         assert loop.epoch_loop.restarting
         if self.point.place == "batch":
-            compat.finish_batch(trainer)
+            compat_resume.finish_batch(trainer)
             assert loop.epoch_loop.val_loop._has_run
-            compat.load_waiting_loader_states(trainer)
+            compat_resume.load_waiting_loader_states(trainer)
         if self.point.place == "end":
-            compat.begin_next_epoch(trainer)
-            compat.forget_loader_states(trainer)
+            compat_resume.begin_next_epoch(trainer)
+            compat_resume.forget_loader_states(trainer)
             flags = [loop.restarting, loop.epoch_loop.restarting, loop.epoch_loop.val_loop.restarting, loop.is_resuming]
             assert not any(flags)
         assert loop._combined_loader_states_to_load == []

@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_efficient import compat
+from lightning_efficient import compat_resume
 from lightning_efficient.core.resumable import ResumableDataLoader
 
 __all__ = ["ExactResume"]
@@ -34,19 +34,19 @@ class ExactResume:
     """
 
     def __init__(self) -> None:
-        self._point: compat.ResumePoint | None = None
+        self._point: compat_resume.ResumePoint | None = None
         self._states: list[dict[str, Any]] | None = None
         self._end_notes: Callable[[], None] = lambda: None
 
     def on_load_checkpoint(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Note where the checkpoint was taken, and correct its counters."""
         if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
-            self._point = compat.resume_point(checkpoint, trainer.accumulate_grad_batches)
+            self._point = compat_resume.resume_point(checkpoint, trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count no batch that was fetched and not trained on."""
         if self._states:
-            compat.replace_loader_states(checkpoint, self._states)
+            compat_resume.replace_loader_states(checkpoint, self._states)
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """Find the place in the epoch.
@@ -56,19 +56,19 @@ class ExactResume:
         """
         self._find_place(trainer)
         self._end_notes()
-        self._states, self._end_notes = compat.keep_loader_states(trainer)
+        self._states, self._end_notes = compat_resume.keep_loader_states(trainer)
 
     def _find_place(self, trainer: pl.Trainer) -> None:
         point = self._point
         if point is None:
             return
         if point.place == "batch":
-            compat.finish_batch(trainer)
+            compat_resume.finish_batch(trainer)
         if point.place == "end":
-            compat.begin_next_epoch(trainer)
+            compat_resume.begin_next_epoch(trainer)
         if not point.last:
-            compat.load_waiting_loader_states(trainer)
-            _warn_of_lost_places(compat.train_loaders(trainer))
+            compat_resume.load_waiting_loader_states(trainer)
+            _warn_of_lost_places(compat_resume.train_loaders(trainer))
             self._point = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
@@ -76,12 +76,12 @@ class ExactResume:
         point, self._point = self._point, None
         if point is None:
             return
-        compat.begin_next_epoch(trainer)
-        compat.forget_loader_states(trainer)
+        compat_resume.begin_next_epoch(trainer)
+        compat_resume.forget_loader_states(trainer)
         every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if every and trainer.current_epoch % every == 0:
             return  # the uninterrupted run would have new loaders here
-        loaders = [loader for loader in compat.train_loaders(trainer) if _has_state(loader)]
+        loaders = [loader for loader in compat_resume.train_loaders(trainer) if _has_state(loader)]
         if len(loaders) == len(point.loader_states):  # else the user has other data for this epoch
             for loader, state in zip(loaders, point.loader_states, strict=True):
                 _leave_epoch(trainer, loader, state, point.batches)
@@ -107,7 +107,7 @@ def _leave_epoch(trainer: pl.Trainer, loader: Any, state: dict[str, Any], batche
 
     def load() -> None:
         loader.load_state_dict(state)
-        compat.name_epoch(trainer, loader)
+        compat_resume.name_epoch(trainer, loader)
 
     if isinstance(loader, ResumableDataLoader):
         return  # Lightning has just told it which epoch comes
@@ -128,7 +128,7 @@ def _is_cut_short(trainer: pl.Trainer, loader: Any, batches: int) -> bool:
         length = len(loader)
     except (TypeError, NotImplementedError):
         return trainer.num_training_batches != float("inf")  # something else set an end
-    return batches % length > 0 if compat.cycles_loaders(trainer) else batches < length
+    return batches % length > 0 if compat_resume.cycles_loaders(trainer) else batches < length
 
 
 def _warn_of_lost_places(loaders: list[Any]) -> None:
