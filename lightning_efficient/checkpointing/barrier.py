@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -83,13 +84,18 @@ class UpdateBarrier:
         Returns:
             Seconds.
         """
-        waited = sum(snapshot.wait() for snapshot, _ in self._snapshots)
+        waited = sum(snapshot.wait(numbers.values()) for snapshot, numbers in self._snapshots)
         self._snapshots.clear()
         return waited
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self._snapshots and self.before_next_update is None:
             return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A CUDA graph is captured around an optimizer's step while a checkpoint is copied, for which the graph "
+                "would then wait at each replay. Capture before the first checkpoint."
+            )
         return right_before_update(lambda: self._wait_for(optimizer), args, kwargs)
 
     def _wait_for(self, optimizer: Optimizer) -> None:

@@ -109,7 +109,10 @@ class Planner:
         before = {key: _look(storage) for key, storage in storages.items()}
 
         def compare() -> None:
-            self.volatile |= {key for key, storage in storages.items() if not torch.equal(_look(storage), before[key])}
+            for key, storage in storages.items():
+                seen, now = before[key], _look(storage)
+                if seen is None or now is None or not torch.equal(seen, now):
+                    self.volatile.add(key)
             self._calibrated.setdefault(place, set()).update(storages)
 
         return compare
@@ -134,8 +137,11 @@ def storage_checksum(storage: UntypedStorage) -> int:
     return crc32(bytes_of(storage).cpu().numpy())
 
 
-def _look(storage: UntypedStorage) -> Tensor:
-    """A checksum, made where the storage is."""
+def _look(storage: UntypedStorage) -> Tensor | None:
+    """A checksum, made where the storage is; None if there is no memory for that."""
     if storage.device.type == "cuda":
-        return fingerprint(bytes_of(storage))
+        try:
+            return fingerprint(bytes_of(storage))
+        except torch.cuda.OutOfMemoryError:
+            return None
     return torch.tensor([storage_checksum(storage)])

@@ -14,7 +14,8 @@ from torch.storage import UntypedStorage
 
 __all__ = ["DeviceCopies", "cloned_on_device", "fingerprint"]
 
-_WORDS = 1 << 22  # of which a fingerprint is made at a time
+_WORDS = 1 << 20  # of which a fingerprint is made at a time
+_ALIGNMENT = 512  # bytes, for the widest loads and stores
 
 
 class DeviceCopies:
@@ -38,12 +39,12 @@ class DeviceCopies:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Enqueue a copy to host memory; it blocks this thread only if that is not pinned."""
-        with torch.cuda.stream(self._streams[source.device]):
+        with torch.cuda.device(source.device), torch.cuda.stream(self._streams[source.device]):
             target.copy_(source, non_blocking=True)
 
     def mark(self, device: torch.device) -> torch.cuda.Event:
-        """An event after all copies from ``device`` so far."""
-        return self._streams[device].record_event()
+        """An event after all copies from ``device`` so far; who waits for it on the host sleeps."""
+        return self._streams[device].record_event(torch.cuda.Event(blocking=True))
 
     def let_current_wait(self, events: Sequence[tuple[torch.device, torch.cuda.Event]]) -> None:
         """What is given to the current streams from now on comes after ``events``; the host does not wait."""
@@ -59,9 +60,14 @@ class DeviceCopies:
 
     def take_stalled_seconds(self) -> float:
         """How long the device has waited for copies, since this was asked the last time, as far as it is over."""
-        over = [(before, after) for before, after in self._stalls if after.query()]
-        self._stalls = [pair for pair in self._stalls if pair not in over]
-        return sum(before.elapsed_time(after) for before, after in over) / 1e3
+        pairs, self._stalls = self._stalls, []
+        seconds = 0.0
+        for before, after in pairs:
+            if after.query():
+                seconds += before.elapsed_time(after) / 1e3
+            else:
+                self._stalls.append((before, after))
+        return seconds
 
 
 def cloned_on_device(sources: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -76,16 +82,25 @@ def cloned_on_device(sources: Mapping[int, Tensor]) -> dict[int, Tensor]:
     starts, total = {}, 0
     for number, source in sources.items():
         starts[number] = total
-        total += -(-source.numel() // 16) * 16  # so that they can be copied as wide words
+        total += -(-source.numel() // _ALIGNMENT) * _ALIGNMENT
     device = next(iter(sources.values())).device
     memory = torch.empty(total, dtype=torch.uint8, device=device)
     clones = {number: memory[starts[number] : starts[number] + s.numel()] for number, s in sources.items()}
-    for width, dtype in ((8, torch.int64), (1, torch.uint8)):
-        chosen = [n for n, s in sources.items() if (s.numel() % 8 == 0 and s.data_ptr() % 8 == 0) == (width == 8)]
-        if chosen:
-            targets = [clones[number].view(dtype) for number in chosen]
-            torch._foreach_copy_(targets, [sources[number].view(dtype) for number in chosen])
+    by_type: dict[torch.dtype, list[int]] = {}
+    for number, source in sources.items():
+        by_type.setdefault(_widest(source), []).append(number)
+    for dtype, chosen in by_type.items():
+        targets = [clones[number].view(dtype) for number in chosen]
+        torch._foreach_copy_(targets, [sources[number].view(dtype) for number in chosen])
     return clones
+
+
+def _widest(data: Tensor) -> torch.dtype:
+    """The widest words that bytes can be taken for."""
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        if data.numel() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0:
+            return dtype
+    return torch.uint8
 
 
 def fingerprint(data: Tensor) -> Tensor:
@@ -100,5 +115,6 @@ def fingerprint(data: Tensor) -> Tensor:
         for start in range(0, part.numel(), _WORDS):
             words = part[start : start + _WORDS].to(torch.int64)
             places = torch.arange(start, start + words.numel(), device=data.device)
-            total = total * 1_000_003 + (words * (2 * places + 1)).sum()  # the sums wrap around, as they may
+            mixed = words * (words ^ 0x5BD1E995) * (2 * places + 1)  # wraps around, as it may
+            total = total * 1_000_003 + mixed.sum()
     return total

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,6 +90,7 @@ class CheckpointEngine:
         self.last_stall = 0.0
         self._stalled_seconds = 0.0
         self._stalled_since_save = 0.0
+        self._stall_tells = False  # whether the last save was copied as most are
         self._copies = DeviceCopies()
         self._in_memory = in_memory
         self._when_busy = when_busy
@@ -164,6 +166,7 @@ class CheckpointEngine:
         inspected = {plan.keys[number]: skeleton.storages[number] for number in self.planner.to_calibrate(plan, place)}
         if inspected:
             self.barrier.before_next_update = self.planner.calibrate(inspected, place)
+        self._stall_tells = bool(later) and not inspected
         begun = later | ahead
         at_once = {number: skeleton.storages[number] for number in records if number not in begun}
         wanted = {number: skeleton.storages[number] for number in records if number in later}
@@ -214,6 +217,9 @@ class CheckpointEngine:
             OSError: As the system says.
         """
         skeleton = take_skeleton(checkpoint)
+        if skeleton.on_gpu:  # a handler may have come while another stream was the current one
+            for device in {storage.device for storage in skeleton.storages if storage.is_cuda}:
+                torch.cuda.synchronize(device)
         layout = StorageLayout([(n, storage.nbytes()) for n, storage in enumerate(skeleton.storages)])
         write_streaming(skeleton, layout, path, note_of(step))
         self._writer.on_saved(path, step)
@@ -294,7 +300,7 @@ class CheckpointEngine:
         if buffer is None and may_skip and self._when_busy == "skip":
             return None
         if buffer is None and self._when_busy == "eager":
-            return HostBuffer(nbytes)
+            return self.pool.new(nbytes)
         if buffer is None:
             self._writer.wait()
             buffer = self.pool.try_take(nbytes)
@@ -305,20 +311,22 @@ class CheckpointEngine:
 
     def _discard(self, snapshot: Snapshot) -> None:
         snapshot.cancel()
-        self.pool.give_back(snapshot.buffer)
+        self.pool.give_back(snapshot.lent)
 
     def _free(self, snapshot: Snapshot) -> None:
         """In the writer's thread, when ``snapshot`` needs not be written any more."""
         plan = self.planner.last
         if snapshot.torn and plan is not None and plan.layout is snapshot.layout:  # not again
             self.planner.volatile.update(plan.keys[number] for number in snapshot.torn if number in plan.keys)
+        if snapshot.sealed:
+            self._rest_nbytes = max(self._rest_nbytes or 0, snapshot.archive.nbytes - snapshot.layout.end)
         snapshot.release_sources()
         if snapshot.sealed and self._in_memory:
             self._recent.append(snapshot)
             if len(self._recent) > self._in_memory:
                 self._evict_oldest()
         else:
-            self.pool.give_back(snapshot.buffer)
+            self.pool.give_back(snapshot.lent)
 
     def _evict_oldest(self) -> None:
         with contextlib.suppress(IndexError):  # another thread was faster
@@ -341,6 +349,6 @@ class CheckpointEngine:
     def _note_stall_of_last_save(self) -> None:
         on_device = self._copies.take_stalled_seconds()
         self._stalled_seconds += on_device
-        if self.staging.chosen == "host":
+        if self._stall_tells and self.staging.chosen == "host":
             self.staging.note_stall(self._stalled_since_save + on_device)
         self._stalled_since_save = 0.0

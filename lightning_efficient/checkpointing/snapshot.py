@@ -60,6 +60,7 @@ class Snapshot:
         copies: For storages of CUDA devices; None: there are none.
 
     Attributes:
+        lent: The buffer that was given.
         describe: Returns the pickle that goes with the storages; to be set before :meth:`seal`.
         expected: Checksums that the copies must have, by number of the storage, as far as they are known.
         archive: Where everything is in the file; from :meth:`seal` on.
@@ -75,7 +76,7 @@ class Snapshot:
         if layout.end > buffer.nbytes:
             raise ValueError(f"The buffer has {buffer.nbytes} bytes and the storages need {layout.end}.")
         self.layout = layout
-        self.buffer = buffer
+        self.buffer = self.lent = buffer
         self.step = step
         self.describe: Callable[[], bytes]
         self.expected: Mapping[int, int] = {}
@@ -190,7 +191,7 @@ class Snapshot:
                 raise TornSnapshotError([names.get(str(number), "a tensor") for number in self.torn])
             yield record.end
         if archive.nbytes > self.buffer.nbytes:
-            self.buffer = self.buffer.grown(archive.nbytes, keep=self.layout.end)
+            self.buffer = self.buffer.grown(archive.nbytes, keep=self.layout.end)  # for this time: it goes with us
         image = self.buffer.view
         for record, content in archive.small:
             image[record.start : record.end] = content
@@ -213,8 +214,9 @@ class Snapshot:
             self._left = dict.fromkeys(self._left, 0)
             self._unfinished = 0
             self._changed.notify_all()
-        for _, event in self._last_events(None):
-            event.synchronize()
+        if self._copies is not None:
+            for device in {source.device for source in self._sources.values() if self._copies.takes(source)}:
+                self._copies.mark(device).synchronize()  # pieces of storages that are not complete too
 
     def load(self, map_location: Any = "cpu") -> Any:
         """The state, read from a sealed image as ``torch.load`` would read it from its file.
@@ -232,7 +234,7 @@ class Snapshot:
         """Take the buffer for something else, when nobody reads from it."""
         with self._reading:
             self.sealed = False
-            return self.buffer
+            return self.lent
 
     def release_sources(self) -> None:
         """Let go of the live tensors; nothing is compared or copied any more."""
@@ -299,19 +301,27 @@ class Snapshot:
 
     def _note_copied(self, number: int) -> None:
         with self._changed:
-            self._claimed -= 1
-            self._left[number] -= 1
-            if self._left[number] == 0:
-                source = self._sources[number]
-                if self._copies is not None and self._copies.takes(source):
-                    mark = self._copies.mark(source.device)
-                    self._enqueued[number] = len(self._enqueued), source.device, mark
-                # Now, for the update that waits for this copy is about to change the tensor, rightly.
-                tensor, version = self._versions.get(number, (None, 0))
-                if tensor is not None and tensor._version != version:
-                    self.torn.append(number)
-                self._unfinished -= 1
-            self._changed.notify_all()
+            try:
+                if self._left[number] == 1:
+                    self._note_last_piece(number)
+            except BaseException:
+                self.torn.append(number)
+                raise
+            finally:
+                self._claimed -= 1
+                self._left[number] -= 1
+                self._unfinished -= self._left[number] == 0
+                self._changed.notify_all()
+
+    def _note_last_piece(self, number: int) -> None:
+        source = self._sources[number]
+        if self._copies is not None and self._copies.takes(source):
+            mark = self._copies.mark(source.device)
+            self._enqueued[number] = len(self._enqueued), source.device, mark
+        # Now, for the update that waits for this copy is about to change the tensor, rightly.
+        tensor, version = self._versions.get(number, (None, 0))
+        if tensor is not None and tensor._version != version:
+            self.torn.append(number)
 
 
 class _MemoryStream(io.RawIOBase):

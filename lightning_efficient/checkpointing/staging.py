@@ -26,6 +26,7 @@ Staging = Literal["auto", "host", "device"]
 _ROOM = 1.25  # of the copy's size that must be free, for the training needs memory too
 _BYTES_PER_SECOND = 1e12  # of copies within a device, until they are measured
 _RECENT = 3  # saves whose stall is looked at
+_LOOK_AGAIN = 16  # saves within the device, until one to the host shows what it would cost now
 
 
 def stages_on_device(nbytes: int, free_bytes: int, device_seconds: float, stall_seconds: float) -> bool:
@@ -54,6 +55,7 @@ class DeviceStaging:
         self.chosen: Literal["host", "device"] = "host"
         self._mode = mode
         self._stalls: deque[float] = deque(maxlen=_RECENT)
+        self._device_saves = 0
         self._bytes_per_second = _BYTES_PER_SECOND
         self._timed: tuple[int, torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -64,6 +66,9 @@ class DeviceStaging:
     def stage(self, storages: Mapping[int, UntypedStorage]) -> dict[int, Tensor]:
         """Copies of those of ``storages`` that are on CUDA devices, on the current streams; none if it does not pay."""
         self.chosen = "host"
+        if self._mode == "auto" and self._device_saves == _LOOK_AGAIN:  # whether updates would still wait
+            self._device_saves = 0
+            return {}
         by_device: dict[torch.device, dict[int, UntypedStorage]] = {}
         for number, storage in storages.items():
             if storage.is_cuda and storage.nbytes():
@@ -77,6 +82,7 @@ class DeviceStaging:
                 try:
                     clones |= self._clone(device, nbytes, chosen)
                     self.chosen = "device"
+                    self._device_saves += 1
                 except torch.cuda.OutOfMemoryError:  # what is free is in pieces
                     continue
         return clones
@@ -95,7 +101,8 @@ class DeviceStaging:
             timed_bytes, begin, end = self._timed
             self._bytes_per_second = timed_bytes / max(begin.elapsed_time(end) / 1e3, 1e-6)
             self._timed = None
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        # At its peak, in the forward and backward to come, not now.
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free -= torch.cuda.max_memory_allocated(device)
         stall = math.inf if self._mode == "device" else statistics.median(self._stalls or [0.0])
         return stages_on_device(nbytes, free, nbytes / self._bytes_per_second, stall)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
+
 from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove
 from lightning_efficient.checkpointing.leftovers import Intention
 from lightning_efficient.checkpointing.snapshot import Snapshot
@@ -106,6 +108,7 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closing = False
+        self._device: int | None = None
         self._last_asked: dict[Path, Path] = {}  # by directory
         self._last_asked_anywhere: Path | None = None
         self._failed_saves: set[Path] = set()
@@ -210,6 +213,8 @@ class BackgroundWriter:
 
     def _start(self) -> None:
         if not self._threads:
+            if torch.cuda.is_initialized():
+                self._device = torch.cuda.current_device()
             self._threads = [
                 threading.Thread(target=self._copy_loop, name="checkpoint-copy", daemon=True),
                 threading.Thread(target=self._job_loop, name="checkpoint-write", daemon=True),
@@ -218,12 +223,19 @@ class BackgroundWriter:
                 thread.start()
             atexit.register(self.close)  # the threads would die with the process, and what they write with them
 
+    def _take_device(self) -> None:
+        """Each thread has a current device of its own, and would begin to use the first one."""
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
+
     def _copy_loop(self) -> None:
+        self._take_device()
         while (work := self._copies.get()) is not None:
             with contextlib.suppress(Exception):  # who needs what failed here will ask, and hear, again
                 work()
 
     def _job_loop(self) -> None:
+        self._take_device()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._closing)

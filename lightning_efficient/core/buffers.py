@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import threading
 import warnings
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 __all__ = ["PAGE", "BufferPool", "HostBuffer", "round_up"]
 
 PAGE = mmap.PAGESIZE
+_PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 _TOUCH = 8 << 20  # bytes that are touched between two looks at whether others want the interpreter
 
 
@@ -44,10 +46,11 @@ class HostBuffer:
         self.view = memoryview(self._map)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
+        self._process = os.getpid()
         self._pinned = False
         if pinned:
-            code = int(_cudart().cudaHostRegister(self.address, self.nbytes, 0))
-            if code:
+            self.touch()  # else the driver does it, and holds everybody up meanwhile
+            if code := _register(self.address, self.nbytes):
                 raise RuntimeError(f"{self.nbytes} bytes could not be pinned: CUDA error {code}.")
             self._pinned = True
 
@@ -68,8 +71,31 @@ class HostBuffer:
         return larger
 
     def __del__(self) -> None:
-        if getattr(self, "_pinned", False):
-            _cudart().cudaHostUnregister(self.address)
+        if getattr(self, "_process", os.getpid()) != os.getpid():
+            _of_the_parent.append(self._map)  # a fork has not got this memory, and may have another at its address
+        elif getattr(self, "_pinned", False):
+            with contextlib.suppress(Exception):  # at the end of the interpreter there may be no CUDA any more
+                _cudart().cudaHostUnregister(self.address)
+
+
+_of_the_parent: list[mmap.mmap] = []
+
+
+def _register(address: int, nbytes: int) -> int:
+    """Pin memory; returns CUDA's error code, or 0.
+
+    In a thread of its own: CUDA keeps an error for the next call of the thread to find, which would be the user's.
+    """
+    device, codes = torch.cuda.current_device(), []
+
+    def register() -> None:
+        torch.cuda.set_device(device)
+        codes.append(int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
+
+    thread = threading.Thread(target=register, name="checkpoint-pin")
+    thread.start()
+    thread.join()
+    return codes[0] if codes else -1
 
 
 def _cudart() -> Any:
@@ -145,7 +171,7 @@ class BufferPool:
             self._coming += 1
         buffer = None
         try:
-            buffer = self._new(nbytes)
+            buffer = self.new(nbytes)
             buffer.touch()
         finally:
             with self._changed:
@@ -181,12 +207,13 @@ class BufferPool:
                 self._held -= self._free.pop(0).nbytes
             if self._coming or not self._may_add(needed):  # one that is being touched is soon quicker than a new one
                 return None
-            buffer = self._new(nbytes)
+            buffer = self.new(nbytes)
             self._held += buffer.nbytes
         self._lent.add(id(buffer))
         return buffer
 
-    def _new(self, nbytes: int) -> HostBuffer:
+    def new(self, nbytes: int) -> HostBuffer:
+        """One that does not count, and is let go when it is given back."""
         try:
             return HostBuffer(nbytes, pinned=self.pinned and self.may_pin)
         except RuntimeError as error:

@@ -427,6 +427,18 @@ def test_a_steady_state_takes_no_new_memory(make: Any, tmp_path: Path) -> None:
     assert engine.pool.held_bytes == held
 
 
+def test_a_rest_that_grows_from_save_to_save_takes_no_buffers_away(make: Any, tmp_path: Path) -> None:
+    """What lies beside the tensors may outgrow the memory that was kept for it."""
+    engine = make(in_memory=1)
+    for number in range(6):
+        text = "x" * (number * (3 << 20))
+        engine.save(state() | {"text": text}, tmp_path / "a.ckpt", number)
+        engine.drain()
+        assert torch.load(tmp_path / "a.ckpt")["text"] == text
+        assert len(engine.last_good().load()["text"]) == len(text)
+    assert len(engine.pool._lent) <= 1
+
+
 def test_a_file_that_could_not_be_finished_is_not_good(make: Any, disk: Disk, tmp_path: Path) -> None:
     engine = make(in_memory=1)
     engine.save(state(1), tmp_path / "1.ckpt", 1)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_efficient.checkpointing import snapshot as snapshot_module
+from lightning_efficient.checkpointing.archive import StorageLayout
 from lightning_efficient.checkpointing.device_copies import DeviceCopies, cloned_on_device, fingerprint
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.checkpointing.staging import DeviceStaging, stages_on_device
 from lightning_efficient.checkpointing.verification import verify
-from lightning_efficient.core.buffers import HostBuffer
+from lightning_efficient.core.buffers import HostBuffer, _register
 from tests.checkpointing import states
 from tests.checkpointing.states import same
 
@@ -74,6 +76,8 @@ def test_a_fingerprint_tells_bytes_and_places_apart() -> None:
     changed[10_006] ^= 1
     assert torch.equal(fingerprint(data), fingerprint(data.clone()))
     assert not torch.equal(fingerprint(data), fingerprint(changed))
+    negated = -data.view(torch.int8).to(torch.int32)
+    assert not torch.equal(fingerprint(negated.view(torch.uint8)), fingerprint((-negated).view(torch.uint8)))
     assert torch.equal(data, swapped) or not torch.equal(fingerprint(data), fingerprint(swapped))
 
 
@@ -158,6 +162,39 @@ def test_what_may_change_waits_for_the_device_c2_c4(
     finally:
         engine.close()
     assert bool(torn) is not obedient
+
+
+def test_a_cancelled_copy_writes_nothing_any_more_c4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pieces of a storage that is not complete have no event of their own."""
+    monkeypatch.setattr(snapshot_module, "PIECE_BYTES", 1 << 10)
+    device, source = LaziestDevice(), torch.ones(1 << 10)
+    layout = StorageLayout([(0, 1 << 12)])
+    snapshot = Snapshot(layout, HostBuffer(layout.end), 1, device)
+    snapshot.offer({0: source.untyped_storage()})
+    claimed = snapshot._claim(0)
+    assert claimed is not None
+    snapshot._copy_piece(*claimed)
+    snapshot.cancel()
+    snapshot.buffer.tensor.zero_()  # it is another one's now
+    device.run(len(device.queue))
+    assert not snapshot.buffer.tensor.any()
+
+
+def test_a_stall_of_a_save_at_once_does_not_count_c5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first save is copied at once, to be looked at again: the next ones will not wait like this."""
+    engine = CheckpointEngine(memory_cap=None)
+    noted: list[float] = []
+    monkeypatch.setattr(engine.staging, "note_stall", noted.append)
+    engine.barrier.attach()
+    model, optimizer = states.trained()
+    try:
+        for number in range(4):
+            saved = states.checkpoint_of(model, optimizer)
+            engine.save(saved, tmp_path / "a.ckpt", number, owners=[optimizer], place="here")
+            states.step(model, optimizer)
+    finally:
+        engine.close()
+    assert len(noted) == 2, "of the second and third, when the next one is asked for"
 
 
 # -- on the device ---------------------------------------------------------------------------------------------------
@@ -263,6 +300,23 @@ class TestOnGpu:
         for number, clone in cloned_on_device(parts).items():
             assert torch.equal(clone, parts[number])
 
+    def test_memory_that_cannot_be_pinned_troubles_nobody_else(self) -> None:
+        buffer = HostBuffer(1 << 20, pinned=True)
+        assert _register(buffer.address, buffer.nbytes) != 0, "it is pinned already"
+        assert torch.ones(3, device="cuda").sum().item() == 3
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_another_device_is_left_alone_c5(self, tmp_path: Path) -> None:
+        torch.cuda.set_device(1)
+        engine = CheckpointEngine(memory_cap=None)
+        try:
+            engine.save({"w": torch.ones(1000, device="cuda:1")}, tmp_path / "a.ckpt", 1)
+            engine.drain()
+        finally:
+            engine.close()
+            torch.cuda.set_device(0)
+        verify(tmp_path / "a.ckpt")
+
     def test_a_pinned_buffer_is_pinned(self) -> None:
         buffer = HostBuffer(1 << 20, pinned=True)
         assert buffer.pinned
@@ -271,7 +325,7 @@ class TestOnGpu:
     def test_no_room_on_the_device_means_the_host_c5(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 1))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 0)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
         staging = DeviceStaging("device")
         assert staging.stage({0: torch.ones(1000, device="cuda").untyped_storage()}) == {}
         assert staging.chosen == "host"
