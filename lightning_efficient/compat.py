@@ -19,6 +19,7 @@ __all__ = [
     "averaged_models",
     "averaging_callbacks",
     "defer_links",
+    "leaves_training",
     "log_step",
     "rewrap_ddp",
     "saves_every_n_steps",
@@ -99,6 +100,14 @@ def defer_links(
 def saves_every_n_steps(callback: ModelCheckpoint) -> int:
     """The ``every_n_train_steps`` of a ``ModelCheckpoint``; 0 if it does not save after steps."""
     return callback._every_n_train_steps
+
+
+def leaves_training(trainer: pl.Trainer) -> bool:
+    """Whether the batch in progress is followed by a validation, the end of its epoch, or that of the training."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if loop.batch_progress.is_last_batch or loop._is_training_done or trainer.should_stop:
+        return True
+    return fetcher is not None and loop._should_check_val_fx(fetcher)
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:

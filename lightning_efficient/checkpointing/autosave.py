@@ -51,6 +51,7 @@ class Autosave(Callback):
         self._dirpath = dirpath
         self._keep = keep
         self._kept: list[str] = []
+        self._loaded: list[str] = []  # those of the run that is resumed
         self._batches = 0  # that ended in an optimizer step, in this fit
         self._next: int | None = None
         self._began: float | None = None
@@ -66,8 +67,11 @@ class Autosave(Callback):
         if self in trainer.callbacks:  # type: ignore[attr-defined]
             trainer.callbacks.remove(self)  # type: ignore[attr-defined]
 
-    def begin(self) -> None:
+    def begin(self, trainer: pl.Trainer) -> None:
         """A fit begins."""
+        directory, loaded = self.directory(trainer), self._loaded
+        self._kept = [path for path in loaded if path.rpartition("/")[0] == directory]  # others are not ours
+        self._loaded = []
         self.tuner.begin()
         self._began = None
         self._batches = 0
@@ -138,9 +142,9 @@ class Autosave(Callback):
 
     def progress(self) -> dict[str, Any]:
         """What another run goes on from."""
-        return {**self.tuner.state_dict(), "kept": list(self._kept), "dirpath": self._dirpath}
+        return {**self.tuner.state_dict(), "kept": list(self._kept)}
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`progress` returned."""
         self.tuner.load_state_dict(state)
-        self._kept = list(state["kept"]) if state["dirpath"] == self._dirpath else []  # another run's are not ours
+        self._loaded = list(state["kept"])

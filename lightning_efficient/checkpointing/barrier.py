@@ -39,12 +39,12 @@ class UpdateBarrier:
         on_stall: Called with the seconds that an update waited.
 
     Attributes:
-        before_next_update: Called once, before the next update.
+        before_updates: Called with each optimizer before its update, until it returns True.
     """
 
     def __init__(self, on_stall: Callable[[float], None] = lambda _: None) -> None:
         self._on_stall = on_stall
-        self.before_next_update: Callable[[], None] | None = None
+        self.before_updates: Callable[[Optimizer], bool] | None = None
         self._handle: RemovableHandle | None = None
         self._snapshots: list[tuple[Snapshot, Mapping[tuple[int, int], int]]] = []
 
@@ -89,7 +89,7 @@ class UpdateBarrier:
         return waited
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not self._snapshots and self.before_next_update is None:
+        if not self._snapshots and self.before_updates is None:
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -99,12 +99,11 @@ class UpdateBarrier:
         return right_before_update(lambda: self._wait_for(optimizer), args, kwargs)
 
     def _wait_for(self, optimizer: Optimizer) -> None:
-        if self.before_next_update is not None:
-            inspect, self.before_next_update = self.before_next_update, None
-            inspect()
-        self._snapshots = [(snapshot, numbers) for snapshot, numbers in self._snapshots if not snapshot.safe]
+        if self.before_updates is not None and self.before_updates(optimizer):
+            self.before_updates = None
         stalled = 0.0
         for snapshot, numbers in self._snapshots:
             keys = (storage_key(tensor.untyped_storage()) for tensor in owned_tensors(optimizer))
             stalled += snapshot.wait([numbers[key] for key in keys if key in numbers])
+        self._snapshots = [(snapshot, numbers) for snapshot, numbers in self._snapshots if not snapshot.settled]
         self._on_stall(stalled)

@@ -140,6 +140,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._random = RandomStates()
         self._exact = ExactResume()
         self._in_batch_end = False
+        self._over = False  # whether a run has ended, and nobody will ask what became of a save
         self._prepared = False
         self._warned_plain = False
         self._values: dict[str, float] = {}
@@ -179,16 +180,25 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 "AsyncCheckpointIO is in `plugins` only, and cannot know when weights change: it copies everything "
                 "before training goes on. Put it into `callbacks` to copy while the next step runs."
             )
-        owners = list(trainer.optimizers) if trainer is not None and self._in_batch_end else []
+        fitting = trainer is not None and self.engine.barrier.attached
         try:
             saved = self.engine.save(
-                checkpoint, file, step, owners=owners, place="on_train_batch_end", first=self._in_order
+                checkpoint,
+                file,
+                step,
+                owners=trainer.optimizers if trainer is not None and fitting else (),
+                place="on_train_batch_end",
+                at_once=not self._in_batch_end,
+                first=self._in_order,
             )
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise CheckpointSaveError(
                 f"'{file}' cannot be saved, for something in the checkpoint cannot be pickled: {error}. Look at the "
                 "state_dict of your callbacks and at save_hyperparameters."
             ) from error
+        if self._over:
+            self._places.close()
+            self._outcomes.poll(None)
         self._saves += 1
         self._skipped += saved.skipped
         self._autosave.note_save()
@@ -244,13 +254,15 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._autosave.join(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._over = False
         self.engine.forget_places()
+        self.engine.forget_recent()
         self.engine.barrier.attach()
         if self.optimizer_in_backward:
             refuse_in_backward(trainer, pl_module)
             self._stepping = StepInBackward(trainer.optimizers, lambda: not compat.accumulating(trainer), self._updated)
             self._stepping.attach()
-        self._autosave.begin()
+        self._autosave.begin(trainer)
         self._prepared = not (trainer.checkpoint_callbacks or self._autosave.drives)
         directories = self._asked_by.directories() | {self._autosave.directory(trainer)}
         if trainer.ckpt_path is not None:
@@ -291,7 +303,9 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     ) -> None:
         if telemetry.due(trainer):
             telemetry.log(trainer, self.measurements())
-        self._in_batch_end = True  # who saves comes later, and the next update passes the barrier
+        # Who saves comes later. The next update passes the barrier; a validation, or the end of an epoch, may change
+        # weights before we hear of it.
+        self._in_batch_end = not compat.leaves_training(trainer)
         if not self._prepared and trainer.global_step and trainer.is_global_zero:
             self._prepared = True
             self.engine.prepare(pl_module, trainer.optimizers)
@@ -323,6 +337,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._finish()
         if args or kwargs or self._trainer is None:
             self._let_go()
+            self._over = True
 
     def _settle(self) -> None:
         self._in_batch_end = False

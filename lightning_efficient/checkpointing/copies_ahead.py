@@ -54,8 +54,9 @@ class CopiesAhead:
         sources, watched = {}, {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            number = plan.numbers.get(storage_key(storage))
-            if number is not None and plan.keys[number] not in self._planner.volatile:
+            key = storage_key(storage)
+            number = plan.numbers.get(key)
+            if number is not None and key not in plan.shared and key not in self._planner.volatile:
                 sources[number], watched[number] = storage, tensor
         snapshot.offer(sources, watched)
         self._start(snapshot.copy)

@@ -7,6 +7,7 @@ tensors are compared before the next update.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class CopyPlan:
         on_gpu: Whether any of them is on a CUDA device.
         keys: Of the storages that an optimizer owns, by number.
         numbers: The number of each of these keys.
+        shared: Those of these keys that are several tensors' memory.
     """
 
     sizes: tuple[int, ...]
@@ -44,6 +46,7 @@ class CopyPlan:
     on_gpu: bool
     keys: Mapping[int, Key]
     numbers: Mapping[Key, int]
+    shared: frozenset[Key]
 
     def is_for(self, keys: Sequence[Key]) -> bool:
         """Whether it is for a state with these storages."""
@@ -79,14 +82,17 @@ class Planner:
         rank = {storage_key(tensor.untyped_storage()): place for place, tensor in enumerate(first())}
         order = sorted(range(len(keys)), key=lambda number: rank.get(keys[number], len(rank)))
         layout = StorageLayout([(number, skeleton.storages[number].nbytes()) for number in order])
-        owned = {
-            key: skeleton.numbers[key]
-            for owner in owners
-            for tensor in owned_tensors(owner)
-            if (tensor.is_cpu or tensor.is_cuda) and (key := storage_key(tensor.untyped_storage())) in skeleton.numbers
-        }
+        counts: Counter[Key] = Counter()
+        for owner in owners:
+            for tensor in owned_tensors(owner):
+                if tensor.is_cpu or tensor.is_cuda:
+                    counts[storage_key(tensor.untyped_storage())] += 1
+        owned = {key: skeleton.numbers[key] for key in counts if key in skeleton.numbers}
+        shared = frozenset(key for key in owned if counts[key] > 1)
+        for place in self._calibrated.values():  # an address may have become another tensor's
+            place &= owned.keys()
         sizes, by_number = tuple(size for _, size in keys), {number: key for key, number in owned.items()}
-        self.last = CopyPlan(sizes, layout, skeleton.on_gpu, by_number, owned)
+        self.last = CopyPlan(sizes, layout, skeleton.on_gpu, by_number, owned, shared)
         self._owners = owned_by
         return self.last
 
@@ -100,20 +106,33 @@ class Planner:
         known = self._calibrated.get(place, set()) | self.volatile
         return {number for number, key in plan.keys.items() if key not in known}
 
-    def calibrate(self, storages: Mapping[Key, UntypedStorage], place: str) -> Callable[[], None]:
+    def calibrate(
+        self, storages: Mapping[Key, UntypedStorage], tensors: Iterable[Tensor | None], place: str
+    ) -> Callable[[Optimizer], bool]:
         """Look at ``storages`` now.
 
+        Args:
+            storages: By key.
+            tensors: One of each, whose changes torch counts: it may be another one's bytes only for a while.
+            place: Where this is.
+
         Returns:
-            What looks again, to be called before the next update.
+            What looks again at those of an optimizer, to be called before its next update; it returns whether it has
+            seen all.
         """
         before = {key: _look(storage) for key, storage in storages.items()}
+        counts = {key: (t, t._version) for key, t in zip(storages, tensors, strict=True) if t is not None}
 
-        def compare() -> None:
-            for key, storage in storages.items():
-                seen, now = before[key], _look(storage)
-                if seen is None or now is None or not torch.equal(seen, now):
+        def compare(optimizer: Optimizer) -> bool:
+            own = {storage_key(tensor.untyped_storage()) for tensor in owned_tensors(optimizer)}
+            for key in own & before.keys():
+                seen, now = before.pop(key), _look(storages[key])
+                tensor, version = counts.get(key, (None, 0))
+                counted = tensor is not None and tensor._version != version
+                if counted or seen is None or now is None or not torch.equal(seen, now):
                     self.volatile.add(key)
-            self._calibrated.setdefault(place, set()).update(storages)
+                self.note_calibrated([key], place)
+            return not before
 
         return compare
 

@@ -110,6 +110,7 @@ class CheckpointEngine:
         *,
         owners: Sequence[Optimizer] = (),
         place: str = "",
+        at_once: bool = False,
         first: Callable[[], Iterable[Tensor]] = tuple,
     ) -> Saved:
         """Take a snapshot that will become ``path``.
@@ -121,6 +122,7 @@ class CheckpointEngine:
             step: Of the run.
             owners: Optimizers whose every update passes the barrier.
             place: Where in the program this is, if ``owners`` are given.
+            at_once: Whether nothing may be copied later, for weights may change by other hands first.
             first: Returns tensors that are to be copied before the others, in this order: those that change first.
 
         Raises:
@@ -141,13 +143,13 @@ class CheckpointEngine:
             if not self.pool.fits(needed) and self._when_busy != "eager":
                 self._save_streaming(skeleton, plan, path, step)
                 return Saved(time.perf_counter() - begin, plan.layout.end)
-            buffer = self._take_buffer(needed, may_skip=bool(owners) and self._writer.pending())
+            buffer = self._take_buffer(needed, may_skip=bool(owners) and not at_once and self._writer.pending())
             if buffer is None:
                 self._writer.skip(path)
                 return Saved(time.perf_counter() - begin, skipped=True)
             snapshot = self._new_snapshot(plan, buffer, step)
         try:
-            later = self._begin(snapshot, skeleton, plan, place)
+            later = self._begin(snapshot, skeleton, plan, None if at_once else place)
         except BaseException:
             self._discard(snapshot)
             raise
@@ -156,16 +158,19 @@ class CheckpointEngine:
         copied_bytes = plan.layout.end - later_bytes - self.ahead.taken_bytes
         return Saved(time.perf_counter() - begin, copied_bytes, later_bytes, self.ahead.taken_bytes)
 
-    def _begin(self, snapshot: Snapshot, skeleton: Skeleton, plan: CopyPlan, place: str) -> set[int]:
-        """Copy what must be copied at once, and protect the rest; returns the rest."""
+    def _begin(self, snapshot: Snapshot, skeleton: Skeleton, plan: CopyPlan, place: str | None) -> set[int]:
+        """Copy what must be copied at once (without a ``place``, all), and protect the rest; returns the rest."""
         ahead, records = snapshot.offered, plan.layout.records
         snapshot.describe = lambda: skeleton.pickled
         if self._verify:
             snapshot.expected = {number: storage_checksum(skeleton.storages[number]) for number in plan.keys}
-        later = self.planner.later(plan, place) - ahead
-        inspected = {plan.keys[number]: skeleton.storages[number] for number in self.planner.to_calibrate(plan, place)}
-        if inspected:
-            self.barrier.before_next_update = self.planner.calibrate(inspected, place)
+        later, inspected = set[int](), set[int]()
+        if place is not None:
+            later, inspected = self.planner.later(plan, place) - ahead, self.planner.to_calibrate(plan, place)
+        if place is not None and inspected:
+            storages = {plan.keys[number]: skeleton.storages[number] for number in inspected}
+            tensors_of = [skeleton.tensors[number] for number in inspected]
+            self.barrier.before_updates = self.planner.calibrate(storages, tensors_of, place)
         self._stall_tells = bool(later) and not inspected
         begun = later | ahead
         at_once = {number: skeleton.storages[number] for number in records if number not in begun}
@@ -268,7 +273,7 @@ class CheckpointEngine:
         self.settle()
         self._writer.close()
         self.barrier.detach()
-        self.barrier.before_next_update = None
+        self.barrier.before_updates = None
         self.pool.clear()
 
     # -- what stays in memory ----------------------------------------------------------------------------------------
@@ -276,6 +281,10 @@ class CheckpointEngine:
     def last_good(self) -> Snapshot | None:
         """The newest snapshot in memory that is complete, or None."""
         return self._recent[-1] if self._recent else None
+
+    def forget_recent(self) -> None:
+        """Forget all snapshots in memory."""
+        self.discard_after(-1)
 
     def discard_after(self, step: int) -> None:
         """Forget the snapshots in memory of later steps."""

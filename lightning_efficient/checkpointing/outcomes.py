@@ -59,7 +59,7 @@ class Outcomes:
         self.failing = self.unresolved = False
 
     def poll(self, trainer: pl.Trainer | None) -> None:
-        """Hear of earlier saves, on all ranks alike, of which only one writes.
+        """Hear of earlier saves, on all ranks alike, of which only one writes, from a save on until all is done.
 
         If that ended alone, the others would wait for it for ever. With an exception on its way nobody knows where the
         others are, and each rank hears for itself.
@@ -67,7 +67,8 @@ class Outcomes:
         Raises:
             CheckpointSaveError: If one failed and errors shall end the run.
         """
-        if trainer is None or trainer.world_size == 1 or self.failing:
+        together = trainer is not None and trainer.world_size > 1 and self.unresolved and not self.failing
+        if trainer is None or not together:
             if error := self._heard(trainer):
                 raise error
             return
@@ -77,7 +78,7 @@ class Outcomes:
             raise error or CheckpointSaveError(f"On rank zero: {text}")
 
     def poll_together(self, trainer: pl.Trainer) -> None:
-        """The same after a batch: of several ranks, only from a save on, which all know of, until it is done.
+        """The same between two batches; of several ranks, only if there may be something to hear of.
 
         Raises:
             CheckpointSaveError: On all ranks alike.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 
 from lightning_efficient.checkpointing import remote_file
@@ -84,14 +85,20 @@ class Places:
         return self._tier is not None and self._tier.pending(path)  # is asked before it is done here
 
     def sweep(self, directory: str) -> list[str]:
-        """Remove what killed runs left unfinished in ``directory``.
+        """Remove what killed runs left unfinished in ``directory``; a storage that cannot be asked keeps it.
 
         Returns:
             What was removed.
         """
-        if is_remote(directory):
-            return self._remote(f"{directory}/").sweep(directory)
-        return [str(path) for path in sweep(self.file(directory))]
+        if not is_remote(directory):
+            return [str(path) for path in sweep(self.file(directory))]
+        tier = self._remote(f"{directory}/")
+        tier.folder(directory)  # says what cannot be
+        try:
+            return tier.sweep(directory)
+        except Exception as error:  # who may write there may not be allowed to list it
+            warnings.warn(f"What killed runs left in '{directory}' could not be looked for: {error}", stacklevel=2)
+            return []
 
     def wait(self, path: str | os.PathLike[str]) -> None:
         """Return when a file that is there is on the remote storage too."""

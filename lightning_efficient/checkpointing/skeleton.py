@@ -118,6 +118,7 @@ class _Storages:
         if (
             dtype not in _LEGACY_STORAGES
             or tensor.layout is not torch.strided
+            or tensor.is_nested
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.__dict__
             or tensor.is_neg()

@@ -88,7 +88,7 @@ class Snapshot:
         self._left = {number: -(-record.nbytes // PIECE_BYTES) for number, record in layout.records.items()}
         self._unfinished = sum(left > 0 for left in self._left.values())
         self._waiting: dict[int, int] = {}
-        self._claimed = 0
+        self._busy: set[int] = set()  # threads that copy a piece
         self._enqueued: dict[int, tuple[int, torch.device, torch.cuda.Event]] = {}
         self._changed = threading.Condition()
         self._reading = threading.Lock()
@@ -106,10 +106,11 @@ class Snapshot:
             for device in {source.device for source in sources.values() if self._copies.takes(source)}:
                 self._copies.begin(device)
         with self._changed:
-            self._sources.update(sources)
+            new = [number for number in sources if number not in self._sources]
+            self._sources.update({number: sources[number] for number in new})
             for number, tensor in (watched or {}).items():
                 self._versions[number] = tensor, tensor._version
-            self._waiting.update({number: self._left[number] for number in sources if self._left[number]})
+            self._waiting.update({number: self._left[number] for number in new if self._left[number]})
 
     @property
     def offered(self) -> frozenset[int]:
@@ -126,6 +127,11 @@ class Snapshot:
         """Whether nothing that happens to the live tensors from now on can reach the copies."""
         return self.complete and all(event.query() for _, event in self._last_events(None))
 
+    @property
+    def settled(self) -> bool:
+        """Whether no update needs to look at it any more."""
+        return self.safe and not self._versions
+
     def copied(self, number: int) -> bool:
         """Whether storage ``number`` is."""
         return self._left[number] == 0
@@ -140,9 +146,13 @@ class Snapshot:
         Args:
             numbers: Of these storages only, in this order; None: of all that were offered, in that order.
         """
-        for number in (None,) if numbers is None else numbers:
-            while (claimed := self._claim(number)) is not None:
-                self._copy_piece(*claimed)
+        try:
+            for number in (None,) if numbers is None else numbers:
+                while (claimed := self._claim(number)) is not None:
+                    self._copy_piece(*claimed)
+        except BaseException:  # an interrupt, for one
+            self._abort()
+            raise
 
     def wait(self, numbers: Collection[int] | None = None) -> float:
         """After this, the calling thread may change these storages (None: all), and helps to copy them before.
@@ -152,13 +162,17 @@ class Snapshot:
         Returns:
             Seconds that it took.
         """
-        if self.safe:
-            return 0.0
         begin = time.perf_counter()
-        self._wait_copied(numbers)
-        if self._copies is not None:
-            self._copies.let_current_wait(self._last_events(numbers))
-        return time.perf_counter() - begin
+        waited = not self.safe
+        if waited:
+            self._wait_copied(numbers)
+            if self._copies is not None:
+                self._copies.let_current_wait(self._last_events(numbers))
+        # Once more: torch counts a change when it is over, and one may have been going on during the copy.
+        for number in list(self._versions) if numbers is None else numbers:
+            self._compare_version(number)
+            self._versions.pop(number, None)
+        return time.perf_counter() - begin if waited else 0.0
 
     def seal(self) -> Iterator[int]:
         """Wait for the copies one after another and make the image the file that it shall be.
@@ -210,7 +224,7 @@ class Snapshot:
         """Copy nothing more; who waits, waits no longer."""
         with self._changed:
             self._waiting.clear()
-            self._changed.wait_for(lambda: not self._claimed)
+            self._changed.wait_for(lambda: not self._busy)
             self._left = dict.fromkeys(self._left, 0)
             self._unfinished = 0
             self._changed.notify_all()
@@ -240,6 +254,7 @@ class Snapshot:
         """Let go of the live tensors; nothing is compared or copied any more."""
         self._sources = {}
         self._versions = {}
+        self.describe = _nothing
 
     def _wait_copied(self, numbers: Collection[int] | None) -> None:
         self.copy(numbers)
@@ -274,7 +289,7 @@ class Snapshot:
                 self._waiting[number] = left
             else:
                 del self._waiting[number]
-            self._claimed += 1
+            self._busy.add(threading.get_ident())
             record = self.layout.records[number]
             return number, -(-record.nbytes // PIECE_BYTES) - 1 - left
 
@@ -293,35 +308,46 @@ class Snapshot:
             else:
                 data = source if isinstance(source, Tensor) else bytes_of(source)
                 self.buffer.tensor[target : target + nbytes].copy_(data[offset : offset + nbytes])
-        except BaseException:  # an interrupt, for one: what is there is not known, so it must not become a file
+        except BaseException:  # what is there is not known
             self.torn.append(number)
             raise
-        finally:  # or who waits for the piece would wait for ever
-            self._note_copied(number)
+        self._note_copied(number)
+
+    def _abort(self) -> None:
+        """In a thread that cannot finish its piece: nobody shall wait for it, and no file become of it."""
+        with self._changed:
+            self.torn.append(-1)
+            self._busy.discard(threading.get_ident())
+            self._waiting.clear()
+            self._left = dict.fromkeys(self._left, 0)
+            self._unfinished = 0
+            self._changed.notify_all()
 
     def _note_copied(self, number: int) -> None:
         with self._changed:
-            try:
-                if self._left[number] == 1:
-                    self._note_last_piece(number)
-            except BaseException:
-                self.torn.append(number)
-                raise
-            finally:
-                self._claimed -= 1
+            if self._left[number] == 1:
+                self._note_last_piece(number)
+            if self._left[number]:  # else another thread was interrupted, and nothing counts any more
                 self._left[number] -= 1
                 self._unfinished -= self._left[number] == 0
-                self._changed.notify_all()
+            self._busy.discard(threading.get_ident())
+            self._changed.notify_all()
 
     def _note_last_piece(self, number: int) -> None:
         source = self._sources[number]
         if self._copies is not None and self._copies.takes(source):
             mark = self._copies.mark(source.device)
             self._enqueued[number] = len(self._enqueued), source.device, mark
-        # Now, for the update that waits for this copy is about to change the tensor, rightly.
+        self._compare_version(number)  # now: the update that waits for this copy is about to change it, rightly
+
+    def _compare_version(self, number: int) -> None:
         tensor, version = self._versions.get(number, (None, 0))
-        if tensor is not None and tensor._version != version:
+        if tensor is not None and tensor._version != version and number not in self.torn:
             self.torn.append(number)
+
+
+def _nothing() -> bytes:
+    raise RuntimeError("The snapshot has been written.")
 
 
 class _MemoryStream(io.RawIOBase):

@@ -91,11 +91,13 @@ class SavedByModelCheckpoint:
         self._undo: list[Callable[[], None]] = []
         self._untold: list[tuple[Callable[[Any], None], Any]] = []
         self._may_be_there = False  # what loggers are to be told of
+        self._corrected = False
 
     def attach(self, trainer: pl.Trainer) -> None:
         """From now on links are made, names chosen and loggers told with regard to what is still to be written."""
         self.detach()
         self._trainer = trainer
+        self._corrected = False
         self._callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         self._undo = [compat.defer_links(callback, self._link, self._will_exist) for callback in self._callbacks]
         for logger in {id(logger): logger for logger in trainer.loggers}.values():
@@ -134,14 +136,15 @@ class SavedByModelCheckpoint:
                 self._untold.append((tell, callback))
 
     def correct_paths(self) -> None:
-        """After a failure that the user let pass: no path of theirs names a file that is not there.
+        """At the end of a run: no path of theirs names a file that is not there, for a failure that the user let pass.
 
         On all ranks alike, of which only one knows, except with an exception on its way: nobody knows where the others
         are.
         """
         trainer = self._trainer
-        if trainer is None or not self._callbacks:
+        if trainer is None or not self._callbacks or self._corrected:
             return
+        self._corrected = True
         instead = self._lost() if trainer.is_global_zero else {}
         if trainer.world_size > 1 and not trainer.interrupted:
             instead = trainer.strategy.broadcast(instead)

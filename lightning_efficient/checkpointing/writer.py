@@ -7,6 +7,7 @@ import contextlib
 import queue
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ class BackgroundWriter:
         self._device: int | None = None
         self._last_asked: dict[Path, Path] = {}  # by directory
         self._last_asked_anywhere: Path | None = None
+        self._postponed: dict[Path, list[Path]] = {}  # removals, by directory, where the last save was skipped
         self._failed_saves: set[Path] = set()
         self._written: list[Written] = []
         self._failures: list[Failure] = []
@@ -123,6 +125,8 @@ class BackgroundWriter:
         self._start()
         self._copies.put(snapshot.copy)
         self._add(_Job("save", path, snapshot, asked=time.perf_counter(), step=snapshot.step))
+        for old in self._postponed.pop(path.parent, ()):
+            self.remove(old)
 
     def save_at_once(self, write: Callable[[], None], path: Path, step: int) -> None:
         """Let ``write`` make ``path`` in this thread; how it went is heard as of the other saves."""
@@ -138,10 +142,12 @@ class BackgroundWriter:
         with self._changed:
             self._failed_saves.discard(path)
             self._written.append(Written(path, step, path.stat().st_size, seconds, seconds, seconds))
+        for old in self._postponed.pop(path.parent, ()):
+            self.remove(old)
 
     def skip(self, path: Path) -> None:
-        """A save to ``path`` was asked for and will not be: what waits for it to give way stays."""
-        self._note_asked(path)
+        """A save to ``path`` was asked for and will not be: what is to give way to it waits for the next one."""
+        self._postponed.setdefault(path.parent, [])
         self._add(_Job("skip", path))
 
     def prepare(self, work: Callable[[], None]) -> None:
@@ -151,6 +157,9 @@ class BackgroundWriter:
 
     def remove(self, path: Path) -> None:
         """Remove ``path`` after all that was asked for before, or let the next run do so if this one is killed."""
+        if path.parent in self._postponed:
+            self._postponed[path.parent].append(path)
+            return
         successor = self._last_asked.get(path.parent, self._last_asked_anywhere)
         intention = Intention(path, successor) if successor and successor != path and self.pending(successor) else None
         self._add(_Job("remove", path, target=successor, intention=intention))
@@ -197,13 +206,19 @@ class BackgroundWriter:
         for thread in self._threads:
             thread.join()
         self._threads = []
-        atexit.unregister(self.close)
+        atexit.unregister(self._finish)
         self._closing = False
 
     # -- in the background -------------------------------------------------------------------------------------------
 
     def _note_asked(self, path: Path) -> None:
         self._last_asked[path.parent] = self._last_asked_anywhere = path
+
+    def _finish(self) -> None:
+        """At the end of the interpreter, where nobody asks any more."""
+        self.close()
+        for failure in self.take_failures():
+            warnings.warn(str(failure), stacklevel=1)
 
     def _add(self, job: _Job) -> None:
         self._start()
@@ -221,7 +236,7 @@ class BackgroundWriter:
             ]
             for thread in self._threads:
                 thread.start()
-            atexit.register(self.close)  # the threads would die with the process, and what they write with them
+            atexit.register(self._finish)  # the threads would die with the process, and what they write with them
 
     def _take_device(self) -> None:
         """Each thread has a current device of its own, and would begin to use the first one."""
@@ -233,6 +248,7 @@ class BackgroundWriter:
         while (work := self._copies.get()) is not None:
             with contextlib.suppress(Exception):  # who needs what failed here will ask, and hear, again
                 work()
+            del work  # else it would keep the state alive until the next one
 
     def _job_loop(self) -> None:
         self._take_device()
@@ -247,6 +263,7 @@ class BackgroundWriter:
             except BaseException as error:  # whatever it is, it must reach the user, and the next job be done
                 self._note_failure(job, error)
             finally:
+                del job
                 with self._changed:
                     self._jobs.popleft()
                     self._changed.notify_all()

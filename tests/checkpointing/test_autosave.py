@@ -56,6 +56,20 @@ def test_it_advises_whoever_saves_c11(tmp_path: Path) -> None:
     assert io.measurements()["checkpoint/overhead_percent"] >= 0
 
 
+def test_the_files_of_other_runs_stay_c11(tmp_path: Path) -> None:
+    """Two folds with one object, and a run that goes on elsewhere from one of their files."""
+    io = AsyncCheckpointIO(frequency="drive")
+    for fold in ("a", "b"):
+        train(tmp_path / fold, io, max_steps=60)
+    files = {fold: sorted((tmp_path / fold / "checkpoints").iterdir()) for fold in ("a", "b")}
+    assert min(len(found) for found in files.values()) >= 2
+    assert all(path.exists() for path in files["a"])
+    start = (tmp_path / "a" / "checkpoints" / "last.ckpt").resolve()
+    train(tmp_path / "c", AsyncCheckpointIO(frequency="drive"), max_steps=120, resume=start)
+    assert sorted((tmp_path / "a" / "checkpoints").iterdir()) == files["a"]
+    assert list((tmp_path / "c" / "checkpoints").iterdir())
+
+
 class Counts(Callback):
     """Stands behind the one that saves, and has a state that each batch changes."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
+import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +144,25 @@ class Truth(Callback):
 
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
-def test_no_checkpoint_is_torn_c1_c2_c4(clamp: bool, tmp_path: Path) -> None:
+def test_no_checkpoint_is_torn_c1_c2_c4(clamp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Normed(clamp)
     io = AsyncCheckpointIO(verify="checksum")
+    later: list[int] = []
+    real = io.engine.save
+
+    def save(*arguments: Any, **more: Any) -> Any:
+        saved = real(*arguments, **more)
+        later.append(saved.later_bytes)
+        return saved
+
+    monkeypatch.setattr(io.engine, "save", save)
     train(tmp_path, Truth(), io, every(tmp_path, 1), module=module, max_steps=30)
     for step, truth in module.truth.items():
         saved = torch.load(tmp_path / "ck" / f"step={step}.ckpt", weights_only=True)
         assert_same_tree(dict(saved["state_dict"]), truth, f"step {step}")
     assert len(module.truth) == 30
     assert len(io.engine.planner.volatile) == int(clamp)
-    assert io.measurements()["checkpoint/copied_later_bytes"] > 0
+    assert max(later) > 0
 
 
 # -- exact resume ----------------------------------------------------------------------------------------------------
@@ -302,6 +314,34 @@ def test_a_torn_snapshot_is_no_file_and_the_next_one_is_whole_c4(
         train(tmp_path, io, MovesAWeight(monkeypatch), every(tmp_path, 2))
     assert names(tmp_path) == [f"step={step}.ckpt" for step in (10, 12, 2, 4, 8)]
     assert len(io.engine.planner.volatile) == 1, "it is copied at once from then on"
+
+
+def test_the_last_save_is_not_skipped_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.2)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    io = AsyncCheckpointIO(when_busy="skip")
+    train(tmp_path, io, every(tmp_path, 1, save_top_k=1))
+    assert io.measurements()["checkpoint/skipped"] > 0
+    assert names(tmp_path) == ["step=12.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:AsyncCheckpointIO is in `plugins` only")
+def test_a_save_after_the_run_is_there_when_it_returns_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The object stays the Trainer's IO if it was given as a plugin, and nobody would ask it any more."""
+    for callbacks in ([], [AsyncCheckpointIO()]):
+        io = callbacks[0] if callbacks else AsyncCheckpointIO()
+        trainer, _ = train(tmp_path, *callbacks, plugins=[io])
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        verify(tmp_path / "after.ckpt")
+        with monkeypatch.context() as patch:
+            FullDisk(patch, after=0)
+            with pytest.raises(CheckpointSaveError, match="No space left"):
+                trainer.save_checkpoint(tmp_path / "more.ckpt")
 
 
 class Fails(Callback):
@@ -471,6 +511,33 @@ def test_others_find_the_last_good_state(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "ck" / "step=10.ckpt", weights_only=True)
     assert_same_tree(dict(asks.state["state_dict"]), dict(saved["state_dict"]), "weights")
     assert asks.left is None
+
+
+def test_a_new_fit_does_not_find_the_last_ones_state(tmp_path: Path) -> None:
+    class Asks(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            self.found = find(trainer, SnapshotSource).last_good()
+
+    io, asks = AsyncCheckpointIO(in_memory=1), Asks()
+    train(tmp_path, io, every(tmp_path, 5))
+    assert io.last_good() is not None
+    train(tmp_path, io, asks, every(tmp_path, 5))
+    assert asks.found is None
+
+
+@pytest.mark.parametrize("in_memory", [0, 1])
+def test_the_model_is_let_go_after_the_run(in_memory: int, tmp_path: Path) -> None:
+    """The object may live on; it keeps copies, not what they were made of."""
+    io = AsyncCheckpointIO(in_memory=in_memory)
+    trainer, module = train(tmp_path, io, every(tmp_path, 2))
+    weight = weakref.ref(module.model.blocks[0].attention.output.weight.untyped_storage())
+    moments = [weakref.ref(state["exp_avg"]) for state in trainer.optimizers[0].state.values()]
+    del trainer, module
+    for name in ("log", "log_dict"):  # which Lightning leaves in callbacks
+        io.__dict__.pop(name, None)
+    gc.collect()
+    assert weight() is None
+    assert not any(moment() is not None for moment in moments)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

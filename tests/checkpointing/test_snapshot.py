@@ -129,6 +129,22 @@ def test_an_interrupted_copy_holds_nobody_up_and_becomes_no_file_c4(monkeypatch:
         finished(snapshot)
 
 
+def test_an_interrupt_between_two_steps_of_a_copy_holds_nobody_up_c4(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_copy_piece", "_note_copied"):
+        snapshot = snapshot_of({"a": torch.randn(100), "b": torch.randn(5)})
+        with monkeypatch.context() as patch:
+            patch.setattr(Snapshot, name, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                snapshot.wait([0])
+        snapshot.wait()
+        snapshot.cancel()
+        with pytest.raises(TornSnapshotError):
+            finished(snapshot)
+
+
 # -- the barrier -----------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +240,12 @@ def test_something_can_be_looked_at_once_before_an_update() -> None:
     barrier = UpdateBarrier()
     barrier.attach()
     seen: list[float] = []
-    barrier.before_next_update = lambda: seen.append(parameter.item())
+
+    def look(_: torch.optim.Optimizer) -> bool:
+        seen.append(parameter.item())
+        return True
+
+    barrier.before_updates = look
     optimizer.step()
     optimizer.step()
     barrier.detach()
