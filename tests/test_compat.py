@@ -63,6 +63,31 @@ class TwoMetrics(ValidatedModel):
             self.log("only_at_first", 1.0)
 
 
+class Leaves(pl.Callback):
+    """Which batches are followed by something else than the next batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen.append(compat.leaves_training(trainer))
+
+
+def test_what_follows_a_batch_is_known(tmp_path) -> None:
+    leaves = Leaves()
+    runner = trainer(tmp_path, leaves, max_epochs=-1, max_steps=11, val_check_interval=3, num_sanity_val_steps=0)
+    runner.fit(ValidatedModel(), loader(), loader(8))
+    batches = len(loader())
+    for number, left in enumerate(leaves.seen, 1):
+        in_epoch = (number - 1) % batches + 1
+        assert left == (in_epoch % 3 == 0 or in_epoch == batches or number == 11), number
+
+
+def test_how_often_a_model_checkpoint_saves() -> None:
+    assert compat.saves_every_n_steps(ModelCheckpoint(every_n_train_steps=7)) == 7
+    assert compat.saves_every_n_steps(ModelCheckpoint(every_n_epochs=2)) == 0
+
+
 def test_validation_metrics_are_those_of_this_validation(tmp_path) -> None:
     recorder = Recorder()
     model = TwoMetrics()
