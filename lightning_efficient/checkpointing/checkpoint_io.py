@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -130,6 +131,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._loader = TorchCheckpointIO()
         self._trainer: pl.Trainer | None = None
         self._replaced: CheckpointIO | None = None
+        self._save: Callable[..., None] | None = None
         self._stepping: StepInBackward | None = None
         self._places = Places(self.engine, local_dir)
         self._asked_by = SavedByModelCheckpoint(self.engine, self._places)
@@ -147,8 +149,9 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._saves = self._skipped = self._written = 0
 
     def __reduce__(self) -> Any:
-        """A copy, in another process for one, is a new object with the same arguments."""
-        return _rebuild, (type(self), self._arguments)
+        """A copy, in another process for one, is a new object with the same arguments; a subclass keeps its own."""
+        ours = {*vars(AsyncCheckpointIO()), "log", "log_dict"}  # the last two are Lightning's
+        return _rebuild, (type(self), self._arguments), {k: v for k, v in vars(self).items() if k not in ours} or None
 
     # -- as a CheckpointIO -------------------------------------------------------------------------------------------
 
@@ -219,6 +222,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         trainer = self._trainer
         self.engine.settle()  # who loads will change the weights
         self.engine.drain(self._places.file(path))
+        self._places.wait(path)
         if trainer is not None:
             trainer.strategy.barrier()  # only one rank writes, and all read
         try:
@@ -252,6 +256,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._exact = ExactResume()
             self._asked_by.attach(trainer)
             self._autosave.join(trainer)
+            # All ranks must know of a save, of which Lightning tells only the one that writes.
+            trainer.__dict__["save_checkpoint"] = self._save = partial(self._note_save, trainer.save_checkpoint)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._over = False
@@ -264,11 +270,14 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._stepping.attach()
         self._autosave.begin(trainer)
         self._prepared = not (trainer.checkpoint_callbacks or self._autosave.drives)
-        directories = self._asked_by.directories() | {self._autosave.directory(trainer)}
+        directories = self._asked_by.directories()
+        if self._autosave.drives:
+            directories.add(self._autosave.directory(trainer))
         if trainer.ckpt_path is not None:
             directories.add(str(trainer.ckpt_path).rpartition("/")[0] or ".")
-        for directory in directories if trainer.is_global_zero else ():
-            for stray in self._places.sweep(directory):
+        for directory in sorted(directories):
+            self._places.file(f"{directory}/")  # on all ranks alike: says what cannot be
+            for stray in self._places.sweep(directory) if trainer.is_global_zero else ():
                 rank_zero_info(f"AsyncCheckpointIO removed '{stray}', which a killed run had not finished.")
 
     def on_load_checkpoint(
@@ -357,6 +366,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._exact.teardown()
         if self._trainer is not None:
             self._autosave.leave(self._trainer)
+            if self._trainer.__dict__.get("save_checkpoint") is self._save:
+                del self._trainer.__dict__["save_checkpoint"]
             if self._replaced is not None:
                 self._trainer.strategy.checkpoint_io = self._replaced
         self._replaced = self._trainer = None
@@ -364,6 +375,10 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         if self._stepping is not None:
             self._stepping.detach()
             self._stepping = None
+
+    def _note_save(self, save: Callable[..., None], *arguments: Any, **more: Any) -> None:
+        self._outcomes.unresolved = True
+        save(*arguments, **more)
 
     def _save_follows(self, trainer: pl.Trainer) -> bool:
         return self._autosave.due_after_this_batch() or self._asked_by.save_after(trainer.global_step + 1)
@@ -397,7 +412,6 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return "AsyncCheckpointIO"
 
     def state_dict(self) -> dict[str, Any]:
-        self._outcomes.unresolved = True
         return {"format": FORMAT, "random": self._random.gather(), "autosave": self._autosave.progress()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -433,7 +447,6 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             return
         self._written += 1
         self._autosave.tuner.written(written.seconds)
-        self._asked_by.note_written(written.path)
         self._values |= {
             "checkpoint/copy_ms": written.copy_seconds * 1e3,
             "checkpoint/persist_ms": written.persist_seconds * 1e3,
@@ -443,4 +456,6 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
 
 def _rebuild(kind: type[AsyncCheckpointIO], arguments: Mapping[str, Any]) -> AsyncCheckpointIO:
-    return kind(**arguments)
+    new = kind.__new__(kind)
+    AsyncCheckpointIO.__init__(new, **arguments)
+    return new

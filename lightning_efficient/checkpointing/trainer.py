@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,10 @@ from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.places import Places
 
 __all__ = ["SavedByModelCheckpoint", "refuse_combinations", "refuse_in_backward"]
+
+# Gloo's threads need Python's lock to let go of what was sent. A process of ``ddp_spawn`` may end right after this, and
+# they abort it if they have not had the lock by then (torch 2.13).
+_GLOO_SECONDS = 0.02
 
 
 def refuse_combinations(trainer: pl.Trainer, present: CheckpointIO, kind: type) -> None:
@@ -120,9 +125,6 @@ class SavedByModelCheckpoint:
         """Whether they will save after optimizer step ``step``, as far as can be told."""
         return any((every := compat.saves_every_n_steps(c)) and step % every == 0 for c in self._callbacks)
 
-    def note_written(self, path: Path) -> None:
-        """Not needed any more: ``Places`` knows."""
-
     def tell_loggers(self) -> None:
         """Of all that was saved, when nothing is pending; not while a callback names a file that did not come."""
         if not self._may_be_there or self._places.pending():
@@ -142,12 +144,13 @@ class SavedByModelCheckpoint:
         are.
         """
         trainer = self._trainer
-        if trainer is None or not self._callbacks or self._corrected:
+        if trainer is None or self._corrected:
             return
         self._corrected = True
         instead = self._lost() if trainer.is_global_zero else {}
         if trainer.world_size > 1 and not trainer.interrupted:
             instead = trainer.strategy.broadcast(instead)
+            time.sleep(_GLOO_SECONDS)
         for callback in self._callbacks if instead else ():
             _correct(callback, instead)
         self._may_be_there = bool(self._untold)

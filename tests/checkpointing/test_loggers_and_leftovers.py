@@ -217,7 +217,7 @@ def test_the_best_is_the_best_that_is_there_c10(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_not_saved_for_want_of_memory_is_not_named_c10(slow_disk: None, tmp_path: Path) -> None:
-    logger, io, save = Uploads(), AsyncCheckpointIO(when_busy="skip", memory_cap="1MiB"), every(tmp_path, 1)
+    logger, io, save = Uploads(), AsyncCheckpointIO(when_busy="skip", memory_cap="3MiB"), every(tmp_path, 1)
     train(tmp_path, io, save, logger=logger)
     assert io.measurements()["checkpoint/skipped"] > 0
     assert Path(save.best_model_path).exists()

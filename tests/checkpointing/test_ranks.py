@@ -208,7 +208,7 @@ def load_on_two_machines(rank: int, root: Path) -> dict[str, torch.Tensor]:
 
     def slow(self: Bucket, *arguments: Any, **options: Any) -> Any:
         if threading.current_thread().name == "checkpoint-upload":
-            time.sleep(1)
+            time.sleep(2)
         return real(self, *arguments, **options)
 
     Bucket._open = slow

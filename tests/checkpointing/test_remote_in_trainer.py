@@ -294,6 +294,16 @@ def test_a_short_trouble_is_outlasted_c10(store: str, tmp_path: Path) -> None:
     assert everything("cloud://run") == ["step=8.ckpt"]
 
 
+def test_what_may_not_be_listed_can_be_written_to(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError("no ListBucket")
+
+    monkeypatch.setattr(Cloud, "ls", refuse)
+    with pytest.warns(UserWarning, match=r"What killed runs left in 'cloud://run' could not be looked for: no List"):
+        train(tmp_path, remote_io(tmp_path), every("cloud://run", 4))
+    assert everything("cloud://run") == ["step=4.ckpt", "step=8.ckpt"]
+
+
 def test_training_does_not_wait_for_the_network(store: str, tmp_path: Path) -> None:
     """And what is not wanted any more when it is back is not uploaded."""
 
