@@ -366,11 +366,11 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._exact.teardown()
         if self._trainer is not None:
             self._autosave.leave(self._trainer)
-            if self._trainer.__dict__.get("save_checkpoint") is self._save:
+            if self._save is not None and self._trainer.__dict__.get("save_checkpoint") is self._save:
                 del self._trainer.__dict__["save_checkpoint"]
             if self._replaced is not None:
                 self._trainer.strategy.checkpoint_io = self._replaced
-        self._replaced = self._trainer = None
+        self._replaced = self._trainer = self._save = None
         self._asked_by.detach()
         if self._stepping is not None:
             self._stepping.detach()
@@ -412,7 +412,11 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return "AsyncCheckpointIO"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, "random": self._random.gather(), "autosave": self._autosave.progress()}
+        return {
+            "format": FORMAT,
+            "random": self._random.gather(self._trainer.world_size if self._trainer else 1),
+            "autosave": self._autosave.progress(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["format"] > FORMAT:

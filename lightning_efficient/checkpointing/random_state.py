@@ -48,10 +48,9 @@ class RandomStates:
     def __init__(self) -> None:
         self._restored: Mapping[str, Any] | None = None
 
-    def gather(self) -> dict[str, Any]:
-        """The states by rank; to be called on all ranks."""
+    def gather(self, world_size: int) -> dict[str, Any]:
+        """The states by rank; to be called on all ``world_size`` ranks of the run."""
         states = [random_state()]
-        world_size, _ = _world()
         if world_size > 1:
             states *= world_size
             torch.distributed.all_gather_object(states, states[0])
