@@ -174,3 +174,37 @@ def test_the_layout_does_not_depend_on_the_rest() -> None:
     one = layout_of(take_skeleton(checkpoint_of(model, optimizer)))
     other = layout_of(take_skeleton({**checkpoint_of(model, optimizer), "more": "text" * 1000}))
     assert one.records == other.records
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_go_the_long_way_c6(tmp_path: Path) -> None:
+    parts = [torch.randn(2, 3), torch.randn(1, 3)]
+    path = write({"ragged": torch.nested.nested_tensor(parts), "plain": torch.ones(2)}, tmp_path / "a.ckpt")
+    loaded = torch.load(path, weights_only=False)
+    assert all(torch.equal(one, other) for one, other in zip(loaded["ragged"].unbind(), parts, strict=True))
+
+
+def test_what_is_pickled_later_is_what_was_there_at_the_save_c6() -> None:
+    """Containers, numbers, arrays and where tensors lie; only the tensors' bytes are left to the copies."""
+    weight, array, numbers = torch.arange(6.0).view(2, 3), numpy.arange(3), [1, {"a": 2}]
+    state: dict[str, Any] = {"w": weight, "same": weight, "array": array, "numbers": numbers, "od": OrderedDict(x=1)}
+    state["od"]._metadata = {"version": 1}
+    expected = pickle.loads(pickle.dumps({key: value for key, value in state.items() if key not in ("w", "same")}))
+    skeleton = take_skeleton(state)
+    numbers[1]["a"] = 9
+    numbers.append(3)
+    array[0] = 7
+    weight.t_()
+    state["od"]._metadata["version"] = 2
+    state.clear()
+
+    class Reader(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            return torch.storage.TypedStorage(wrap_storage=skeleton.storages[int(pid[2])], dtype=torch.float32)
+
+    loaded = Reader(io.BytesIO(skeleton.pickled)).load()
+    assert loaded["w"] is loaded["same"]
+    assert loaded["w"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert loaded["od"]._metadata == {"version": 1}
+    assert loaded["array"].tolist() == expected["array"].tolist() == [0, 1, 2]
+    assert loaded["numbers"] == expected["numbers"] == [1, {"a": 2}]
