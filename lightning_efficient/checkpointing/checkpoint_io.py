@@ -63,7 +63,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         verify: ``"checksum"`` compares a checksum of every tensor before its copy with one of the copy.
         resume: ``"auto"``: where the checkpoint to load is damaged, take the newest intact one beside it.
         on_error: What follows when a file cannot be written: ``"raise"`` ends the run at the next batch, ``"warn"``
-            goes on, ``"retry"`` tries three more times and then raises.
+            goes on, ``"retry"`` tries three more times and then raises. A tensor that changed before its copy cannot be
+            tried again: there ``"retry"`` warns.
         max_overhead: Part of the run's time that checkpoints may take; the interval that keeps to it is measured,
             logged and adapted while training runs.
         frequency: ``"advise"`` leaves saving to ``ModelCheckpoint`` and says the interval; ``"drive"`` saves at it.

@@ -73,7 +73,7 @@ class CopiesAhead:
         if snapshot.step != step or plan is not self._plan or not snapshot.unchanged():
             self._discard(snapshot)
             return None
-        if not self._planner.calibrated(_PLACE):
+        if not self._planner.calibrated((plan.keys[number] for number in snapshot.offered), _PLACE):
             self._compare(snapshot, skeleton, plan)
             self._discard(snapshot)
             return None

@@ -140,9 +140,9 @@ class Planner:
         """These have been compared otherwise."""
         self._calibrated.setdefault(place, set()).update(keys)
 
-    def calibrated(self, place: str) -> bool:
-        """Whether anything has been compared at ``place``."""
-        return place in self._calibrated
+    def calibrated(self, keys: Iterable[Key], place: str) -> bool:
+        """Whether all of these have been compared at ``place``."""
+        return self._calibrated.get(place, set()).issuperset(keys)
 
     def forget(self) -> None:
         """The tensors are others now."""

@@ -90,6 +90,7 @@ class Snapshot:
         self._waiting: dict[int, int] = {}
         self._busy: set[int] = set()  # threads that copy a piece
         self._enqueued: dict[int, tuple[int, torch.device, torch.cuda.Event]] = {}
+        self._last: dict[torch.device, torch.cuda.Event] = {}
         self._changed = threading.Condition()
         self._reading = threading.Lock()
 
@@ -271,9 +272,9 @@ class Snapshot:
         """The last enqueued copy of these on each device; those before it are over when it is."""
         if not self._enqueued:
             return []
-        with self._changed:
-            wanted = self._enqueued if numbers is None else [n for n in numbers if n in self._enqueued]
-            found = [self._enqueued[number] for number in wanted]
+        if numbers is None:
+            return list(self._last.items())
+        found = [self._enqueued[number] for number in numbers if number in self._enqueued]
         last = {device: (device, event) for _, device, event in sorted(found, key=lambda entry: entry[0])}
         return list(last.values())
 
@@ -338,6 +339,7 @@ class Snapshot:
         if self._copies is not None and self._copies.takes(source):
             mark = self._copies.mark(source.device)
             self._enqueued[number] = len(self._enqueued), source.device, mark
+            self._last[source.device] = mark
         self._compare_version(number)  # now: the update that waits for this copy is about to change it, rightly
 
     def _compare_version(self, number: int) -> None:

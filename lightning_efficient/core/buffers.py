@@ -172,7 +172,8 @@ class BufferPool:
         buffer = None
         try:
             buffer = self.new(nbytes)
-            buffer.touch()
+            if not buffer.pinned:  # which has touched it
+                buffer.touch()
         finally:
             with self._changed:
                 self._coming -= 1
