@@ -182,6 +182,31 @@ class Watch(pl.Callback):
         return self.cost
 
 
+class Alternate(pl.Callback):
+    """Saves every ``every`` steps in every second span of as many steps, and notes the CPU time of each span."""
+
+    def __init__(self, folder: str, every: int) -> None:
+        self.folder, self.every = folder, every
+        self.began: list[float] = []  # spans, in CPU seconds of all threads
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        if index % self.every == 0:
+            self.began.append(time.process_time())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        span, step = divmod(index, self.every)
+        if step == 0 and span % 2:
+            trainer.save_checkpoint(f"{self.folder}/{span}.ckpt")
+            trainer.strategy.remove_checkpoint(f"{self.folder}/{span - 2}.ckpt")
+
+    def ratios(self) -> list[float]:
+        """CPU time of each span with a save over the mean of its two neighbours; those that took memory left out."""
+        spans = [end - begin for begin, end in zip(self.began, self.began[1:], strict=False)]
+        return [2 * spans[n] / (spans[n - 1] + spans[n + 1]) for n in range(5, len(spans) - 1, 2)]
+
+
 @dataclass(frozen=True)
 class Size:
     """A model, and how long and how often."""
@@ -205,6 +230,7 @@ def run(options: Options) -> Result:
     sizes = [TINY] if options.quick else [SMALL, LARGE]
     costs = {size.title: _rounds(size, options) for size in sizes}
     main = costs[sizes[0].title]
+    steady = _steady(sizes[0], 13 if options.quick else 81, options)
     torn, torn_without = (_torn(10 if options.quick else 200, barrier) for barrier in (True, False))
     kills = _kills(5 if options.quick else 200)
     ours, rival = (_blocked(main[name]) for name in ("ours", "Lightning, async"))
@@ -213,6 +239,7 @@ def run(options: Options) -> Result:
         "blocked_ms": statistics.median(ours),
         "blocked_ratio": statistics.median(ours) / statistics.median(rival),
         "run_cpu_ratio": statistics.median(cpu),
+        "steady_cpu_ratio": statistics.median(steady),
         "run_wall_ratio": statistics.median(wall),
         "step_slow_down": statistics.median(cost.slow_down for cost in main["ours"]),
         "stalled_ms_per_save": statistics.median(c.stalled / len(c.blocked) for c in main["ours"]),
@@ -227,6 +254,7 @@ def run(options: Options) -> Result:
         [_table(size, costs[size.title]) for size in sizes],
         raw={
             "costs": {t: {n: [vars(c) for c in runs] for n, runs in arms.items()} for t, arms in costs.items()},
+            "steady": steady,
             "kills": kills,
         },
         notes=[
@@ -234,6 +262,9 @@ def run(options: Options) -> Result:
             "in Trainer.save_checkpoint; the first save of a run is left out, it takes the memory. Total and CPU time "
             "are from the first batch until all is written, over the run without checkpoints of the same round. Next "
             "step: median time of the step after a save, over that of the others; on a GPU as the device sees it.",
+            f"Steady: in one run of ours, after its first saves, the CPU time of {sizes[0].every} steps with one save "
+            f"over the mean of that of the {sizes[0].every} before and after, without: {spread(steady, 3)} of "
+            f"{len(steady)}, quartiles {_quartiles(steady)}.",
             "DCP: the default stager copies before it returns; the kept one stages in a thread and is awaited before "
             "the next update, as its recipe says.",
             f"Torn: snapshots that are not the state they were taken of, of {10 if options.quick else 200} under fused "
@@ -266,21 +297,45 @@ def _fit(arm: Arm, size: Size, options: Options, seed: int = 0) -> Cost:
         watch = Watch(next((c for c in callbacks if isinstance(c, AsyncCheckpointIO)), None))
         if arm.build:
             callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=size.every, save_top_k=1))
-        trainer = pl.Trainer(
-            accelerator="gpu" if options.device == "cuda" else "cpu",
-            devices=1,
-            max_steps=size.steps,
-            limit_val_batches=0,
-            callbacks=[watch, *callbacks],
-            plugins=plugins,
-            logger=False,
-            enable_checkpointing=bool(arm.build),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        model = ByteLanguageModel(layers=size.layers, width=size.width, context=64)
-        trainer.fit(model, StdlibDataModule(context=64, batch_size=2, seed=seed))
+        trainer = _trainer([watch, *callbacks], plugins, size.steps, bool(arm.build), options)
+        trainer.fit(*_job(size, seed))
         return watch.ended()
+
+
+def _steady(size: Size, spans: int, options: Options) -> list[float]:
+    pl.seed_everything(0, verbose=False)
+    with tempfile.TemporaryDirectory(dir=options.out.parent if options.out.parent.is_dir() else None) as folder:
+        alternate = Alternate(folder, size.every)
+        trainer = _trainer([AsyncCheckpointIO(memory_cap=None), alternate], [], spans * size.every + 1, False, options)
+        trainer.fit(*_job(size, 0))
+    return alternate.ratios()
+
+
+def _trainer(
+    callbacks: list[pl.Callback], plugins: list[Any], steps: int, checkpoints: bool, options: Options
+) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="gpu" if options.device == "cuda" else "cpu",
+        devices=1,
+        max_steps=steps,
+        limit_val_batches=0,
+        callbacks=callbacks,
+        plugins=plugins,
+        logger=False,
+        enable_checkpointing=checkpoints,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _job(size: Size, seed: int) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+    model = ByteLanguageModel(layers=size.layers, width=size.width, context=64)
+    return model, StdlibDataModule(context=64, batch_size=2, seed=seed)
+
+
+def _quartiles(values: Sequence[float]) -> str:
+    low, _, high = statistics.quantiles(values)
+    return f"{low:.3f} to {high:.3f}"
 
 
 def _blocked(costs: Sequence[Cost]) -> list[float]:

@@ -32,6 +32,7 @@ __all__ = ["CheckpointEngine", "WhenBusy"]
 WhenBusy = Literal["wait", "skip", "eager"]
 
 _SPARE_BYTES = 1 << 20  # what a state may grow by, outside its tensors, without a new buffer
+_RECORDS_BYTES = 4096  # beside the pickle: the small records, the end, and what a save may be longer than the last
 
 
 @dataclass
@@ -83,7 +84,7 @@ class CheckpointEngine:
         attempts: int = 1,
         retry_seconds: float = 1.0,
     ) -> None:
-        self.pool = BufferPool(memory_cap, most=2 + in_memory)
+        self.pool = BufferPool(memory_cap, most=2 + in_memory, spare_bytes=_SPARE_BYTES)
         self.barrier = UpdateBarrier(self._note_stall)
         self.planner = Planner()
         self.staging = DeviceStaging(staging)
@@ -97,7 +98,7 @@ class CheckpointEngine:
         self._verify = verify
         self._writer = BackgroundWriter(self._free, attempts=attempts, retry_seconds=retry_seconds)
         self.ahead = CopiesAhead(self.planner, self._writer.prepare, self._discard)
-        self._rest_nbytes: int | None = None  # of the last file, beside its storages
+        self._rest_nbytes: int | None = None  # of the files, beside storages and directory
         self._recent: deque[Snapshot] = deque()
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ class CheckpointEngine:
         known = self.planner.last
         plan = self.planner.plan(skeleton, owners, first)
         if self._rest_nbytes is None or plan is not known:
-            self._rest_nbytes = len(skeleton.pickled)
+            self._rest_nbytes = len(skeleton.pickled) + _RECORDS_BYTES
         snapshot = self.ahead.take(skeleton, plan, step)
         if snapshot is None:
             self.pool.pinned |= plan.on_gpu
@@ -210,7 +211,7 @@ class CheckpointEngine:
         tensors = [*module.state_dict().values(), *(tensor for owner in owners for tensor in owned_tensors(owner))]
         storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
         sizes = {storage_key(storage): storage.nbytes() for storage in storages}
-        nbytes = sum(sizes.values()) + 512 * len(sizes) + 2 * _SPARE_BYTES  # with headers and the pickle
+        nbytes = sum(sizes.values()) + 512 * len(sizes) + _SPARE_BYTES  # with headers and the pickle
         self.pool.pinned |= any(storage.is_cuda for storage in storages)
         if self.pool.fits(nbytes):
             self._writer.prepare(lambda: self.pool.prepare(nbytes))
@@ -297,7 +298,7 @@ class CheckpointEngine:
         return Snapshot(plan.layout, buffer, step, self._copies if plan.on_gpu else None)
 
     def _needed(self, plan: CopyPlan) -> int:
-        return plan.layout.end + plan.layout.directory_nbytes + (self._rest_nbytes or 0) + _SPARE_BYTES
+        return plan.layout.end + plan.layout.directory_nbytes + (self._rest_nbytes or 0)
 
     def _save_streaming(self, skeleton: Skeleton, plan: CopyPlan, path: Path, step: int) -> None:
         """Of a state that is larger than all memory for copies; the writer hears how it went."""
@@ -328,7 +329,8 @@ class CheckpointEngine:
         if snapshot.torn and plan is not None and plan.layout is snapshot.layout:  # not again
             self.planner.volatile.update(plan.keys[number] for number in snapshot.torn if number in plan.keys)
         if snapshot.sealed:
-            self._rest_nbytes = max(self._rest_nbytes or 0, snapshot.archive.nbytes - snapshot.layout.end)
+            rest = snapshot.archive.nbytes - snapshot.layout.end - snapshot.layout.directory_nbytes
+            self._rest_nbytes = max(self._rest_nbytes or 0, rest + _RECORDS_BYTES)
         snapshot.release_sources()
         if snapshot.sealed and self._in_memory:
             self._recent.append(snapshot)

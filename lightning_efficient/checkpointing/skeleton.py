@@ -82,23 +82,21 @@ class Skeleton:
 class _Reference:
     """Stands for a storage until the pickler asks for its persistent id."""
 
-    __slots__ = ("persistent_id",)
+    __slots__ = ("kind", "number", "numel")
 
-    def __init__(self, persistent_id: tuple[Any, ...]) -> None:
-        self.persistent_id = persistent_id
+    def __init__(self, number: int, kind: Any, numel: int) -> None:
+        self.number = number
+        self.kind = kind
+        self.numel = numel
 
 
-class _TensorParts:
-    """A plain tensor without its bytes: what its ``__reduce_ex__`` returns."""
+class _TensorParts(tuple[Any, ...]):
+    """A plain tensor without its bytes: storage's number, type, offset, shape, stride, whether it needs a gradient.
 
-    __slots__ = ("parts",)
+    A tuple, for hundreds are made while the training thread waits.
+    """
 
-    def __init__(self, parts: tuple[Any, ...]) -> None:
-        self.parts = parts
-
-    def reduced(self) -> tuple[Any, ...]:
-        reference, offset, shape, stride, requires_grad = self.parts
-        return rebuild_tensor, (reference, offset, tuple(shape), stride, requires_grad, OrderedDict())
+    __slots__ = ()
 
 
 class _Storages:
@@ -110,51 +108,57 @@ class _Storages:
         self.numbers: dict[tuple[int, int], int] = {}
         self.on_gpu = False
         self._types: list[torch.dtype] = []
-        self._references: dict[tuple[int, int], _Reference] = {}  # of plain tensors
+        self._sizes: list[int] = []  # then: a storage may be resized before it is pickled
 
     def parts(self, tensor: Tensor) -> _TensorParts | None:
         """Of a plain tensor; None for one that must be asked for its own reduction."""
-        dtype, requires_grad = tensor.dtype, tensor.requires_grad
+        dtype, requires_grad, on_cpu = tensor.dtype, tensor.requires_grad, tensor.is_cpu
         if (
             dtype not in _LEGACY_STORAGES
             or tensor.layout is not torch.strided
             or tensor.is_nested
-            or not (tensor.is_cpu or tensor.is_cuda)
+            or not (on_cpu or tensor.is_cuda)
             or tensor.__dict__
             or tensor.is_neg()
             or (requires_grad and (not tensor.is_leaf or tensor._backward_hooks))
         ):
             return None
-        storage = tensor.untyped_storage()
+        number = self._number(tensor.untyped_storage(), dtype, tensor, on_cpu)
+        return _TensorParts((number, dtype, tensor.storage_offset(), tensor.shape, tensor.stride(), requires_grad))
+
+    def reduced(self, parts: _TensorParts) -> tuple[Any, ...]:
+        """What the tensor's ``__reduce_ex__`` returned then."""
+        number, dtype, offset, shape, stride, requires_grad = parts
+        reference = _Reference(number, _LEGACY_STORAGES[dtype], self._sizes[number] // dtype.itemsize)
+        return rebuild_tensor, (reference, offset, tuple(shape), stride, requires_grad, OrderedDict())
+
+    def persistent_id(self, reference: _Reference) -> tuple[Any, ...]:
+        """As ``torch.save`` writes it."""
+        storage = self.storages[reference.number]
+        location = "cpu" if storage.device.type == "cpu" else torch.serialization.location_tag(storage)
+        return "storage", reference.kind, str(reference.number), location, reference.numel
+
+    def persistent_id_of(self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
+        """Of a storage that is met alone."""
+        number = self._number(storage, dtype, None, storage.device.type != "cuda")
+        return self.persistent_id(_Reference(number, kind, numel))
+
+    def _number(self, storage: UntypedStorage, dtype: torch.dtype, tensor: Tensor | None, on_cpu: bool) -> int:
         key = storage_key(storage)
-        reference = self._references.get(key)
-        if reference is None or self._types[self.numbers[key]] != dtype:
-            size = storage.nbytes() // tensor.element_size()
-            reference = _Reference(self._persistent_id(storage, dtype, _LEGACY_STORAGES[dtype], size, tensor))
-            self._references[key] = reference
-        return _TensorParts((reference, tensor.storage_offset(), tensor.shape, tensor.stride(), requires_grad))
-
-    def reference(self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int) -> tuple[Any, ...]:
-        """The persistent id of a storage."""
-        return self._persistent_id(storage, dtype, kind, numel, None)
-
-    def _persistent_id(
-        self, storage: UntypedStorage, dtype: torch.dtype, kind: Any, numel: int, tensor: Tensor | None
-    ) -> tuple[Any, ...]:
-        number = self.numbers.setdefault(storage_key(storage), len(self.storages))
-        device = storage.device
-        if number == len(self.storages):
+        number = self.numbers.get(key)
+        if number is None:
+            number = self.numbers[key] = len(self.storages)
             self.storages.append(storage)
             self.tensors.append(tensor)
             self._types.append(dtype)
-            self.on_gpu |= device.type == "cuda"
+            self._sizes.append(key[1])
+            self.on_gpu |= not on_cpu
         elif self._types[number] != dtype:
             raise RuntimeError(
                 f"A checkpoint holds tensors that view the same memory as {self._types[number]} and as {dtype}, which "
                 "torch.save refuses too. Clone one of them."
             )
-        location = "cpu" if device.type == "cpu" else torch.serialization.location_tag(storage)
-        return "storage", kind, str(number), location, numel
+        return number
 
 
 class _Pickler(pickle.Pickler):
@@ -169,18 +173,18 @@ class _Pickler(pickle.Pickler):
         if kind in _NO_STORAGES:
             return None
         if kind is _Reference:
-            return obj.persistent_id
+            return self._storages.persistent_id(obj)
         if isinstance(obj, TypedStorage):
-            return self._storages.reference(*typed_storage_parts(obj))
+            return self._storages.persistent_id_of(*typed_storage_parts(obj))
         if isinstance(obj, UntypedStorage):
-            return self._storages.reference(obj, torch.uint8, torch.UntypedStorage, obj.nbytes())
+            return self._storages.persistent_id_of(obj, torch.uint8, torch.UntypedStorage, obj.nbytes())
         return None
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is _TensorParts:
-            return obj.reduced()
+            return self._storages.reduced(obj)
         if type(obj) is Tensor and (parts := self._storages.parts(obj)) is not None:
-            return parts.reduced()  # what torch returns, at a third of the time
+            return self._storages.reduced(parts)  # what torch returns, at a third of the time
         return NotImplemented
 
 

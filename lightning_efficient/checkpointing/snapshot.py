@@ -149,8 +149,10 @@ class Snapshot:
         """
         try:
             for number in (None,) if numbers is None else numbers:
-                while (claimed := self._claim(number)) is not None:
-                    self._copy_piece(*claimed)
+                while claimed := self._claim(number):
+                    for piece in claimed:
+                        self._copy_piece(*piece)
+                    self._note_copied(claimed)
         except BaseException:  # an interrupt, for one
             self._abort()
             raise
@@ -264,7 +266,8 @@ class Snapshot:
             self._changed.wait_for(lambda: all(self._left[number] == 0 for number in wanted))
 
     def _wait_arrived(self, number: int) -> None:
-        self._wait_copied([number])
+        if self._left[number]:
+            self._wait_copied([number])
         for _, event in self._last_events([number]):
             event.synchronize()
 
@@ -278,21 +281,30 @@ class Snapshot:
         last = {device: (device, event) for _, device, event in sorted(found, key=lambda entry: entry[0])}
         return list(last.values())
 
-    def _claim(self, number: int | None) -> tuple[int, int] | None:
-        """Number and index of a piece that is now ours."""
+    def _claim(self, number: int | None) -> list[tuple[int, int]]:
+        """Numbers and indices of pieces that are now ours: one, of storage ``number`` or any (None), or small ones.
+
+        Empty if nobody has to copy one any more.
+        """
+        claimed: list[tuple[int, int]] = []
+        room = PIECE_BYTES // 16
         with self._changed:
-            if number is None:
-                number = next(iter(self._waiting), None)
-            if number is None or number not in self._waiting:
-                return None
-            left = self._waiting[number] - 1
-            if left:
-                self._waiting[number] = left
-            else:
-                del self._waiting[number]
-            self._busy.add(threading.get_ident())
-            record = self.layout.records[number]
-            return number, -(-record.nbytes // PIECE_BYTES) - 1 - left
+            while self._waiting and (not claimed or room > 0):
+                this = next(iter(self._waiting)) if number is None else number
+                if this not in self._waiting:
+                    break
+                nbytes = self.layout.records[this].nbytes
+                if claimed and nbytes > room:
+                    break
+                room -= nbytes
+                claimed.append((this, -(-nbytes // PIECE_BYTES) - self._waiting[this]))
+                if self._waiting[this] > 1:
+                    self._waiting[this] -= 1
+                else:
+                    del self._waiting[this]
+            if claimed:
+                self._busy.add(threading.get_ident())
+        return claimed
 
     def _copy_piece(self, number: int, piece: int) -> None:
         record = self.layout.records[number]
@@ -312,7 +324,6 @@ class Snapshot:
         except BaseException:  # what is there is not known
             self.torn.append(number)
             raise
-        self._note_copied(number)
 
     def _abort(self) -> None:
         """In a thread that cannot finish its piece: nobody shall wait for it, and no file become of it."""
@@ -324,22 +335,25 @@ class Snapshot:
             self._unfinished = 0
             self._changed.notify_all()
 
-    def _note_copied(self, number: int) -> None:
+    def _note_copied(self, pieces: Iterable[tuple[int, int]]) -> None:
+        marks: dict[torch.device, torch.cuda.Event] = {}  # one behind all of them
         with self._changed:
-            if self._left[number] == 1:
-                self._note_last_piece(number)
-            if self._left[number]:  # else another thread was interrupted, and nothing counts any more
-                self._left[number] -= 1
-                self._unfinished -= self._left[number] == 0
+            for number, _ in pieces:
+                if self._left[number] == 1:
+                    self._note_last_piece(number, marks)
+                if self._left[number]:  # else another thread was interrupted, and nothing counts any more
+                    self._left[number] -= 1
+                    self._unfinished -= self._left[number] == 0
             self._busy.discard(threading.get_ident())
             self._changed.notify_all()
 
-    def _note_last_piece(self, number: int) -> None:
+    def _note_last_piece(self, number: int, marks: dict[torch.device, torch.cuda.Event]) -> None:
         source = self._sources[number]
         if self._copies is not None and self._copies.takes(source):
-            mark = self._copies.mark(source.device)
-            self._enqueued[number] = len(self._enqueued), source.device, mark
-            self._last[source.device] = mark
+            device = source.device
+            if device not in marks:
+                self._last[device] = marks[device] = self._copies.mark(device)
+            self._enqueued[number] = len(self._enqueued), device, marks[device]
         self._compare_version(number)  # now: the update that waits for this copy is about to change it, rightly
 
     def _compare_version(self, number: int) -> None:

@@ -109,16 +109,18 @@ class BufferPool:
         cap_bytes: Memory of all buffers together; None: no cap.
         pinned: See :class:`HostBuffer`.
         most: Buffers that may exist at a time.
+        spare_bytes: A new buffer is larger by this, where the cap allows it: what is asked for may grow.
 
     Attributes:
         may_pin: False once memory could not be pinned.
     """
 
-    def __init__(self, cap_bytes: int | None, *, pinned: bool = False, most: int = 2) -> None:
+    def __init__(self, cap_bytes: int | None, *, pinned: bool = False, most: int = 2, spare_bytes: int = 0) -> None:
         self.cap_bytes = cap_bytes
         self.pinned = pinned
         self.may_pin = True
         self.most = most
+        self.spare_bytes = spare_bytes
         self._free: list[HostBuffer] = []
         self._lent: set[int] = set()
         self._coming = 0
@@ -164,14 +166,14 @@ class BufferPool:
     def prepare(self, nbytes: int) -> None:
         """Have one more buffer ready, touched, if the cap allows one; in a thread that may take its time."""
         with self._changed:
-            needed = round_up(max(nbytes, 1))
+            needed = self._new_size(nbytes)
             if any(buffer.nbytes >= nbytes for buffer in self._free) or not self._may_add(needed):
                 return
             self._held += needed
             self._coming += 1
         buffer = None
         try:
-            buffer = self.new(nbytes)
+            buffer = self.new(needed)
             if not buffer.pinned:  # which has touched it
                 buffer.touch()
         finally:
@@ -203,12 +205,12 @@ class BufferPool:
             buffer = min(fitting, key=lambda b: b.nbytes)
             self._free.remove(buffer)
         else:
-            needed = round_up(max(nbytes, 1))
-            while self._free and not self._may_add(needed):  # too small ones make room
+            while self._free and not self._may_add(round_up(nbytes)):  # too small ones make room
                 self._held -= self._free.pop(0).nbytes
+            needed = self._new_size(nbytes)
             if self._coming or not self._may_add(needed):  # one that is being touched is soon quicker than a new one
                 return None
-            buffer = self.new(nbytes)
+            buffer = self.new(needed)
             self._held += buffer.nbytes
         self._lent.add(id(buffer))
         return buffer
@@ -221,6 +223,11 @@ class BufferPool:
             warnings.warn(f"{error} Copies from the GPU will be slower.", stacklevel=2)
             self.may_pin = False
             return HostBuffer(nbytes)
+
+    def _new_size(self, nbytes: int) -> int:
+        least = round_up(max(nbytes, 1))
+        more = least + round_up(self.spare_bytes)
+        return more if self.cap_bytes is None or self._held + more <= self.cap_bytes else least
 
     def _may_add(self, nbytes: int) -> bool:
         count = len(self._free) + len(self._lent) + self._coming

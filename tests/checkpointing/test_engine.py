@@ -427,6 +427,18 @@ def test_a_steady_state_takes_no_new_memory(make: Any, tmp_path: Path) -> None:
     assert engine.pool.held_bytes == held
 
 
+def test_a_rest_that_grows_a_little_takes_no_new_memory(make: Any, tmp_path: Path) -> None:
+    """Numbers get longer in a run; the first buffer is for all of it."""
+    engine = make()
+    for number in range(12):
+        engine.save(state() | {"text": "x" * (number * 50_000)}, tmp_path / "a.ckpt", number)
+        engine.drain()
+        if number == 0:
+            held = engine.pool.held_bytes
+    assert engine.pool.held_bytes == held
+    assert len(torch.load(tmp_path / "a.ckpt")["text"]) == 11 * 50_000
+
+
 def test_a_rest_that_grows_from_save_to_save_takes_no_buffers_away(make: Any, tmp_path: Path) -> None:
     """What lies beside the tensors may outgrow the memory that was kept for it."""
     engine = make(in_memory=1)

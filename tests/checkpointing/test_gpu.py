@@ -171,9 +171,9 @@ def test_a_cancelled_copy_writes_nothing_any_more_c4(monkeypatch: pytest.MonkeyP
     layout = StorageLayout([(0, 1 << 12)])
     snapshot = Snapshot(layout, HostBuffer(layout.end), 1, device)
     snapshot.offer({0: source.untyped_storage()})
-    claimed = snapshot._claim(0)
-    assert claimed is not None
-    snapshot._copy_piece(*claimed)
+    [piece] = snapshot._claim(0)
+    snapshot._copy_piece(*piece)
+    snapshot._note_copied([piece])
     snapshot.cancel()
     snapshot.buffer.tensor.zero_()  # it is another one's now
     device.run(len(device.queue))

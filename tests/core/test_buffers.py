@@ -44,6 +44,12 @@ def test_the_pool_keeps_to_its_cap_and_number() -> None:
     assert pool.held_bytes == three.nbytes == 3 * PAGE
 
 
+def test_a_new_buffer_is_larger_where_the_cap_allows_it() -> None:
+    pool = BufferPool(3 * PAGE, spare_bytes=PAGE)
+    assert pool.take(PAGE).nbytes == 2 * PAGE
+    assert pool.take(PAGE).nbytes == PAGE
+
+
 def test_what_can_never_fit_is_refused() -> None:
     with pytest.raises(MemoryError, match="does not fit under the cap"):
         BufferPool(PAGE).take(2 * PAGE)
