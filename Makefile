@@ -25,6 +25,7 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks growth
 	$(BIN)/python -m benchmarks checkpoint
+	$(BIN)/python -m benchmarks activation
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache
@@ -45,5 +46,5 @@ $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e .[cli]
+	$(PIP) -e .[cli,bench]
 	@touch $@

@@ -1,8 +1,15 @@
 """Cheaper and safer training for PyTorch Lightning, without touching your LightningModule."""
 
+from lightning_efficient.activation_compression import ActivationCompressionPlugin
 from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
 from lightning_efficient.monitoring import EfficiencyMonitor
 
-__all__ = ["AsyncCheckpointIO", "EfficiencyMonitor", "GrowAndUnshareCallback", "load_grown"]
+__all__ = [
+    "ActivationCompressionPlugin",
+    "AsyncCheckpointIO",
+    "EfficiencyMonitor",
+    "GrowAndUnshareCallback",
+    "load_grown",
+]
 __version__ = "0.1.0.dev0"

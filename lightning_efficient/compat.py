@@ -13,11 +13,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from torch._dynamo import OptimizedModule
 
 __all__ = [
     "accumulating",
     "averaged_models",
     "averaging_callbacks",
+    "compiled_parts",
     "defer_links",
     "leaves_training",
     "log_step",
@@ -108,6 +110,12 @@ def leaves_training(trainer: pl.Trainer) -> bool:
     if loop.batch_progress.is_last_batch or loop._is_training_done or trainer.should_stop:
         return True
     return fetcher is not None and loop._should_check_val_fx(fetcher)
+
+
+def compiled_parts(module: pl.LightningModule) -> list[str]:
+    """Names of the modules that ``torch.compile`` has taken; the empty name is that of the LightningModule."""
+    names = [name for name, part in module.named_modules() if isinstance(part, OptimizedModule)]
+    return [*([""] if module._compiler_ctx is not None else []), *names]
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:

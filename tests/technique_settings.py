@@ -55,6 +55,7 @@ class TechniqueSetting:
         model: Makes the model; takes another class and other arguments.
         data: Makes the data module; takes ``batch_size`` and ``batches``.
         exact: Whether results are bit-identical to those of plain Lightning.
+        lossy: Whether gradients depend on what is saved for backward: close to those of another way to the same model.
         changes_parameters: Whether parameters come and go while it trains.
         switches: The steps at which they do, in a run of :data:`STEPS` steps.
         volatile: Prefixes of logged tags that measure time or memory, and so differ from run to run.
@@ -67,6 +68,7 @@ class TechniqueSetting:
     model: Callable[..., pl.LightningModule] = demo_model
     data: Callable[..., pl.LightningDataModule] = demo_data
     exact: bool = False
+    lossy: bool = False
     changes_parameters: bool = False
     switches: tuple[int, ...] = ()
     volatile: tuple[str, ...] = ()
@@ -103,6 +105,8 @@ def _growth(name: str, *switches: int, refuses: Mapping[str, str] | None = None,
 
 
 _WIDTH_REFUSES = {"averaging": "Width growth cannot widen the averaged model of {callback}"}
+
+_ACTIVATIONS = "lightning_efficient.ActivationCompressionPlugin"
 
 SETTINGS = [
     _growth("stack", 3, 7, mode="stack", stages=[{"depth": 1, "until": 3}, {"depth": 2, "until": 7}, {"depth": 4}]),
@@ -147,6 +151,28 @@ SETTINGS = [
         exact=True,
         volatile=("checkpoint/",),
         refuses={"sharding": "ModelParallelStrategy writes checkpoints by itself"},
+    ),
+    TechniqueSetting(
+        name="activations-lossless",
+        yaml={"callbacks": [{"class_path": _ACTIVATIONS, "init_args": {"bits": "lossless"}}]},
+        exact=True,
+        volatile=("activations/",),
+    ),
+    TechniqueSetting(
+        name="activations",
+        yaml={
+            "callbacks": [
+                {
+                    "class_path": _ACTIVATIONS,
+                    "init_args": {
+                        "schedule": {"initial_bits": 8, "final_bits": 3, "begin": 2, "end": 0.75},
+                        "overrides": {"head": "raw"},
+                    },
+                }
+            ]
+        },
+        lossy=True,
+        volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
 ]
 

@@ -354,3 +354,19 @@ def test_states_that_wait_and_epochs_that_begin(tmp_path, when: dict[str, Any]) 
     assert resumes.point is not None
     assert resumes.waiting == ([{"given": 2}] if step == 2 else [{"given": 3}])
     assert resumed.seen == whole.seen[step:]
+
+
+@pytest.mark.parametrize("what", ["nothing", "part", "module"])
+def test_compiled_parts_are_found(what: str) -> None:
+    class Model(TinyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            part = torch.nn.Linear(2, 2)
+            self.part = torch.compile(part, backend="eager") if what == "part" else part
+
+    model = Model()
+    expected = {"nothing": [], "part": ["part"], "module": [""]}[what]
+    if what == "module":
+        compiled = torch.compile(model, backend="eager")
+        pl.trainer.trainer._maybe_unwrap_optimized(compiled)  # as `Trainer.fit` does
+    assert compat.compiled_parts(model) == expected

@@ -384,6 +384,9 @@ def test_fp16_mixed_precision_with_a_scaler_g8(setting: TechniqueSetting, tmp_pa
 def test_activation_checkpointing_inside_the_layers_g7(setting: TechniqueSetting, tmp_path: Path) -> None:
     plain = fit(setting, root=tmp_path)
     checkpointed = fit(setting, module=setting.model(CheckpointedModel), root=tmp_path)
+    if setting.lossy:
+        assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-3)
+        return
     assert checkpointed.losses == plain.losses
     weights = {name.replace(".block.", "."): value for name, value in checkpointed.weights.items()}
     assert_same_tree(weights, plain.weights, "weights")

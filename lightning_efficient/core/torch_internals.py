@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.storage import TypedStorage, UntypedStorage
 
-__all__ = ["bytes_of", "rebuild_tensor", "storage_key", "typed_storage_parts"]
+__all__ = ["WeakStorage", "bytes_of", "rebuild_tensor", "storage_key", "typed_storage_parts", "without_torch_function"]
 
 rebuild_tensor = torch._utils._rebuild_tensor_v2
 """What ``torch.load`` calls to make a tensor of a storage."""
@@ -21,6 +21,26 @@ def storage_key(storage: UntypedStorage) -> tuple[int, int]:
     """The same for two storages exactly if they are the same memory."""
     # Storages without memory have no address; those may begin at another's, so the size counts too.
     return storage.data_ptr() or storage._cdata, storage.nbytes()
+
+
+without_torch_function = torch._C.DisableTorchFunction
+"""Within it no mode hears of the operations that are called."""
+
+
+class WeakStorage:
+    """Does not keep a storage alive; as long as it lives, no other storage has its ``_cdata``."""
+
+    __slots__ = ("_reference",)
+
+    def __init__(self, storage: UntypedStorage) -> None:
+        self._reference = storage._weak_ref()
+
+    def get(self) -> UntypedStorage | None:
+        """The storage, or None if it is gone."""
+        return UntypedStorage._new_with_weak_ptr(self._reference)
+
+    def __del__(self, free: Any = UntypedStorage._free_weak_ref) -> None:
+        free(self._reference)
 
 
 def bytes_of(storage: UntypedStorage) -> Tensor:

@@ -34,14 +34,13 @@ from lightning_efficient.growth.settings import Mode, Settings, check_count, par
 from lightning_efficient.growth.sharing import MeanGradient, SharingPattern
 from lightning_efficient.growth.trainer import (
     check_optimizers_kept,
-    length_is_a_default,
     refuse_combinations,
     refuse_optimizers,
     reported_loss,
-    total_steps,
 )
 from lightning_efficient.growth.triggers import Triggers
 from lightning_efficient.growth.verify import WidthCheck
+from lightning_efficient.run_length import length_is_a_default, total_steps
 
 __all__ = ["GrowAndUnshareCallback"]
 

@@ -18,11 +18,9 @@ from lightning_efficient.growth.settings import Settings
 
 __all__ = [
     "check_optimizers_kept",
-    "length_is_a_default",
     "refuse_combinations",
     "refuse_optimizers",
     "reported_loss",
-    "total_steps",
 ]
 
 
@@ -81,22 +79,6 @@ def check_optimizers_kept(trainer: pl.Trainer, planned: Sequence[Optimizer]) -> 
             "The Trainer's optimizers were replaced while it runs, and GrowAndUnshareCallback would add new layers "
             "to the old ones. Change the optimizers' settings instead of building them anew."
         )
-
-
-def total_steps(trainer: pl.Trainer) -> float:
-    """How many optimizer steps the run will make; infinite where nothing says.
-
-    To be asked in ``on_train_start``, not earlier: it builds the loaders, and Lightning then forgets to restore them.
-    """
-    total = float(trainer.estimated_stepping_batches)
-    if trainer.max_steps > 0 and total >= trainer.max_steps:
-        total = trainer.max_steps / max(1, len(trainer.optimizers))
-    return total
-
-
-def length_is_a_default(trainer: pl.Trainer) -> bool:
-    """Whether the run has the length that Lightning plans where nobody gives one."""
-    return trainer.max_steps == -1 and trainer.max_epochs == 1000
 
 
 def reported_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, monitor: str | None) -> Any:

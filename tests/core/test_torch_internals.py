@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from lightning_efficient.core.torch_internals import bytes_of, rebuild_tensor, storage_key, typed_storage_parts
+from lightning_efficient.core.torch_internals import (
+    WeakStorage,
+    bytes_of,
+    rebuild_tensor,
+    storage_key,
+    typed_storage_parts,
+    without_torch_function,
+)
 
 
 def test_tensors_are_rebuilt_by_the_function_that_files_name() -> None:
@@ -33,3 +41,45 @@ def test_bytes_share_memory() -> None:
     tensor = torch.zeros(2, dtype=torch.int32)
     bytes_of(tensor.untyped_storage())[0] = 5
     assert tensor[0] == 5
+
+
+def test_a_weak_storage_does_not_keep_it_alive() -> None:
+    tensor = torch.arange(1000.0)
+    number = tensor.untyped_storage()._cdata
+    weak = WeakStorage(tensor.untyped_storage())
+    again = weak.get()
+    assert again is not None
+    assert again.data_ptr() == tensor.data_ptr()
+    assert again._cdata == number
+    del tensor, again
+    assert weak.get() is None
+    others = [torch.empty(1000) for _ in range(100)]
+    assert number not in {other.untyped_storage()._cdata for other in others}
+
+
+def test_a_mode_does_not_hear_of_what_is_called_without_it() -> None:
+    class Mode(TorchFunctionMode):
+        heard = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.heard += 1
+            return func(*args, **(kwargs or {}))
+
+    with Mode() as mode:
+        torch.ones(2)
+        with without_torch_function():
+            torch.ones(2)
+    assert mode.heard == 1
+
+
+def test_a_detached_tensor_without_memory_shares_the_count_of_changes() -> None:
+    """On this the check of saved tensors rests: see ``activation_compression/store.py``."""
+    tensor = torch.ones(1000)
+    witness = tensor.detach()
+    witness.data = torch.empty(0)
+    weak = WeakStorage(tensor.untyped_storage())
+    tensor.view(10, 100)[3].add_(1)
+    assert witness._version == tensor._version == 1
+    del tensor
+    assert weak.get() is None
+    assert witness._version == 1

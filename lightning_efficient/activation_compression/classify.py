@@ -1,0 +1,201 @@
+"""What each saved tensor is, and so how it may be kept: by reference, exactly in fewer bits, or with an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_efficient.activation_compression.ledger import Ledger
+from lightning_efficient.activation_compression.operations import CurrentOperation, Kind
+from lightning_efficient.activation_compression.recompute import recomputation
+from lightning_efficient.activation_compression.records import (
+    Lossy,
+    Raw,
+    Recomputed,
+    Record,
+    narrowed,
+    signs,
+    two_valued,
+)
+from lightning_efficient.activation_compression.store import Demand, SavedTensors
+from lightning_efficient.activation_compression.streamed import streamed
+from lightning_efficient.core.quantization import Rounding, quantize
+from lightning_efficient.core.random import mix
+from lightning_efficient.core.torch_internals import without_torch_function
+
+__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates"]
+
+EXACT = 99
+"""The level of what must not change."""
+BOUNDED = 50
+"""The level of what has as many bits as the error bound takes."""
+
+_SMALL = 1024  # numbers that are not worth the work
+_STATISTICS = 8  # times smaller than another tensor of its operation: means, scales, normalizers
+_LOSSY = (torch.float32, torch.bfloat16, torch.float16)
+_VIEWS = ("TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0", "UnsafeViewBackward0")
+
+
+class Rates(Protocol):
+    """Says how many bits there are for what.
+
+    Attributes:
+        error_bound: Of what is at the level :data:`BOUNDED`.
+    """
+
+    error_bound: float | None
+
+    def of(self, kind: Kind, layer: str) -> int:
+        """Bits of a number that an operation of ``kind`` saves in ``layer``; :data:`EXACT` for all."""
+
+
+class Classifier:
+    """Chooses for :class:`SavedTensors`; within :attr:`operation`'s context it knows who saves.
+
+    Args:
+        rates: Bits, by kind of operation and layer.
+        group_size: See :func:`quantize`.
+        recompute: Whether cheap operations are done again rather than their results kept.
+
+    Attributes:
+        layers: Names of the modules whose forward is going on, outermost first.
+        ledger: What was kept.
+    """
+
+    def __init__(self, rates: Rates, *, group_size: int = 128, recompute: bool = True) -> None:
+        self.rates = rates
+        self.ledger = Ledger()
+        self.saved = SavedTensors(self, self.ledger)
+        self.operation = CurrentOperation(partial(streamed, self.saved), self._note_result)
+        self._recompute = recompute
+        self.layers: list[str] = []
+        self._group_size = group_size
+        self._references: set[int] = set()
+        self._key = self._count = 0
+
+    def begin(self, held: Iterable[Tensor], key: int) -> None:
+        """A new forward pass begins.
+
+        Args:
+            held: What stays in memory until after its backward pass: parameters, buffers, the batch.
+            key: Of its noise.
+        """
+        self.end()
+        self._references = {tensor.untyped_storage()._cdata for tensor in held}
+        self._key, self._count = key, 0
+        self.ledger.open()
+
+    def end(self) -> None:
+        """It is over; what it kept stays."""
+        self.saved.clear()
+
+    # -- for SavedTensors --------------------------------------------------------------------------------------------
+
+    def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | None:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return partial(_itself, tensor.detach())
+        base = tensor._base
+        if isinstance(base, nn.Parameter) or tensor.untyped_storage()._cdata in self._references:
+            return partial(_itself, tensor.detach())
+        parameter = _cast_of(tensor)
+        return partial(_cast, parameter, parameter._version, tensor.dtype) if parameter is not None else None
+
+    def demand(self, tensor: Tensor) -> Demand:
+        operation = self.operation
+        size = tensor.numel()
+        if operation.name:
+            operation.largest = max(operation.largest, size)
+        if tensor.dtype not in _LOSSY:
+            return Demand(EXACT)
+        if operation.name in ("relu", "relu_"):
+            return Demand(EXACT, "signs")
+        if size < _SMALL or size * _STATISTICS <= operation.largest:
+            return Demand(EXACT)
+        return Demand(self.rates.of(operation.kind, self.layers[-1] if self.layers else ""))
+
+    def record(self, numbers: Tensor, tensor: Tensor, demand: Demand) -> Record:
+        self._count += 1
+        if demand.of == "signs":
+            return signs(numbers)
+        exact = _fewer_bits(numbers, not tensor.requires_grad) if numbers.numel() >= _SMALL else None
+        if exact is not None:
+            return exact
+        if demand.level < EXACT:
+            bounded = demand.level == BOUNDED
+            rounding: Rounding = "dither" if demand.level > 2 else "stochastic"
+            encoded = quantize(
+                numbers,
+                None if bounded else demand.level,
+                group_size=self._group_size,
+                rounding=rounding,
+                key=mix(self._key, self._count),
+                error_bound=self.rates.error_bound if bounded else None,
+            )
+            if encoded is not None and encoded.nbytes < numbers.nbytes:
+                return Lossy(encoded)
+        if numbers.untyped_storage().nbytes() > numbers.nbytes:  # a part of what is freed soon
+            numbers = numbers.clone()
+        return Raw(numbers, numbers.nbytes)
+
+    def kept(self, record: Record, nbytes: int, instead_of: Record | None) -> None:
+        layer = self.layers[-1] if self.layers else ""
+        if instead_of is not None:
+            self.freed(instead_of)
+            nbytes = 0  # it counts already
+        self.ledger.add(layer, self.operation.kind, record.way, nbytes, record.nbytes)
+
+    def freed(self, record: Record) -> None:
+        self.ledger.live_bytes -= record.nbytes
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _note_result(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if self._recompute:
+            with without_torch_function():
+                again = recomputation(self.saved, name, args, kwargs, result)
+                if again is not None and (again.kept.level != BOUNDED or again.kept.record.exact):
+                    self.saved.derive(result, lambda: Recomputed(again, again.kept.record.exact), again.kept.level)
+
+
+def _fewer_bits(numbers: Tensor, may_be_a_mask: bool) -> Record | None:
+    """An exact record that is smaller, if there is one."""
+    if numbers.dtype.is_floating_point or numbers.dtype.is_complex:
+        return two_valued(numbers) if may_be_a_mask and numbers.dtype in _LOSSY else None
+    return two_valued(numbers) if numbers.dtype == torch.bool else narrowed(numbers)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _cast_of(tensor: Tensor) -> nn.Parameter | None:
+    """The parameter of which ``tensor`` is the copy, or a view of the copy, that autocast made."""
+    node = tensor.grad_fn
+    for _ in range(3):
+        if node is None or node.name() not in _VIEWS:
+            break
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    leaf = node.next_functions[0][0]
+    parameter = getattr(leaf, "variable", None)
+    if (
+        isinstance(parameter, nn.Parameter)
+        and parameter.numel() == tensor.untyped_storage().nbytes() // tensor.itemsize
+    ):
+        return parameter
+    return None
+
+
+def _cast(parameter: nn.Parameter, version: int, dtype: torch.dtype) -> Tensor:
+    if parameter._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            f"parameter of shape {list(parameter.shape)} is at version {parameter._version}; expected version "
+            f"{version} instead. Update it after the backward pass."
+        )
+    return parameter.detach().to(dtype)

@@ -1,0 +1,84 @@
+"""Results that are made again in backward, of what is kept for another operation, rather than kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_efficient.activation_compression.store import Kept, SavedTensors
+
+__all__ = ["Recomputation", "recomputation"]
+
+_ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
+    "gelu": F.gelu, "silu": F.silu, "softplus": F.softplus, "mish": F.mish, "hardswish": F.hardswish,
+}  # fmt: skip
+_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {**_ELEMENTWISE, "layer_norm": F.layer_norm, "rms_norm": F.rms_norm}
+"""Operations that save their input and cost little."""
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """An operation, to be done again.
+
+    Attributes:
+        name: Of the operation.
+        kept: What is kept of its input.
+        shape: Of its input, with the stride and the offset in that.
+        args: Its other arguments.
+    """
+
+    name: str
+    kept: Kept
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    in_order: bool
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self) -> Tensor:
+        """The numbers of its result, ``[n]``."""
+        function = _FUNCTIONS[self.name]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            if self.name not in _ELEMENTWISE or not self.in_order or self.kept.in_use:
+                source = self.kept.numbers().as_strided(self.shape, self.stride, self.offset)
+                return function(source, *self.args, **self.kwargs).view(-1)
+            result = torch.empty(self.shape, dtype=self.dtype, device=self.device).view(-1)
+            for which, numbers in self.kept.record.pieces():  # so that not all of the input is in memory too
+                result[which] = function(numbers, *self.args, **self.kwargs)
+            return result
+
+
+def recomputation(
+    saved: SavedTensors, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+) -> Recomputation | None:
+    """How to make ``result`` again, if that is possible and worth it."""
+    if name not in _FUNCTIONS or type(result) is not Tensor or not result.requires_grad or kwargs.get("inplace"):
+        return None
+    source = args[0] if args else kwargs.get("input")
+    if type(source) is not Tensor or result.dtype != source.dtype or not result.is_contiguous():
+        return None
+    kept = saved.find(source)
+    if kept is None:
+        return None
+    in_order = source.is_contiguous() and source.nbytes == source.untyped_storage().nbytes()
+    others = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+    return Recomputation(
+        name,
+        kept,
+        shape=source.shape,
+        stride=source.stride(),
+        offset=int(source.storage_offset()),
+        dtype=source.dtype,
+        device=source.device,
+        in_order=in_order,
+        args=args[1:],
+        kwargs=others,
+    )

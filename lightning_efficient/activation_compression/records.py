@@ -1,0 +1,173 @@
+"""What is kept in a tensor's place, each kind able to give the numbers back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_efficient.core.quantization import Quantized, dequantize, dequantized_pieces, pack_bits, unpack_bits
+
+__all__ = ["Bits", "Lossy", "Narrowed", "Raw", "Recomputed", "Record", "narrowed", "signs", "two_valued"]
+
+
+class Record(ABC):
+    """The contents of a storage, or of a part of it.
+
+    Attributes:
+        nbytes: What it takes.
+        exact: Whether it gives back the very bits.
+        way: In a word, for a person.
+    """
+
+    nbytes: int
+    exact: bool
+    way: str
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """The numbers, ``[n]``."""
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which numbers, and they, a few at a time where that takes less memory; each until the next is asked for."""
+        numbers = self.decode()
+        yield slice(0, numbers.numel()), numbers
+
+
+@dataclass(frozen=True)
+class Raw(Record):
+    """As it was.
+
+    Attributes:
+        values: Not to be changed.
+        nbytes: 0 where somebody else keeps it anyway.
+    """
+
+    values: Tensor
+    nbytes: int
+    exact: bool = True
+    way: str = "raw"
+
+    def decode(self) -> Tensor:
+        return self.values
+
+
+@dataclass(frozen=True)
+class Lossy(Record):
+    """In few bits."""
+
+    encoded: Quantized
+    exact: bool = False
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.encoded.nbytes
+
+    @property
+    def way(self) -> str:  # type: ignore[override]
+        return f"{self.encoded.bits} bits"
+
+    def decode(self) -> Tensor:
+        return dequantize(self.encoded)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        return dequantized_pieces(self.encoded)
+
+
+@dataclass(frozen=True)
+class Bits(Record):
+    """Of two values: one bit each."""
+
+    packed: Tensor
+    values: tuple[Tensor, Tensor]
+    numel: int
+    exact: bool = True
+    way: str = "1 bit, exact"
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.packed.nbytes
+
+    def decode(self) -> Tensor:
+        codes = torch.empty(-(-self.numel // 64) * 64, dtype=torch.uint8, device=self.packed.device)
+        unpack_bits(self.packed, 1, codes)
+        upper = codes[: self.numel].view(torch.bool)
+        low, high = self.values
+        if low.dtype == torch.bool:
+            return upper
+        return torch.where(upper, high, low)
+
+
+@dataclass(frozen=True)
+class Narrowed(Record):
+    """Integers in a smaller type."""
+
+    values: Tensor
+    dtype: torch.dtype
+    exact: bool = True
+    way: str = "narrowed"
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.values.nbytes
+
+    def decode(self) -> Tensor:
+        return self.values.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Recomputed(Record):
+    """Made again of what is kept for another operation.
+
+    Attributes:
+        make: Makes the numbers.
+        exact: Whether what they are made of is.
+    """
+
+    make: Callable[[], Tensor]
+    exact: bool
+    nbytes: int = 0
+    way: str = "recomputed"
+
+    def decode(self) -> Tensor:
+        return self.make()
+
+
+def two_valued(values: Tensor) -> Bits | None:
+    """A record of numbers ``[n]`` of which there are at most two different ones; None if there are more."""
+    if values.dtype == torch.bool:
+        return _bits(values, values[:1], values[:1])
+    sample = values[:: max(1, values.numel() // 64)]
+    if not ((sample == sample.amin()) | (sample == sample.amax())).all():
+        return None
+    low, high = torch.aminmax(values)
+    upper = values == high
+    return _bits(upper, low, high) if (upper | (values == low)).all() else None
+
+
+def signs(values: Tensor) -> Bits:
+    """A record of which of the numbers ``[n]`` are positive, as ones and zeros of their type."""
+    return _bits(values > 0, *torch.tensor([0, 1], dtype=values.dtype, device=values.device))
+
+
+def _bits(upper: Tensor, low: Tensor, high: Tensor) -> Bits:
+    packed = torch.empty(-(-upper.numel() // 64) * 8, dtype=torch.uint8, device=upper.device)
+    codes = torch.zeros(packed.numel() * 8, dtype=torch.uint8, device=upper.device)
+    codes[: upper.numel()].copy_(upper)
+    pack_bits(codes, 1, packed)
+    return Bits(packed, (low, high), upper.numel())
+
+
+def narrowed(values: Tensor) -> Narrowed | None:
+    """A record of integers ``[n]`` in the smallest type that holds them; None if that is theirs."""
+    low, high = (int(value) for value in torch.aminmax(values))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        if dtype.itemsize >= values.dtype.itemsize:
+            break
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max:
+            return Narrowed(values.to(dtype), values.dtype)
+    return None

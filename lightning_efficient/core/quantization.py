@@ -1,0 +1,367 @@
+"""Numbers in 1 to 8 bits: groups of neighbours share a scale and a minimum, and the error has a bound that always
+holds.
+
+A group of numbers x becomes codes ``q = floor((x - minimum) / scale + u)`` with ``u`` from (0, 1). Scale and minimum
+are kept in bfloat16, rounded so that no code leaves its range. How ``u`` is chosen says what the error is like:
+
+========== ============================== ============ ======== ============
+rounding   decoded                        ``|error|``  biased   variance
+========== ============================== ============ ======== ============
+nearest    ``q * scale``, ``u = 1/2``     scale / 2    yes      scale^2 / 12
+dither     ``(q - u + 1/2) * scale``      scale / 2    no       scale^2 / 12
+stochastic ``q * scale``                  scale        no       <= scale^2 / 4
+========== ============================== ============ ======== ============
+
+each ``+ minimum``. (Subtractive dither: Schuchman 1964, "Dither signals and their effect on quantization noise".)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_efficient.core.random import TABLE, noise_at, noise_table
+
+__all__ = [
+    "MAX_GROUP",
+    "Quantized",
+    "Rounding",
+    "dequantize",
+    "dequantized_pieces",
+    "pack_bits",
+    "quantize",
+    "unpack_bits",
+]
+
+Rounding = Literal["nearest", "dither", "stochastic"]
+
+CHUNK = TABLE  # elements that are worked on at a time, so that what lies between two operations stays in the cache
+MAX_GROUP = 1 << 16
+_ALIGNMENT = 64  # elements to which a chunk is filled up: its parts are then whole words at any number of bits
+_UP = 1 + 2.0**-8  # a bfloat16 rounded to nearest after this is not less than before
+_MARGIN = 1 + 2.0**-12  # by which codes stay within their range, whatever float32 rounds
+_LEAST_SCALE = 2.0**-100
+_LOW_BITS = {1: 0x0101010101010101, 2: 0x0303030303030303, 4: 0x0F0F0F0F0F0F0F0F}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What :func:`quantize` returns.
+
+    Attributes:
+        payload: The codes, packed, uint8 ``[bytes]``.
+        scale: Of each group, bfloat16 ``[groups]``.
+        minimum: Likewise.
+        outliers: Groups that are kept as they were, and their numbers ``[outliers, group_size]``; None: there are none.
+        numel: How many numbers.
+        dtype: Their type.
+        bits: Of a code.
+        group_size: Numbers in a group; the last one may have fewer.
+        rounding: How.
+        key: Of the noise.
+    """
+
+    payload: Tensor
+    scale: Tensor
+    minimum: Tensor
+    outliers: tuple[Tensor, Tensor] | None
+    numel: int
+    dtype: torch.dtype
+    bits: int
+    group_size: int
+    rounding: Rounding
+    key: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept."""
+        kept = [self.payload, self.scale, self.minimum, *(self.outliers or ())]
+        return sum(tensor.nbytes for tensor in kept)
+
+    def bound(self) -> Tensor:
+        """What ``|x - decoded|`` never exceeds, for each group: float32 ``[groups]``.
+
+        Where the numbers are not float32, the rounding of the decoded ones to their type comes on top.
+        """
+        bound = _bound(self.minimum, self.scale, self.bits, self.rounding)
+        if self.outliers is not None:
+            bound[self.outliers[0]] = 0
+        return bound
+
+
+@torch.no_grad()
+def quantize(
+    values: Tensor,
+    bits: int | None,
+    *,
+    group_size: int = 128,
+    rounding: Rounding = "dither",
+    key: int = 0,
+    error_bound: float | None = None,
+) -> Quantized | None:
+    """Encode ``values``.
+
+    Args:
+        values: Floating-point numbers ``[n]``, contiguous.
+        bits: Of a code, 1 to 8. None: as many as take the fewest bytes under ``error_bound``.
+        group_size: Neighbours that share a scale: a power of two from 64 to :data:`MAX_GROUP`.
+        rounding: See above.
+        key: Of the noise: another one gives other errors.
+        error_bound: Groups whose error could be larger are kept as they are.
+
+    Returns:
+        None if something is infinite or not a number, or if the numbers themselves take no more.
+
+    Raises:
+        ValueError: If there are neither bits nor a bound.
+    """
+    low, high = _extremes(values, group_size)
+    minimum = (low - low.abs() * 2.0**-8).to(torch.bfloat16)  # not above ``low``
+    floor = minimum.float()
+    spread = high - floor
+    if not torch.isfinite(spread).all():
+        return None
+    if bits is None:
+        if error_bound is None:
+            raise ValueError("Give bits, or an error_bound that says how many it takes.")
+        bits = _fewest_bytes(spread, error_bound, values, group_size, rounding)
+        if bits is None:
+            return None
+    levels = (1 << bits) - 1
+    scale = (spread * (_UP * _MARGIN / levels)).clamp_min_(_LEAST_SCALE).to(torch.bfloat16)
+    floor, inverse = floor[:, None], scale.float().reciprocal_()[:, None]
+    payload = torch.empty(_payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+    table = noise_table(values.device)
+    for piece in _pieces(values.numel(), group_size):
+        work = _workspaces.get(values.device, piece.size, bits)
+        numbers = work.numbers.view(-1, piece.width)
+        torch.sub(values[piece.numbers].view(-1, piece.width), floor[piece.groups], out=numbers)
+        if rounding == "nearest":
+            numbers.mul_(inverse[piece.groups]).add_(0.5)
+        else:
+            offset = noise_at(key, piece.index)
+            noise = table[offset : offset + piece.size].view(-1, piece.width)
+            torch.addcmul(noise, numbers, inverse[piece.groups], out=numbers)
+        if bits == 8:  # -128 to 127, for torch converts to signed bytes five times as fast as to unsigned ones
+            numbers.sub_(128).floor_()
+        work.signed.copy_(work.numbers)  # towards zero: floor, for none is negative
+        start = piece.numbers.start * bits // 8
+        work.pack(payload[start : start + work.nbytes])
+    outliers = None
+    if error_bound is not None:
+        outliers = _outliers(values, minimum, scale, bits, error_bound, group_size, rounding)
+    return Quantized(payload, scale, minimum, outliers, values.numel(), values.dtype, bits, group_size, rounding, key)
+
+
+@torch.no_grad()
+def dequantize(encoded: Quantized) -> Tensor:
+    """The numbers again, ``[n]``, each within the bound of its group."""
+    values = torch.empty(encoded.numel, dtype=encoded.dtype, device=encoded.payload.device)
+    for _ in _decoded(encoded, values):
+        pass
+    if encoded.outliers is not None:
+        _put_back(values, *encoded.outliers, encoded.group_size)
+    return values
+
+
+def dequantized_pieces(encoded: Quantized) -> Iterator[tuple[slice, Tensor]]:
+    """The same numbers, a few at a time, so that not all of them are in memory.
+
+    Yields:
+        Which they are, and they: until the next ones are asked for, in this thread.
+    """
+    if encoded.outliers is not None:
+        yield slice(0, encoded.numel), dequantize(encoded)
+        return
+    yield from _decoded(encoded, None)
+
+
+def _decoded(encoded: Quantized, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces of ``values``, or of memory that is used again."""
+    device, bits = encoded.payload.device, encoded.bits
+    scale, minimum = encoded.scale.float(), encoded.minimum.float()
+    if shift := (128 if bits == 8 else 0) + (0.5 if encoded.rounding == "dither" else 0):
+        minimum = torch.add(minimum, scale, alpha=shift)
+    scale, minimum = scale[:, None], minimum[:, None]
+    table = noise_table(device)
+    for piece in _pieces(encoded.numel, encoded.group_size):
+        work = _workspaces.get(device, piece.size, bits)
+        start = piece.numbers.start * bits // 8
+        work.unpack(encoded.payload[start : start + work.nbytes])
+        out = values[piece.numbers] if values is not None else None
+        numbers = out if out is not None and out.dtype == torch.float32 else work.numbers
+        numbers.copy_(work.signed)
+        if encoded.rounding == "dither":
+            offset = noise_at(encoded.key, piece.index)
+            numbers.sub_(table[offset : offset + piece.size])
+        numbers.view(-1, piece.width).mul_(scale[piece.groups]).add_(minimum[piece.groups])
+        if out is None:
+            out = numbers.to(encoded.dtype)
+        elif out is not numbers:
+            out.copy_(numbers)
+        yield piece.numbers, out
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Numbers that are worked on at a time: whole groups, or the shorter last one."""
+
+    index: int
+    numbers: slice
+    groups: slice
+    size: int
+    width: int  # of its groups
+
+
+@lru_cache(256)
+def _pieces(numel: int, group_size: int) -> tuple[_Piece, ...]:
+    whole = numel // group_size * group_size
+    pieces: list[_Piece] = []
+    for start in range(0, whole, CHUNK):
+        end = min(start + CHUNK, whole)
+        groups = slice(start // group_size, end // group_size)
+        pieces.append(_Piece(len(pieces), slice(start, end), groups, end - start, group_size))
+    if whole < numel:
+        last = whole // group_size
+        pieces.append(_Piece(len(pieces), slice(whole, numel), slice(last, last + 1), numel - whole, numel - whole))
+    return tuple(pieces)
+
+
+class _Workspace:
+    """Memory for a piece of so many numbers, and the views of it that are needed again and again."""
+
+    def __init__(self, device: torch.device, size: int, bits: int) -> None:
+        filled = _filled(size)
+        codes = torch.zeros(filled, dtype=torch.uint8, device=device)
+        self.numbers = torch.empty(size, dtype=torch.float32, device=device)
+        self.signed = codes[:size].view(torch.int8)
+        self.nbytes = filled * bits // 8
+        self._codes, self._bits = codes, bits
+
+    def pack(self, packed: Tensor) -> None:
+        pack_bits(self._codes, self._bits, packed)
+
+    def unpack(self, packed: Tensor) -> None:
+        unpack_bits(packed, self._bits, self._codes)
+
+
+class _Workspaces(threading.local):
+    """The last ones used, of each thread."""
+
+    def __init__(self) -> None:
+        self.get = lru_cache(8)(_Workspace)
+
+
+_workspaces = _Workspaces()
+
+
+def _extremes(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest of each group, float32."""
+    count = -(-values.numel() // group_size)
+    low, high = torch.empty(2, count, dtype=torch.float32, device=values.device)
+    for piece in _pieces(values.numel(), group_size):
+        numbers = values[piece.numbers]
+        if values.dtype != torch.float32:  # much faster than in that type
+            numbers = _workspaces.get(values.device, piece.size, 8).numbers.copy_(numbers)
+        numbers = numbers.view(-1, piece.width)
+        torch.amin(numbers, 1, out=low[piece.groups])
+        torch.amax(numbers, 1, out=high[piece.groups])
+    return low, high
+
+
+def _fewest_bytes(
+    spread: Tensor, error_bound: float, values: Tensor, group_size: int, rounding: Rounding
+) -> int | None:
+    """Bits with which codes and outliers together are smallest; None if ``values`` are not larger."""
+    steps = spread * (_UP * _UP * _MARGIN * _MARGIN) / (error_bound * (1 if rounding == "stochastic" else 2))
+    needed = torch.log2(steps + 1).ceil_().clamp_(1, 9).to(torch.int64)  # 9: more than there are
+    counts = torch.bincount(needed, minlength=10).tolist()
+    whole = group_size * values.element_size() + 8
+    costs = {bits: values.numel() * bits / 8 + sum(counts[bits + 1 :]) * whole for bits in range(1, 9)}
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] + 4 * spread.numel() < values.nbytes else None
+
+
+def _bound(minimum: Tensor, scale: Tensor, bits: int, rounding: Rounding) -> Tensor:
+    """Of each group; its last term is what float32 rounds on the way."""
+    scale = scale.float()
+    largest = minimum.float().abs() + scale * ((1 << bits) - 1)
+    return scale * (1.0 if rounding == "stochastic" else 0.5) * _MARGIN + largest * 2.0**-22
+
+
+def _outliers(
+    values: Tensor, minimum: Tensor, scale: Tensor, bits: int, error_bound: float, group_size: int, rounding: Rounding
+) -> tuple[Tensor, Tensor] | None:
+    found = (_bound(minimum, scale, bits, rounding) > error_bound).nonzero().flatten()
+    if not found.numel():
+        return None
+    at = found[:, None] * group_size + torch.arange(group_size, device=values.device)
+    return found, values[at.clamp_max_(values.numel() - 1)]
+
+
+def _put_back(values: Tensor, groups: Tensor, kept: Tensor, group_size: int) -> None:
+    at = groups[:, None] * group_size + torch.arange(group_size, device=values.device)
+    inside = at < values.numel()
+    values[at[inside]] = kept[inside]
+
+
+def _filled(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _payload_bytes(numel: int, bits: int) -> int:
+    return _filled(numel) * bits // 8
+
+
+def pack_bits(codes: Tensor, bits: int, packed: Tensor) -> None:
+    """Put codes of ``bits`` bits side by side: uint8 ``[n]`` into uint8 ``[n * bits / 8]``; n is a multiple of 64.
+
+    A byte holds the codes of one place in each part of the chunk, so that all goes by whole words; 3 bits are two
+    planes, of 2 and of 1.
+    """
+    if bits == 8:
+        packed.copy_(codes)
+        return
+    words, start, shift = codes.view(torch.int64), 0, 0
+    for width in _planes(bits):
+        count = words.numel() * width // 8
+        out = packed.view(torch.int64)[start : start + count]
+        last = 8 // width - 1
+        for place in range(last, -1, -1):
+            part = words[place * count : (place + 1) * count]
+            if bits != width:
+                part = (part >> shift) & _LOW_BITS[width]
+            if place == last:
+                out.copy_(part)
+            else:
+                out.bitwise_left_shift_(width).bitwise_or_(part)
+        start, shift = start + count, shift + width
+
+
+def unpack_bits(packed: Tensor, bits: int, codes: Tensor) -> None:
+    """The inverse of :func:`pack_bits`."""
+    if bits == 8:
+        codes.copy_(packed)
+        return
+    words, start, shift = codes.view(torch.int64), 0, 0
+    for width in _planes(bits):
+        count = words.numel() * width // 8
+        part = packed.view(torch.int64)[start : start + count]
+        for place in range(8 // width):
+            out = words[place * count : (place + 1) * count]
+            plane = (part >> (place * width) if place else part) & _LOW_BITS[width]
+            if shift:
+                out.bitwise_or_(plane << shift)
+            else:
+                out.copy_(plane)
+        start, shift = start + count, shift + width
+
+
+def _planes(bits: int) -> list[int]:
+    return [width for width in (4, 2, 1) if bits & width]

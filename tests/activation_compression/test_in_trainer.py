@@ -1,0 +1,97 @@
+"""The callback in a Trainer: what it touches, and what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_efficient import ActivationCompressionPlugin
+from tests.technique_settings import demo_data, demo_model
+
+
+def fit(*callbacks: pl.Callback, steps: int = 6, **arguments: Any) -> pl.Trainer:
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **arguments,
+    )  # fmt: skip
+    trainer.fit(demo_model(), demo_data())
+    return trainer
+
+
+def test_a_pattern_that_fits_no_module_is_named() -> None:
+    with pytest.raises(MisconfigurationException, match=r"overrides\['haed'\] fits no module of ByteLanguageModel"):
+        fit(ActivationCompressionPlugin(overrides={"haed": "raw"}))
+
+
+def test_two_of_them_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"has 2 ActivationCompressionPlugin objects\. Keep one"):
+        fit(ActivationCompressionPlugin(), ActivationCompressionPlugin(bits=8))
+
+
+def test_fractions_need_a_run_with_an_end() -> None:
+    schedule = {"initial_bits": 8, "final_bits": 2, "begin": 0.05, "end": 0.5}
+    with pytest.raises(MisconfigurationException, match="fractions of a run that has no end"):
+        fit(ActivationCompressionPlugin(schedule=schedule), steps=-1, max_epochs=-1)
+
+
+class Bits(pl.Callback):
+    def __init__(self, plugin: ActivationCompressionPlugin) -> None:
+        self.plugin, self.seen = plugin, list[float]()
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.seen.append(self.plugin.measurements()["activations/bits"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_bits_follow_the_schedule_by_optimizer_steps_a2_a3(accumulate: int) -> None:
+    plugin = ActivationCompressionPlugin(schedule={"initial_bits": 8, "final_bits": 2, "begin": 1, "end": 5})
+    bits = Bits(plugin)
+    fit(plugin, bits, steps=6, accumulate_grad_batches=accumulate)
+    curve = [round(2 + 6 * (1 - max(0, step - 1) / 4) ** 3) if step < 5 else 2 for step in range(6)]
+    assert bits.seen[::accumulate] == curve
+
+
+class Watch(pl.Callback):
+    """What validation saves is not touched."""
+
+    def __init__(self) -> None:
+        self.depth: list[bool] = []
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        x = torch.ones(2, requires_grad=True)
+        with torch.enable_grad():
+            y = x * x
+        self.depth.append(y.grad_fn._saved_self is x)  # type: ignore[union-attr]
+
+
+def test_validation_is_untouched() -> None:
+    watch = Watch()
+    fit(ActivationCompressionPlugin(bits=2), watch, steps=3, val_check_interval=1, limit_val_batches=1)
+    assert len(watch.depth) == 3
+    assert all(watch.depth)
+
+
+def test_the_summary_says_what_was_kept_and_how() -> None:
+    plugin = ActivationCompressionPlugin(bits=4, overrides={"head": "raw"})
+    fit(plugin)
+    table = plugin.summary()
+    assert "| model.blocks.0.mlp | activation | 4 bits |" in table or "| activation | 4 bits |" in table
+    assert "| loss | 8 bits |" in table
+    assert "| linear | recomputed |" in table
+    values = plugin.measurements()
+    assert values["activations/ratio"] > 3
+    assert values["activations/saved_bytes"] > 3 * values["activations/kept_bytes"] > 0
+
+
+def test_an_override_is_heard(tmp_path: Path) -> None:
+    plugin = ActivationCompressionPlugin(bits=4, overrides={"blocks.1": "raw", "blocks.2.mlp": 8})
+    fit(plugin)
+    rows = plugin.summary().splitlines()
+    assert not [row for row in rows if "blocks.1." in row and "bits" in row and "exact" not in row]
+    assert all("8 bits" in row for row in rows if "blocks.2.mlp " in row and "bits" in row)
+    assert [row for row in rows if "blocks.0." in row and "4 bits" in row]

@@ -1,0 +1,107 @@
+"""What the user may ask for, and what is said where it is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_efficient import ActivationCompressionPlugin
+from lightning_efficient.activation_compression.classify import BOUNDED, EXACT
+from lightning_efficient.activation_compression.rates import LayerRates, fits
+from lightning_efficient.activation_compression.schedule import CubicSchedule
+from lightning_efficient.activation_compression.settings import parse_schedule
+
+SCHEDULE = {"initial_bits": 8, "final_bits": 2, "begin": 0.05, "end": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 0}, r"bits=0 is not allowed. Use 1 to 8, or 'lossless'"),
+        ({"bits": 9}, "bits=9"),
+        ({"bits": True}, "bits=True"),
+        ({"bits": "4"}, "bits='4'"),
+        ({"overrides": {"head": "exact"}}, r"overrides\['head'\]='exact' is not allowed. Use 1 to 8, or 'raw'"),
+        ({"overrides": {"head": 16}}, r"overrides\['head'\]=16"),
+        ({"group_size": 100}, "group_size=100 is not allowed. Use a power of two from 64 to 65536"),
+        ({"schedule": {"initial_bits": 8}}, "must have the keys initial_bits, final_bits, begin, end"),
+        ({"schedule": SCHEDULE | {"steps": 3}}, "must have the keys"),
+        ({"schedule": SCHEDULE | {"final_bits": 0}}, r"schedule\['final_bits'\]=0 is not allowed. Use 1 to 8"),
+        ({"schedule": SCHEDULE | {"begin": -1}}, r"schedule\['begin'\]=-1 is not allowed"),
+        ({"schedule": SCHEDULE | {"end": 1.5}}, r"schedule\['end'\]=1.5 is not allowed. Use a step .* up to 1.0"),
+        ({"schedule": SCHEDULE | {"end": 0.01}}, "ends before it begins"),
+        ({"schedule": SCHEDULE, "bits": 4}, "bits=4 and schedule=.* are ways to say the same"),
+        ({"bits": 4, "error_bound": 0.1}, "bits=4 and error_bound=0.1 are ways to say the same"),
+        ({"error_bound": 0}, "error_bound=0 is not allowed. Use a number above zero"),
+        ({"schedule": SCHEDULE | {"initial_error_bound": 0.1}}, "must have the keys initial_error_bound"),
+        (
+            {"schedule": {"initial_error_bound": 0, "final_error_bound": 1, "begin": 0, "end": 5}},
+            r"schedule\['initial_error_bound'\]=0 is not allowed",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActivationCompressionPlugin(**arguments)
+
+
+def test_the_schedule_is_the_cubic_curve_a3() -> None:
+    curve = CubicSchedule(initial=8, final=2, begin=10, end=110)
+    assert [curve.at(step) for step in (0, 10, 110, 500)] == [8, 8, 2, 2]
+    assert curve.at(60) == 2 + 6 * 0.5**3
+    values = [curve.at(step) for step in range(120)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_fractions_are_of_the_run_a2() -> None:
+    schedule = parse_schedule(SCHEDULE)
+    assert schedule is not None
+    assert schedule.uses_fractions
+    assert schedule.over(200) == CubicSchedule(8, 2, 10, 100)
+    with pytest.raises(ValueError, match="a run that has no end"):
+        schedule.over(float("inf"))
+    bounds = parse_schedule({"initial_error_bound": 1e-3, "final_error_bound": 0.1, "begin": 0, "end": 10})
+    assert bounds is not None
+    assert bounds.of == "error_bound"
+    assert bounds.over(float("inf")).at(5) == 0.1 + (1e-3 - 0.1) / 8
+    steps = parse_schedule(SCHEDULE | {"begin": 3, "end": 7})
+    assert steps is not None
+    assert not steps.uses_fractions
+    assert steps.over(float("inf")) == CubicSchedule(8, 2, 3, 7)
+    mixed = parse_schedule(SCHEDULE | {"begin": 30})
+    assert mixed is not None
+    assert mixed.over(40) == CubicSchedule(8, 2, 30, 31)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer", "expected"),
+    [
+        ("head", "head", True),
+        ("head", "model.head", True),
+        ("head", "model.head.projection", True),
+        ("head", "model.header", False),
+        ("blocks.*.mlp", "model.blocks.3.mlp.up", True),
+        ("blocks.*.mlp", "model.blocks.3.attention", False),
+        ("blocks.[12]", "blocks.2.mlp", True),
+        ("blocks.[12]", "blocks.3.mlp", False),
+        ("*", "anything", True),
+    ],
+)
+def test_patterns_name_modules_and_what_is_in_them(pattern: str, layer: str, expected: bool) -> None:
+    assert fits(pattern, layer) is expected
+
+
+def test_rates_have_floors_and_overrides() -> None:
+    rates = LayerRates(2, {"head": "raw", "blocks.0": 1})
+    assert rates.of("linear", "blocks.1.mlp.up") == 2
+    assert rates.of("attention", "blocks.1.attention") == 4
+    assert rates.of("loss", "") == 8
+    assert rates.of("linear", "head") == EXACT
+    assert rates.of("attention", "blocks.0.attention") == 1
+    rates.bits = 6
+    assert rates.of("attention", "blocks.1.attention") == 6
+    bounded = LayerRates(4, {"head": "raw"}, error_bound=0.1)
+    assert bounded.of("loss", "") == BOUNDED
+    assert bounded.of("loss", "head") == EXACT
+    assert rates.unused(["head", "blocks.1"]) == ["blocks.0"]
