@@ -86,7 +86,7 @@ class ActivationCompressionPlugin(Callback):
         self._classifier = Classifier(self._rates, group_size=group_size, recompute=recompute)
         self._seed = seed
         self._held: list[Tensor] = []
-        self._batch = (0, 0)
+        self._batch = (0, 0, 0)
         self._passes = 0
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
@@ -127,7 +127,7 @@ class ActivationCompressionPlugin(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._held = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-        self._batch = trainer.current_epoch, batch_idx
+        self._batch = trainer.global_rank, trainer.current_epoch, batch_idx
         self._passes = 0
         self._take_rate(steps_done(trainer))
 

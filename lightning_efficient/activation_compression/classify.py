@@ -87,6 +87,7 @@ class Classifier:
         self.end()
         self._references = {tensor.untyped_storage()._cdata for tensor in held}
         self._key, self._count = key, 0
+        self.layers.clear()  # what an exception may have left
         self.ledger.open()
 
     def end(self) -> None:
@@ -95,12 +96,11 @@ class Classifier:
 
     # -- for SavedTensors --------------------------------------------------------------------------------------------
 
-    def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | None:
+    def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | Tensor | None:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-            return partial(_itself, tensor.detach())
-        base = tensor._base
-        if isinstance(base, nn.Parameter) or tensor.untyped_storage()._cdata in self._references:
-            return partial(_itself, tensor.detach())
+            return tensor.detach()
+        if isinstance(tensor._base, nn.Parameter) or tensor.untyped_storage()._cdata in self._references:
+            return tensor.detach()
         parameter = _cast_of(tensor)
         return partial(_cast, parameter, parameter._version, tensor.dtype) if parameter is not None else None
 
@@ -166,10 +166,6 @@ def _fewer_bits(numbers: Tensor, may_be_a_mask: bool) -> Record | None:
     if numbers.dtype.is_floating_point or numbers.dtype.is_complex:
         return two_valued(numbers) if may_be_a_mask and numbers.dtype in _LOSSY else None
     return two_valued(numbers) if numbers.dtype == torch.bool else narrowed(numbers)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _cast_of(tensor: Tensor) -> nn.Parameter | None:

@@ -7,6 +7,7 @@ decoded lives only while an operation uses it.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,8 +44,8 @@ class Demand:
 class Chooser(Protocol):
     """Knows what is going on in the model."""
 
-    def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | None:
-        """If somebody keeps these numbers anyway, what returns them."""
+    def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | Tensor | None:
+        """If somebody keeps these numbers anyway: a tensor like it, or what returns the memory that they are in."""
 
     def demand(self, tensor: Tensor) -> Demand:
         """What the operation that is going on needs of ``tensor``."""
@@ -101,17 +102,20 @@ class Handle:
 
     def __init__(
         self,
-        numbers: Callable[[], Tensor],
+        numbers: Callable[[], Tensor] | Tensor,
         tensor: Tensor,
         geometry: tuple[tuple[int, ...], int] | None,
         kept: Kept | None,
     ) -> None:
         self.numbers = numbers
         self.shape = tensor.shape
-        self.stride, self.offset = geometry or (tensor.stride(), tensor.storage_offset())
         self.record = kept
         self.version = tensor._version
+        if isinstance(numbers, Tensor):
+            self.witness = numbers
+            return
         self.witness = _witness(tensor)
+        self.stride, self.offset = geometry or (tensor.stride(), tensor.storage_offset())
 
     def check(self) -> None:
         """Whether it may be used.
@@ -139,6 +143,8 @@ class Handle:
             RuntimeError: See :meth:`check`.
         """
         self.check()
+        if isinstance(self.numbers, Tensor):
+            return self.numbers
         return self.numbers().as_strided(self.shape, self.stride, self.offset)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]] | None:
@@ -148,8 +154,9 @@ class Handle:
             RuntimeError: See :meth:`check`.
         """
         self.check()
-        in_order = self.offset == 0 and self.stride == _contiguous_stride(self.shape)
-        return self.record.record.pieces() if self.record is not None and in_order else None
+        if self.record is None or self.offset != 0 or self.stride != _contiguous_stride(self.shape):
+            return None
+        return self.record.record.pieces()
 
 
 class SavedTensors:
@@ -163,7 +170,7 @@ class SavedTensors:
     def __init__(self, chooser: Chooser, ledger: Ledger) -> None:
         self.ledger = ledger
         self._chooser = chooser
-        self._deferred: list[Handle] | None = None
+        self._deferred: dict[int, list[Handle]] = {}  # by thread: each device has its own in backward
         self._last: Tensor | None = None  # decoded, for the operation that needs it next, often the very next one
         self._last_kept: Kept | None = None
         self._index: dict[tuple[Any, ...], tuple[WeakStorage, weakref.ref[Kept]]] = {}
@@ -184,9 +191,10 @@ class SavedTensors:
 
     def unpack(self, handle: Handle) -> Tensor:
         """The tensor of this handle, within the error bound of its record."""
-        if self._deferred is not None:
+        deferred = self._deferred.get(threading.get_ident())
+        if deferred is not None:
             self._last = self._last_kept = None
-            self._deferred.append(handle)
+            deferred.append(handle)
             return torch.empty(0)
         begin = time.perf_counter()
         kept = handle.record
@@ -202,12 +210,13 @@ class SavedTensors:
 
     @contextlib.contextmanager
     def deferring(self) -> Iterator[list[Handle]]:
-        """Within it, who unpacks gets nothing, and the handle is in the list."""
-        self._deferred = []
+        """Within it, who unpacks in this thread gets nothing, and the handle is in the list."""
+        thread = threading.get_ident()
+        handles = self._deferred[thread] = []
         try:
-            yield self._deferred
+            yield handles
         finally:
-            self._deferred = None
+            del self._deferred[thread]
 
     def find(self, tensor: Tensor) -> Kept | None:
         """What is kept of the numbers of ``tensor``, if they are all of its storage's."""

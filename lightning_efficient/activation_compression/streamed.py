@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_efficient.activation_compression.store import SavedTensors
+from lightning_efficient.core.torch_internals import innermost_pack_hook
 
 __all__ = ["streamed"]
 
@@ -44,8 +45,8 @@ def streamed(saved: SavedTensors, name: str, args: tuple[Any, ...], kwargs: Mapp
         x.requires_grad and torch.is_grad_enabled() and x.is_cpu and x.is_contiguous() and x.numel() >= _LEAST
     ):
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return None
+    if x.dtype not in (torch.float32, torch.bfloat16) or innermost_pack_hook() != saved.pack:
+        return None  # in activation checkpointing, for one, which keeps other things than we
     result: Tensor = _Streamed.apply(x, saved, name, arguments)  # type: ignore[no-untyped-call]
     return result
 

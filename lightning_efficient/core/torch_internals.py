@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.storage import TypedStorage, UntypedStorage
 
-__all__ = ["WeakStorage", "bytes_of", "rebuild_tensor", "storage_key", "typed_storage_parts", "without_torch_function"]
+__all__ = [
+    "WeakStorage",
+    "bytes_of",
+    "innermost_pack_hook",
+    "rebuild_tensor",
+    "storage_key",
+    "typed_storage_parts",
+    "without_torch_function",
+]
 
 rebuild_tensor = torch._utils._rebuild_tensor_v2
 """What ``torch.load`` calls to make a tensor of a storage."""
@@ -25,6 +33,12 @@ def storage_key(storage: UntypedStorage) -> tuple[int, int]:
 
 without_torch_function = torch._C.DisableTorchFunction
 """Within it no mode hears of the operations that are called."""
+
+
+def innermost_pack_hook() -> Any:
+    """The hook that an operation called now would give its saved tensors to, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks[0] if hooks is not None else None
 
 
 class WeakStorage:

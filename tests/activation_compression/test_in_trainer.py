@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def test_fractions_need_a_run_with_an_end() -> None:
     schedule = {"initial_bits": 8, "final_bits": 2, "begin": 0.05, "end": 0.5}
     with pytest.raises(MisconfigurationException, match="fractions of a run that has no end"):
         fit(ActivationCompressionPlugin(schedule=schedule), steps=-1, max_epochs=-1)
+
+
+def test_it_can_be_sent_to_other_processes() -> None:
+    plugin = pickle.loads(pickle.dumps(ActivationCompressionPlugin(bits=3)))
+    fit(plugin)
+    assert plugin.measurements()["activations/bits"] == 3
+    pickle.dumps(plugin)
 
 
 class Bits(pl.Callback):

@@ -298,6 +298,58 @@ def test_a_seed_and_a_step_say_it_all(case: Case) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
+def test_sparse_tensors_and_subclasses_are_kept_as_they_are() -> None:
+    class Labelled(Tensor):
+        pass
+
+    dense = torch.randn(64, 64, requires_grad=True)
+    sparse = torch.eye(64).to_sparse()
+    labelled = torch.randn(64, 64).as_subclass(Labelled)
+    exact = torch.autograd.grad((torch.sparse.mm(sparse, dense) * labelled).sum(), dense)[0]
+    with compressed(classifier(2), nn.Module()):
+        out = (torch.sparse.mm(sparse, dense) * labelled).sum()
+    assert torch.equal(torch.autograd.grad(out, dense)[0], exact)
+
+
+@pytest.mark.parametrize("operate", [F.gelu, F.silu, F.relu, torch.tanh, torch.sigmoid], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("bits", [99, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_functions_are_the_same_piece_by_piece(
+    operate: Callable[[Tensor], Tensor], bits: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(3, 300_000, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(3, 300_000, dtype=dtype)
+    out = operate(x * 1.0)
+    exact = torch.autograd.grad(out, x, upstream)[0]
+    with compressed(classifier(bits), nn.Module()):
+        found = operate(x * 1.0)
+    assert "Streamed" in found.grad_fn.name()  # type: ignore[union-attr]
+    assert torch.equal(found, out)
+    gradient = torch.autograd.grad(found, x, upstream, retain_graph=True)[0]
+    if bits == 99 or operate is F.relu:
+        assert torch.equal(gradient, exact)
+    assert relative_error([gradient], [exact]) < 0.03
+    assert torch.equal(torch.autograd.grad(found, x, upstream.t().contiguous().t())[0], gradient)
+
+
+def test_a_streamed_function_is_checked_for_edits_too() -> None:
+    x = torch.randn(600_000, requires_grad=True)
+    with compressed(classifier(4), nn.Module()):
+        hidden = x * 1.0
+        out = F.gelu(hidden)
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_activation_checkpointing_of_a_streamed_function() -> None:
+    x = torch.randn(600_000, requires_grad=True)
+    exact = torch.autograd.grad(F.gelu(x * 2).sum(), x)[0]
+    with compressed(classifier(4), nn.Module(), x):
+        out = checkpoint(lambda y: F.gelu(y * 2), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], exact)
+
+
 def test_frozen_layers_and_tied_weights() -> None:
     model, loss, batch = language_loss(tied=True)
     for parameter in model.blocks[0].parameters():

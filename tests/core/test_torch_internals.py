@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_efficient.core.torch_internals import (
     WeakStorage,
     bytes_of,
+    innermost_pack_hook,
     rebuild_tensor,
     storage_key,
     typed_storage_parts,
@@ -83,3 +84,14 @@ def test_a_detached_tensor_without_memory_shares_the_count_of_changes() -> None:
     del tensor
     assert weak.get() is None
     assert witness._version == 1
+
+
+def test_the_innermost_pack_hook() -> None:
+    def outer(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    assert innermost_pack_hook() is None
+    with torch.autograd.graph.saved_tensors_hooks(outer, lambda tensor: tensor):
+        assert innermost_pack_hook() is outer
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+            assert innermost_pack_hook() is not outer
