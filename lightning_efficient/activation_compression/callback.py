@@ -27,6 +27,7 @@ from lightning_efficient.activation_compression.settings import (
     parse_overrides,
     parse_schedule,
 )
+from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.run_length import steps_done, total_steps
 
@@ -90,6 +91,7 @@ class ActivationCompressionPlugin(Callback):
         self._passes = 0
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
+        self._followed = contextlib.ExitStack()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -121,7 +123,12 @@ class ActivationCompressionPlugin(Callback):
                 "ActivationCompressionPlugin cannot see into compiled modules: all that they save gets 4 bits at least."
             )
             return
-        self._undo.enter_context(follow_modules(pl_module, self._classifier.layers))
+        self._follow(pl_module)
+
+    def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
+        """Modules may have come with them."""
+        if self._knows_operations:
+            self._follow(trainer.lightning_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -167,6 +174,11 @@ class ActivationCompressionPlugin(Callback):
     def summary(self) -> str:
         """A table of what the last forward pass kept, and how, in Markdown."""
         return self._classifier.ledger.table()
+
+    def _follow(self, module: nn.Module) -> None:
+        self._followed.close()
+        self._followed.enter_context(follow_modules(module, self._classifier.layers))
+        self._undo.callback(self._followed.close)
 
     def _take_rate(self, step: int) -> None:
         if self._schedule is None:

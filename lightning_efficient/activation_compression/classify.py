@@ -85,7 +85,7 @@ class Classifier:
             key: Of its noise.
         """
         self.end()
-        self._references = {tensor.untyped_storage()._cdata for tensor in held}
+        self._references = {tensor.untyped_storage()._cdata for tensor in held if _plain(tensor)}
         self._key, self._count = key, 0
         self.layers.clear()  # what an exception may have left
         self.ledger.open()
@@ -97,7 +97,7 @@ class Classifier:
     # -- for SavedTensors --------------------------------------------------------------------------------------------
 
     def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | Tensor | None:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        if not _plain(tensor):
             return tensor.detach()
         if isinstance(tensor._base, nn.Parameter) or tensor.untyped_storage()._cdata in self._references:
             return tensor.detach()
@@ -159,6 +159,11 @@ class Classifier:
                 again = recomputation(self.saved, name, args, kwargs, result)
                 if again is not None and (again.kept.level != BOUNDED or again.kept.record.exact):
                     self.saved.derive(result, lambda: Recomputed(again, again.kept.record.exact), again.kept.level)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is a view of a storage and nothing more."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
 def _fewer_bits(numbers: Tensor, may_be_a_mask: bool) -> Record | None:

@@ -31,7 +31,7 @@ def mix(key: int, counter: int) -> int:
 @cache
 def noise_table(device: torch.device) -> Tensor:
     """The table, twice, so that it can be read from any offset: float32 ``[2 * TABLE]``."""
-    order = torch.randperm(TABLE, generator=torch.Generator().manual_seed(_SEED))
+    order = torch.randperm(TABLE, generator=torch.Generator("cpu").manual_seed(_SEED), device="cpu")
     once = (order.to(torch.float32) + 0.5) / TABLE
     return torch.cat([once, once]).to(device)
 

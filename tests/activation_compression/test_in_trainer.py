@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_efficient import ActivationCompressionPlugin
+from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
 from tests.technique_settings import demo_data, demo_model
 
 
@@ -103,3 +103,11 @@ def test_an_override_is_heard(tmp_path: Path) -> None:
     assert not [row for row in rows if "blocks.1." in row and "bits" in row and "exact" not in row]
     assert all("8 bits" in row for row in rows if "blocks.2.mlp " in row and "bits" in row)
     assert [row for row in rows if "blocks.0." in row and "4 bits" in row]
+
+
+def test_modules_that_come_while_it_trains_are_known() -> None:
+    plugin = ActivationCompressionPlugin(bits=4, overrides={"blocks.*": "raw"})
+    fit(GrowAndUnshareCallback(stages=[{"depth": 2, "until": 2}, {"depth": 4}]), plugin)
+    rows = [row for row in plugin.summary().splitlines() if "blocks.3." in row]
+    assert rows
+    assert not [row for row in rows if "4 bits" in row]

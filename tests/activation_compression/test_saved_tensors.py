@@ -306,7 +306,7 @@ def test_sparse_tensors_and_subclasses_are_kept_as_they_are() -> None:
     sparse = torch.eye(64).to_sparse()
     labelled = torch.randn(64, 64).as_subclass(Labelled)
     exact = torch.autograd.grad((torch.sparse.mm(sparse, dense) * labelled).sum(), dense)[0]
-    with compressed(classifier(2), nn.Module()):
+    with compressed(classifier(2), nn.Module(), sparse, labelled):
         out = (torch.sparse.mm(sparse, dense) * labelled).sum()
     assert torch.equal(torch.autograd.grad(out, dense)[0], exact)
 
