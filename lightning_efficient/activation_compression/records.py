@@ -43,7 +43,6 @@ class Raw(Record):
 
     Attributes:
         values: Not to be changed.
-        nbytes: 0 where somebody else keeps it anyway.
     """
 
     values: Tensor
@@ -139,7 +138,7 @@ class Recomputed(Record):
 def two_valued(values: Tensor) -> Bits | None:
     """A record of numbers ``[n]`` of which there are at most two different ones; None if there are more."""
     if values.dtype == torch.bool:
-        return _bits(values, values[:1], values[:1])
+        return _bits(values, *torch.tensor([False, True], device=values.device))
     sample = values[:: max(1, values.numel() // 64)]
     if not ((sample == sample.amin()) | (sample == sample.amax())).all():
         return None

@@ -98,7 +98,7 @@ class Kept:
 class Handle:
     """What autograd keeps instead of a tensor."""
 
-    __slots__ = ("numbers", "offset", "record", "shape", "stride", "version", "witness")
+    __slots__ = ("in_order", "numbers", "offset", "record", "shape", "stride", "version", "witness")
 
     def __init__(
         self,
@@ -111,11 +111,14 @@ class Handle:
         self.shape = tensor.shape
         self.record = kept
         self.version = tensor._version
+        self.in_order = False  # whether its numbers are all that is kept, one after another
         if isinstance(numbers, Tensor):
             self.witness = numbers
             return
         self.witness = _witness(tensor)
         self.stride, self.offset = geometry or (tensor.stride(), tensor.storage_offset())
+        whole = tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
+        self.in_order = geometry is not None or whole
 
     def check(self) -> None:
         """Whether it may be used.
@@ -154,9 +157,7 @@ class Handle:
             RuntimeError: See :meth:`check`.
         """
         self.check()
-        if self.record is None or self.offset != 0 or self.stride != _contiguous_stride(self.shape):
-            return None
-        return self.record.record.pieces()
+        return self.record.record.pieces() if self.record is not None and self.in_order else None
 
 
 class SavedTensors:

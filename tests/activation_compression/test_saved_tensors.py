@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.activation_compression.classify import Classifier
 from lightning_efficient.activation_compression.store import Handle
+from lightning_efficient.core.torch_internals import WeakStorage
 from tests.activation_compression.networks import (
     ConvNet,
     classifier,
@@ -330,6 +331,32 @@ def test_streamed_functions_are_the_same_piece_by_piece(
         assert torch.equal(gradient, exact)
     assert relative_error([gradient], [exact]) < 0.03
     assert torch.equal(torch.autograd.grad(found, x, upstream.t().contiguous().t())[0], gradient)
+
+
+def test_a_streamed_function_of_a_part_of_a_storage() -> None:
+    """The first half lies at the beginning of what is kept, which has more numbers than it."""
+    x = torch.randn(2, 600_000, requires_grad=True)
+
+    def out() -> Tensor:
+        first, second = (x * 1.0).split(1)
+        return F.gelu(first) * F.silu(second)
+
+    exact = torch.autograd.grad(out().sum(), x)[0]
+    for bits in (99, 8):
+        with compressed(classifier(bits), nn.Module()):
+            found = out().sum()
+        assert relative_error([torch.autograd.grad(found, x)[0]], [exact]) < (0.01 if bits == 8 else 1e-7)
+
+
+def test_a_mask_of_booleans_is_not_held_beside_its_bits() -> None:
+    x, seen = torch.randn(128, 128, requires_grad=True), list[WeakStorage]()
+    with compressed(classifier(4), nn.Module()):
+        mask = x.detach() > 0
+        seen.append(WeakStorage(mask.untyped_storage()))
+        out = torch.where(mask, x, 0.0)
+        del mask
+    assert seen[0].get() is None
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], (x > 0).float())
 
 
 def test_a_streamed_function_is_checked_for_edits_too() -> None:
