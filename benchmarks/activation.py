@@ -290,7 +290,7 @@ class _ResidualBlock(nn.Module):
 def _digits(seed: int) -> tuple[Any, Any] | None:
     """Loaders for training and validation; None where scikit-learn is not installed."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-not-found, unused-ignore]
+        from sklearn.datasets import load_digits  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         return None
     images, labels = load_digits(return_X_y=True)

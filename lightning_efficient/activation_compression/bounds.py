@@ -11,45 +11,21 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
-__all__ = ["LayerError", "allocate_bits", "error_bound", "gradient_deviation"]
+__all__ = ["allocate_bits", "error_bound", "gradient_deviation", "step_variance"]
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class LayerError:
-    """What the errors of one layer's saved input depend on.
+def step_variance(bits: int) -> float:
+    """Of the errors of numbers in groups whose spread (greatest minus least) is one.
 
-    Attributes:
-        numel: Numbers that are saved.
-        spread_squares: Mean of the squared spreads (greatest minus least) of their groups.
-        loss_squares: S, above.
-        nonzero: R, above.
-        weight_numel: Elements of the weight.
-        gradient_squares: Sum of squares of its gradient.
+    With dither from 3 bits on, else with stochastic rounding.
     """
-
-    numel: int
-    spread_squares: float
-    loss_squares: float
-    nonzero: float
-    weight_numel: int
-    gradient_squares: float
-
-    def variance(self, bits: int) -> float:
-        """Of the gradient, the sum over its elements."""
-        return self.weight_numel * self.nonzero * self.loss_squares * error_variance(self.spread_squares, bits)
-
-    def relative(self, bits: int) -> float:
-        """Deviation of the gradient over its norm."""
-        return math.sqrt(self.variance(bits) / self.gradient_squares) if self.gradient_squares else 0.0
-
-
-def error_variance(spread_squares: float, bits: int) -> float:
-    """Of numbers in groups of such spreads: with dither from 3 bits on, else with stochastic rounding."""
-    scale_squares = spread_squares / ((1 << bits) - 1) ** 2
-    return scale_squares / 12 if bits > 2 else scale_squares / 6
+    step = 1 / ((1 << bits) - 1)
+    return step * step / (12 if bits > 2 else 6)
 
 
 def gradient_deviation(error_bound: float, loss_squares: float, nonzero: float) -> float:
@@ -64,35 +40,40 @@ def error_bound(deviation: float, loss_squares: float, nonzero: float) -> float:
 
 
 def allocate_bits(
-    layers: Mapping[str, LayerError], floors: Mapping[str, int], budget_bits: float, most: int = 8
-) -> dict[str, int]:
-    """Give each layer its bits, where each does most for the error relative to the gradient.
+    sizes: Mapping[Key, int],
+    harm: Mapping[Key, float],
+    floors: Mapping[Key, int],
+    ceilings: Mapping[Key, int],
+    budget_bits: float,
+) -> dict[Key, int]:
+    """Give bits where they do most against ``sum of harm * step_variance(bits)``.
 
     Args:
-        layers: By name.
-        floors: Fewest bits of each.
-        budget_bits: Of all numbers together; the floors are given in any case.
-        most: For a number.
+        sizes: Numbers that each has.
+        harm: Of errors of variance one.
+        floors: Fewest bits of each, given in any case.
+        ceilings: Most bits.
+        budget_bits: Of all numbers together.
 
     Returns:
-        Bits by layer: a heap on the gain per bit, as in GACT (Liu et al. 2022, section 4).
+        Bits of each: a heap on the gain per bit, as in GACT (Liu et al. 2022, section 4).
     """
-    bits = {name: floors[name] for name in layers}
-    left = budget_bits - sum(layers[name].numel * bits[name] for name in layers)
-    heap: list[tuple[float, str]] = []
+    bits = dict(floors)
+    left = budget_bits - sum(sizes[key] * bits[key] for key in bits)
+    heap: list[tuple[float, int, Key]] = []
 
-    def offer(name: str) -> None:
-        layer, now = layers[name], bits[name]
-        if now < most:
-            gain = layer.relative(now) ** 2 - layer.relative(now + 1) ** 2
-            heapq.heappush(heap, (-gain / layer.numel, name))
+    def offer(order: int, key: Key) -> None:
+        now = bits[key]
+        if now < ceilings[key]:
+            gain = harm[key] * (step_variance(now) - step_variance(now + 1))
+            heapq.heappush(heap, (-gain / max(1, sizes[key]), order, key))
 
-    for name in layers:
-        offer(name)
+    for order, key in enumerate(bits):
+        offer(order, key)
     while heap:
-        _, name = heapq.heappop(heap)
-        if layers[name].numel <= left:
-            left -= layers[name].numel
-            bits[name] += 1
-            offer(name)
+        _, order, key = heapq.heappop(heap)
+        if sizes[key] <= left:
+            left -= sizes[key]
+            bits[key] += 1
+            offer(order, key)
     return bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
+from lightning_efficient.activation_compression.blocks import Blocks
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
+from lightning_efficient.activation_compression.control import AdaptiveControl, BudgetControl
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.schedule import CubicSchedule
 from lightning_efficient.activation_compression.settings import (
     check_group_size,
+    parse_adaptive,
     parse_bits,
+    parse_budget,
     parse_error_bound,
     parse_overrides,
     parse_schedule,
@@ -32,6 +36,9 @@ from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.run_length import steps_done, total_steps
 
 __all__ = ["ActivationCompressionPlugin", "follow_modules"]
+
+FORMAT = 1
+"""Of the state in checkpoints."""
 
 
 class ActivationCompressionPlugin(Callback):
@@ -43,12 +50,21 @@ class ActivationCompressionPlugin(Callback):
     Args:
         bits: For the inputs of linear layers and convolutions, 1 to 8; 4 if nothing is given. Normalizations get 2 at
             least, other operations 4, losses 8, for their errors reach the gradients of all layers before.
-            ``"lossless"``: only what is exact (one copy of each tensor, masks in one bit, narrow integers).
+            ``"lossless"``: only what is exact (one copy of each tensor, masks in one bit, narrow integers). Beside a
+            ``schedule`` of bits, which is for the inputs of linear layers then: the least for the other operations.
         error_bound: In place of ``bits``: as many as it takes that no kept number is off by more, whatever the
             operation.
+        memory_budget: In place of ``bits``: bytes (``"512MiB"``) that saved tensors may take, or the part (float) of
+            what they take without compression. Each size of batch gets a plan: what stays raw, how many bits the rest
+            gets, what waits in the host's memory (on a GPU), and which repeated modules are made again in backward.
         schedule: ``{initial_bits: 8, final_bits: 2, begin: 0.05, end: 0.5}`` in place of ``bits``: from one to the
             other on a cubic curve [Zhu & Gupta 2017] between two steps (int), or fractions of the run (float). Likewise
-            with ``initial_error_bound`` and ``final_error_bound``.
+            with ``initial_error_bound`` and ``final_error_bound``, or ``initial_memory_budget`` and so on.
+        adaptive: ``{every: 100, target: 0.1}``: every 100 steps, measure what errors do to the gradient of each linear
+            layer and convolution, and give bits (or error bounds) where they do most. ``target``: the acceptable
+            deviation of a gradient, over its size, or over the momentum's where the optimizer has one; nobody gets more
+            bits than that takes. ``guard`` (0.1): the most that its variance may be over the variance from batch to
+            batch; who is above gets more bits, whatever the budget.
         overrides: Bits, or ``"raw"``, by pattern of a module's name (``"head"``, ``"blocks.*.mlp"``), for what it and
             the modules in it save; the first that fits counts.
         group_size: Neighbours that share a scale and a minimum: a power of two from 64 on.
@@ -66,40 +82,59 @@ class ActivationCompressionPlugin(Callback):
         *,
         bits: int | Literal["lossless"] | None = None,
         error_bound: float | None = None,
-        schedule: dict[str, int | float] | None = None,
+        memory_budget: int | float | str | None = None,
+        schedule: dict[str, int | float | str] | None = None,
+        adaptive: dict[str, int | float] | None = None,
         overrides: dict[str, int | str] | None = None,
         group_size: int = 128,
         recompute: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        given = {"bits": bits, "error_bound": error_bound, "schedule": schedule}
+        check_group_size(group_size)
+        self._schedule = parse_schedule(schedule)
+        beside = self._schedule is not None and self._schedule.of == "bits" and bits is not None and bits != "lossless"
+        given = {"error_bound": error_bound, "memory_budget": memory_budget, "schedule": schedule}
+        if not beside:
+            given["bits"] = bits
         ways = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         if len(ways) > 1:
             raise ValueError(f"{' and '.join(ways)} are ways to say the same. Keep one of them.")
-        check_group_size(group_size)
-        self._schedule = parse_schedule(schedule)
+        if adaptive is not None and bits == "lossless":
+            raise ValueError(f"adaptive={adaptive!r} chooses among errors, and bits='lossless' allows none. Keep one.")
         bound = parse_error_bound(error_bound) if error_bound is not None else None
         level = parse_bits(4 if bits is None else bits)
-        self._rates = LayerRates(level, parse_overrides(overrides), bound)
+        self._rates = LayerRates(level, parse_overrides(overrides), bound, least=level if beside else None)
+        self._average = float(level) if bits is not None else None
         self._curve: CubicSchedule | None = None
-        self._take_rate(0)
         self._classifier = Classifier(self._rates, group_size=group_size, recompute=recompute)
+        rules = parse_adaptive(adaptive)
+        self._adaptive = AdaptiveControl(self._rates, rules) if rules is not None else None
+        self._budget = self._budget_control(memory_budget, group_size)
+        self._events: list[telemetry.Event] = []
+        self._take_rate(0)
         self._seed = seed
         self._held: list[Tensor] = []
         self._batch = (0, 0, 0)
-        self._passes = 0
+        self._passes = self._step = 0
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
         self._followed = contextlib.ExitStack()
+
+    def _budget_control(self, memory_budget: int | float | str | None, group_size: int) -> BudgetControl | None:
+        if memory_budget is not None:
+            budget = parse_budget(memory_budget)
+        elif self._schedule is not None and self._schedule.of == "memory_budget":
+            budget = int(self._schedule.initial)
+        else:
+            return None
+        blocks = Blocks(self._classifier.operation)
+        return BudgetControl(self._rates, budget, isinstance(budget, float), group_size, blocks)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._undo.close()
-        own = [callback for callback in trainer.callbacks if isinstance(callback, type(self))]  # type: ignore[attr-defined]
-        if len(own) > 1:
-            raise MisconfigurationException(f"This Trainer has {len(own)} {type(self).__name__} objects. Keep one.")
         names = [name for name, _ in pl_module.named_modules()]
         if unused := self._rates.unused(names):
             raise MisconfigurationException(
@@ -118,6 +153,12 @@ class ActivationCompressionPlugin(Callback):
         self._undo.callback(self._wrap_training_step(trainer, pl_module))
         compiled = compat.compiled_parts(pl_module)
         self._knows_operations = not compiled
+        if compiled and (self._adaptive is not None or self._budget is not None):
+            what = "adaptive" if self._adaptive is not None else "memory_budget"
+            raise MisconfigurationException(
+                f"{what} needs to know which layer saves what, and that cannot be seen in compiled modules "
+                f"({compiled[0]}). Give bits, or do not compile."
+            )
         if compiled:
             rank_zero_info(
                 "ActivationCompressionPlugin cannot see into compiled modules: all that they save gets 4 bits at least."
@@ -127,6 +168,8 @@ class ActivationCompressionPlugin(Callback):
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """Modules may have come with them."""
+        if self._adaptive is not None:
+            self._adaptive.again()
         if self._knows_operations:
             self._follow(trainer.lightning_module)
 
@@ -136,12 +179,23 @@ class ActivationCompressionPlugin(Callback):
         self._held = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
         self._batch = trainer.global_rank, trainer.current_epoch, batch_idx
         self._passes = 0
-        self._take_rate(steps_done(trainer))
+        step = self._step = steps_done(trainer)
+        self._take_rate(step)
+        if self._budget is not None:
+            self._budget.begin(self._held, self._classifier)
+        if self._adaptive is not None:
+            self._adapt()
+            self._adaptive.begin(step, self._classifier, partial(momentum_of, trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._held = []
+        if self._budget is not None and self._budget.end(self._classifier):
+            self._events.append(telemetry.Event(compat.log_step(trainer), "activations", self._budget.event()))
+            rank_zero_info(self._budget.event())
+        if self._adaptive is not None and self._adaptive.end(self._step, self._classifier, trainer.strategy.broadcast):
+            self._adapt()
         if telemetry.due(trainer):
             telemetry.log(trainer, self.measurements())
 
@@ -167,17 +221,69 @@ class ActivationCompressionPlugin(Callback):
         }
         if self._rates.error_bound is not None:
             values["activations/error_bound"] = self._rates.error_bound
-        elif self._rates.bits < EXACT:
+        elif self._rates.bits < EXACT and self._rates.chosen is None:
             values["activations/bits"] = float(self._rates.bits)
+        if self._adaptive is not None:
+            values |= {f"activations/{name}": value for name, value in self._adaptive.measurements().items()}
+        if self._budget is not None and self._budget.plan is not None:
+            values["activations/planned_bytes"] = self._budget.plan.predicted_bytes
         return values
 
+    def events(self) -> Sequence[telemetry.Event]:
+        """Each plan for a new size of batch."""
+        return tuple(self._events)
+
     def summary(self) -> str:
-        """A table of what the last forward pass kept, and how, in Markdown."""
-        return self._classifier.ledger.table()
+        """A table of what the last forward pass kept, and how, in Markdown; then the plans, if there is a budget."""
+        tables = [self._classifier.ledger.table()]
+        if self._adaptive is not None:
+            tables.append(self._adaptive.table())
+        if self._budget is not None:
+            tables.append(self._budget.table())
+        return "\n\n".join(tables)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"format": FORMAT}
+        if self._adaptive is not None:
+            state["adaptive"] = self._adaptive.state_dict()
+        if self._budget is not None:
+            state["budget"] = self._budget.state_dict()
+        if self._events:
+            state["events"] = [[event.step, event.text] for event in self._events]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("format", FORMAT) != FORMAT:
+            raise MisconfigurationException(
+                f"This checkpoint has the state of {type(self).__name__} in format {state_dict['format']}, and this "
+                f"version reads format {FORMAT}. Install the version that wrote it."
+            )
+        if self._adaptive is not None and "adaptive" in state_dict:
+            self._adaptive.load_state_dict(state_dict["adaptive"])
+        if self._budget is not None and "budget" in state_dict:
+            self._budget.load_state_dict(state_dict["budget"])
+        self._events = [telemetry.Event(step, "activations", text) for step, text in state_dict.get("events", [])]
+
+    def _adapt(self) -> None:
+        """Take the rates that follow from what was measured."""
+        if self._adaptive is None:
+            return
+        average = self._average
+        if self._budget is not None:
+            average = self._budget.average_bits(self._adaptive.sizes())
+            if average is None:
+                return
+        choice = self._adaptive.choose(average)
+        if choice is not None:
+            self._rates.bounds = choice.bounds
+            planned = self._budget.plan.levels if self._budget is not None and self._budget.plan is not None else {}
+            self._rates.chosen = {**planned, **choice.bits}
 
     def _follow(self, module: nn.Module) -> None:
         self._followed.close()
         self._followed.enter_context(follow_modules(module, self._classifier.layers))
+        if self._budget is not None:
+            self._followed.enter_context(self._budget.blocks.wrapping(module))
         self._undo.callback(self._followed.close)
 
     def _take_rate(self, step: int) -> None:
@@ -185,7 +291,9 @@ class ActivationCompressionPlugin(Callback):
             return
         value = self._curve.at(step) if self._curve is not None else self._schedule.initial
         if self._schedule.of == "bits":
-            self._rates.bits = round(value)
+            self._rates.bits, self._average = round(value), value
+        elif self._budget is not None:
+            self._budget.budget = value
         else:
             self._rates.error_bound = value
 
@@ -218,6 +326,24 @@ class ActivationCompressionPlugin(Callback):
                 yield
         finally:
             classifier.end()
+
+
+def momentum_of(trainer: pl.Trainer) -> Callable[[Tensor], Tensor | None]:
+    """What gives the mean magnitude of a weight's momentum, on the scale of one batch's gradient; None: it has none."""
+    buffers = {
+        id(weight): state["momentum_buffer"]
+        for optimizer in trainer.optimizers
+        for weight, state in optimizer.state.items()
+        if isinstance(state.get("momentum_buffer"), Tensor)
+    }
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # errors of accumulated batches are independent: their sum grows with the root of the number
+    factor = (scaler.get_scale() if scaler is not None else 1.0) / math.sqrt(trainer.accumulate_grad_batches)
+
+    def mean_momentum(weight: Tensor) -> Tensor | None:
+        return buffers[id(weight)].abs().mean() * factor if id(weight) in buffers else None
+
+    return mean_momentum
 
 
 @contextlib.contextmanager

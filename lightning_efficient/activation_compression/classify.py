@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_efficient.activation_compression.ledger import Ledger
+from lightning_efficient.activation_compression.host import HostMemory, OnHost
+from lightning_efficient.activation_compression.ledger import Ledger, PassSizes
 from lightning_efficient.activation_compression.operations import CurrentOperation, Kind
 from lightning_efficient.activation_compression.recompute import recomputation
 from lightning_efficient.activation_compression.records import (
@@ -21,7 +22,7 @@ from lightning_efficient.activation_compression.records import (
     signs,
     two_valued,
 )
-from lightning_efficient.activation_compression.store import Demand, SavedTensors
+from lightning_efficient.activation_compression.store import Demand, SavedTensors, Unit
 from lightning_efficient.activation_compression.streamed import streamed
 from lightning_efficient.core.quantization import Rounding, quantize
 from lightning_efficient.core.random import mix
@@ -41,16 +42,16 @@ _VIEWS = ("TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0
 
 
 class Rates(Protocol):
-    """Says how many bits there are for what.
+    """Says how many bits there are for what."""
 
-    Attributes:
-        error_bound: Of what is at the level :data:`BOUNDED`.
-    """
+    def of(self, kind: Kind, layer: str) -> tuple[int, int]:
+        """Bits of a number that an operation of ``kind`` saves in ``layer``, and how many would do.
 
-    error_bound: float | None
+        :data:`EXACT` for all of them.
+        """
 
-    def of(self, kind: Kind, layer: str) -> int:
-        """Bits of a number that an operation of ``kind`` saves in ``layer``; :data:`EXACT` for all."""
+    def bound(self, unit: Unit) -> float | None:
+        """Of the errors of what is at the level :data:`BOUNDED`."""
 
 
 class Classifier:
@@ -64,6 +65,9 @@ class Classifier:
     Attributes:
         layers: Names of the modules whose forward is going on, outermost first.
         ledger: What was kept.
+        sizes: What the pass saved, for plans.
+        offloaded: Units whose compressed numbers wait in the host's memory.
+        after: Called with name, arguments and result of each operation, and its layer; None: nobody listens.
     """
 
     def __init__(self, rates: Rates, *, group_size: int = 128, recompute: bool = True) -> None:
@@ -73,6 +77,10 @@ class Classifier:
         self.operation = CurrentOperation(partial(streamed, self.saved), self._note_result)
         self._recompute = recompute
         self.layers: list[str] = []
+        self.sizes = PassSizes()
+        self.offloaded: frozenset[Unit] = frozenset()
+        self._host = HostMemory()
+        self.after: Callable[[str, tuple[Any, ...], Mapping[str, Any], Any, str], None] | None = None
         self._group_size = group_size
         self._references: set[int] = set()
         self._key = self._count = 0
@@ -89,6 +97,7 @@ class Classifier:
         self._key, self._count = key, 0
         self.layers.clear()  # what an exception may have left
         self.ledger.open()
+        self.sizes = PassSizes()
 
     def end(self) -> None:
         """It is over; what it kept stays."""
@@ -109,15 +118,22 @@ class Classifier:
         size = tensor.numel()
         if operation.name:
             operation.largest = max(operation.largest, size)
-        if tensor.dtype not in _LOSSY:
-            return Demand(EXACT)
-        if operation.name in ("relu", "relu_"):
-            return Demand(EXACT, "signs")
-        if size < _SMALL or size * _STATISTICS <= operation.largest:
-            return Demand(EXACT)
-        return Demand(self.rates.of(operation.kind, self.layers[-1] if self.layers else ""))
+        unit = operation.kind, self.layers[-1] if self.layers else ""
+        if operation.name in ("relu", "relu_") and tensor.dtype in _LOSSY:
+            return Demand(EXACT, EXACT, unit, "signs")
+        if tensor.dtype not in _LOSSY or size < _SMALL or size * _STATISTICS <= operation.largest:
+            return Demand(EXACT, EXACT, unit)
+        return Demand(*self.rates.of(*unit), unit)
 
     def record(self, numbers: Tensor, tensor: Tensor, demand: Demand) -> Record:
+        record = self._record(numbers, tensor, demand)
+        if demand.least < EXACT and isinstance(record, Raw | Lossy | OnHost):
+            self.sizes.add(demand.unit, numbers.numel(), numbers.element_size())
+        else:
+            self.sizes.fixed[demand.unit[1]] += record.nbytes
+        return record
+
+    def _record(self, numbers: Tensor, tensor: Tensor, demand: Demand) -> Record:
         self._count += 1
         if demand.of == "signs":
             return signs(numbers)
@@ -133,10 +149,10 @@ class Classifier:
                 group_size=self._group_size,
                 rounding=rounding,
                 key=mix(self._key, self._count),
-                error_bound=self.rates.error_bound if bounded else None,
+                error_bound=self.rates.bound(demand.unit) if bounded else None,
             )
             if encoded is not None and encoded.nbytes < numbers.nbytes:
-                return Lossy(encoded)
+                return self._host.keep(encoded) if demand.unit in self.offloaded else Lossy(encoded)
         if numbers.untyped_storage().nbytes() > numbers.nbytes:  # a part of what is freed soon
             numbers = numbers.clone()
         return Raw(numbers, numbers.nbytes)
@@ -146,6 +162,7 @@ class Classifier:
         if instead_of is not None:
             self.freed(instead_of)
             nbytes = 0  # it counts already
+        self.sizes.saved[layer] += nbytes
         self.ledger.add(layer, self.operation.kind, record.way, nbytes, record.nbytes)
 
     def freed(self, record: Record) -> None:
@@ -154,6 +171,8 @@ class Classifier:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _note_result(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if self.after is not None:
+            self.after(name, args, kwargs, result, self.layers[-1] if self.layers else "")
         if self._recompute:
             with without_torch_function():
                 again = recomputation(self.saved, name, args, kwargs, result)

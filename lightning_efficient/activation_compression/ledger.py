@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Ledger"]
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Ledger", "PassSizes"]
 
 
 class Ledger:
@@ -49,3 +54,36 @@ class Ledger:
             rows.append(f"| {layer or '(training step)'} | {kind} | {way} | {saved / 1024:.1f} | {kept / 1024:.1f} |")
         rows.append(f"| **all** | | | {self.saved_bytes / 1024:.1f} | {self.kept_bytes / 1024:.1f} |")
         return "\n".join(rows)
+
+
+@dataclass
+class PassSizes:
+    """What one forward pass saved.
+
+    Attributes:
+        numbers: Of each unit that has a rate: how many, and bytes of each.
+        fixed: Bytes that are kept in any case, by layer.
+        saved: Bytes without compression, by layer.
+    """
+
+    numbers: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
+    fixed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    saved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, unit: tuple[str, str], numel: int, itemsize: int) -> None:
+        """``unit`` keeps so many numbers more."""
+        before, _ = self.numbers.get(unit, (0, itemsize))
+        self.numbers[unit] = before + numel, itemsize
+
+    @property
+    def saved_bytes(self) -> float:
+        return sum(self.saved.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        numbers = [[*unit, *numel] for unit, numel in self.numbers.items()]
+        return {"numbers": numbers, "fixed": dict(self.fixed), "saved": dict(self.saved)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PassSizes:
+        numbers = {(kind, layer): (numel, itemsize) for kind, layer, numel, itemsize in state["numbers"]}
+        return cls(numbers, defaultdict(float, state["fixed"]), defaultdict(float, state["saved"]))

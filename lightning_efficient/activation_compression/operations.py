@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["FLOORS", "CurrentOperation", "Kind"]
 
-Kind = Literal["linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other"]
+Kind = Literal["linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other", "block"]
 
 FLOORS: Mapping[Kind, int] = {
     "linear": 1,
@@ -22,12 +23,14 @@ FLOORS: Mapping[Kind, int] = {
     "pooling": 4,
     "other": 4,
     "loss": 8,
+    "block": 8,
 }
 """Fewest bits for what an operation saves.
 
 An error in the input of a linear operation enters only the gradient of its weight, and on average not even that. In
 the other operations it enters the gradient of their input, and so all layers before, with a bias where they are not
-linear; in normalizations least, whose statistics are exact.
+linear; in normalizations least, whose statistics are exact. The input of a block that is made again enters all that
+it saves.
 """
 
 _NAMES: Mapping[Kind, tuple[str, ...]] = {
@@ -50,7 +53,7 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
         "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices",
     ),
 }  # fmt: skip
-_KINDS: Mapping[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names}
+_KINDS: Mapping[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names} | {"checkpoint": "block"}
 
 
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "baddbmm", "addmm"))
@@ -87,6 +90,16 @@ class CurrentOperation(TorchFunctionMode):
         if self.name in _PRODUCTS:
             return "linear" if any(isinstance(argument, nn.Parameter) for argument in self._arguments) else "other"
         return _KINDS.get(self.name, "other")
+
+    @contextlib.contextmanager
+    def called(self, name: str) -> Iterator[None]:
+        """Within it, what is no operation by itself counts as the operation ``name``."""
+        before = self.name, self.largest, self._arguments
+        self.name, self.largest, self._arguments = name, 0, ()
+        try:
+            yield
+        finally:
+            self.name, self.largest, self._arguments = before
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __torch_function__(

@@ -8,10 +8,13 @@ from typing import Literal
 
 from lightning_efficient.activation_compression.classify import BOUNDED, EXACT
 from lightning_efficient.activation_compression.operations import FLOORS, Kind
+from lightning_efficient.activation_compression.store import Unit
 
 __all__ = ["LayerRates", "Override"]
 
 Override = int | Literal["raw"]
+
+_TOLERANT = ("linear", "normalization")
 
 
 class LayerRates:
@@ -21,27 +24,61 @@ class LayerRates:
         bits: For the inputs of linear operations; others have a floor (:data:`FLOORS`).
         error_bound: In place of bits, for all operations.
         overrides: By pattern of a module's name, for all that it and those in it save; the first that fits counts.
+        least: In place of the floors of operations other than linear ones, normalizations and losses.
 
     Attributes:
         bits: To be changed between steps, as is ``error_bound``.
+        chosen: Bits of some units in place of ``bits``, never less than their floors; None: nobody chooses.
+        bounds: Likewise error bounds, never more than ``error_bound``.
     """
 
     def __init__(
-        self, bits: int, overrides: Mapping[str, Override] | None = None, error_bound: float | None = None
+        self,
+        bits: int,
+        overrides: Mapping[str, Override] | None = None,
+        error_bound: float | None = None,
+        least: int | None = None,
     ) -> None:
         self.bits = bits
         self.error_bound = error_bound
         self.overrides = dict(overrides or {})
+        self.chosen: Mapping[Unit, int] | None = None
+        self.bounds: Mapping[Unit, float] = {}
+        self._least = least
         self._found: dict[str, int | None] = {}
 
-    def of(self, kind: Kind, layer: str) -> int:
-        """Bits of a number that an operation of ``kind`` saves in ``layer``; :data:`EXACT` for all."""
+    def of(self, kind: Kind, layer: str) -> tuple[int, int]:
+        """Bits of a number that an operation of ``kind`` saves in ``layer``, and how many would do.
+
+        :data:`EXACT` for all of them. Where somebody chooses by layer, what is kept already has been chosen for all
+        who need it: the floor will do.
+        """
+        override = self.override(layer)
+        if override is not None:
+            return override, override
+        if self.error_bound is not None:
+            return BOUNDED, BOUNDED
+        floor = self.floor(kind)
+        if self.chosen is None:
+            level = max(self.bits, floor)
+            return level, level
+        return max(self.chosen.get((kind, layer), self.bits), floor), floor
+
+    def bound(self, unit: Unit) -> float | None:
+        """Of the errors of what is at the level :data:`BOUNDED`."""
+        if self.error_bound is None:
+            return None
+        return min(self.error_bound, self.bounds.get(unit, self.error_bound))
+
+    def floor(self, kind: Kind) -> int:
+        """Fewest bits for what an operation of this kind saves."""
+        return FLOORS[kind] if self._least is None or kind in (*_TOLERANT, "loss") else self._least
+
+    def override(self, layer: str) -> int | None:
+        """Bits that the user asked for in this layer."""
         if layer not in self._found:
             self._found[layer] = self._override(layer)
-        found = self._found[layer]
-        if found is not None:
-            return found
-        return max(self.bits, FLOORS[kind]) if self.error_bound is None else BOUNDED
+        return self._found[layer]
 
     def unused(self, layers: Iterable[str]) -> list[str]:
         """Patterns that fit none of these."""

@@ -23,7 +23,10 @@ from lightning_efficient.activation_compression.ledger import Ledger
 from lightning_efficient.activation_compression.records import Record
 from lightning_efficient.core.torch_internals import WeakStorage, without_torch_function
 
-__all__ = ["Chooser", "Demand", "Handle", "Kept", "SavedTensors"]
+__all__ = ["Chooser", "Demand", "Handle", "Kept", "Observer", "SavedTensors", "Unit"]
+
+Unit = tuple[str, str]
+"""A kind of operation, and the layer that it is in: what has a rate of its own."""
 
 _WHOLE = 4  # a view is kept with all of its storage if that is at most so many times as large
 
@@ -33,11 +36,15 @@ class Demand:
     """What an operation needs of a tensor.
 
     Attributes:
-        level: Bits, at least; :data:`EXACT` for all of them.
+        level: Bits with which to keep it; :data:`EXACT` for all of them.
+        least: What will do, if it is kept already or can be made of what is.
+        unit: Who asks: the kind of operation, and the layer.
         of: All of its numbers, or which of them are positive.
     """
 
     level: int
+    least: int
+    unit: Unit
     of: Literal["values", "signs"] = "values"
 
 
@@ -60,18 +67,30 @@ class Chooser(Protocol):
         """Nobody needs ``record`` any more."""
 
 
+class Observer(Protocol):
+    """Compares what goes in with what comes out."""
+
+    def packed(self, handle: Handle, tensor: Tensor) -> None:
+        """``handle`` is kept instead of ``tensor``."""
+
+    def unpacked(self, handle: Handle, tensor: Tensor) -> None:
+        """``tensor`` was made of ``handle``."""
+
+
 class Kept:
     """A record, shared by all handles to it, and what was decoded of it, while somebody uses that.
 
     Attributes:
         record: May be replaced by a better one of the same numbers.
         level: The bits that were asked for.
+        unit: By whom.
         uses: How often it will be decoded, as far as is known.
     """
 
-    def __init__(self, record: Record, level: int, freed: Callable[[Record], None]) -> None:
+    def __init__(self, record: Record, level: int, unit: Unit, freed: Callable[[Record], None]) -> None:
         self.record = record
         self.level = level
+        self.unit = unit
         self.uses = 0
         self._freed = freed
         self._decoded: WeakStorage | None = None
@@ -166,10 +185,14 @@ class SavedTensors:
     Args:
         chooser: Says how.
         ledger: Where the time is noted.
+
+    Attributes:
+        observer: Sees what goes in and comes out, if there is one.
     """
 
     def __init__(self, chooser: Chooser, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.observer: Observer | None = None
         self._chooser = chooser
         self._deferred: dict[int, list[Handle]] = {}  # by thread: each device has its own in backward
         self._last: Tensor | None = None  # decoded, for the operation that needs it next, often the very next one
@@ -187,6 +210,8 @@ class SavedTensors:
             kept, geometry = self._keep(tensor, self._chooser.demand(tensor))
             kept.uses += 1
             handle = Handle(kept.numbers, tensor, geometry, kept)
+            if self.observer is not None:
+                self.observer.packed(handle, tensor)
         self.ledger.encode_seconds += time.perf_counter() - begin
         return handle
 
@@ -203,6 +228,8 @@ class SavedTensors:
             self._last = self._last_kept = None
         with without_torch_function():
             tensor = handle.tensor()
+            if self.observer is not None:
+                self.observer.unpacked(handle, tensor)
         if kept is not None:
             kept.uses -= 1
             self._last, self._last_kept = (tensor, kept) if kept.uses > 0 else (None, None)
@@ -243,26 +270,26 @@ class SavedTensors:
         region = None if whole else (tensor.storage_offset(), tensor.shape, tensor.stride())
         key = _key(storage, tensor, demand.of, region)
         kept = self._find(key)
-        if kept is not None and kept.level >= demand.level:
+        if kept is not None and kept.level >= demand.least:
             return kept, geometry
         record, level = None, demand.level
         if whole and demand.of == "values":
-            record, level = self._made_again(storage, tensor, demand.level)
+            record, level = self._made_again(storage, tensor, demand)
         nbytes = storage.nbytes() if whole else tensor.numel() * tensor.element_size()
         if record is None:
             numbers = _flat(storage, tensor.dtype) if whole else tensor.detach().contiguous().view(-1)
             record = self._chooser.record(numbers, tensor, demand)
         self._chooser.kept(record, nbytes, kept.record if kept is not None else None)
         if kept is None:
-            kept = Kept(record, level, self._chooser.freed)
+            kept = Kept(record, level, demand.unit, self._chooser.freed)
             self._index[key] = WeakStorage(storage), weakref.ref(kept)
         else:
-            kept.record, kept.level = record, level
+            kept.record, kept.level, kept.unit = record, level, demand.unit
         return kept, geometry
 
-    def _made_again(self, storage: UntypedStorage, tensor: Tensor, level: int) -> tuple[Record | None, int]:
+    def _made_again(self, storage: UntypedStorage, tensor: Tensor, demand: Demand) -> tuple[Record | None, int]:
         found = self._derived.get((storage._cdata, tensor._version))
-        return (found[1](), found[2]) if found is not None and found[2] >= level else (None, level)
+        return (found[1](), found[2]) if found is not None and found[2] >= demand.least else (None, demand.level)
 
     def _find(self, key: tuple[Any, ...]) -> Kept | None:
         entry = self._index.get(key)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_efficient.activation_compression.bounds import (
-    LayerError,
     allocate_bits,
     error_bound,
     gradient_deviation,
+    step_variance,
 )
 
 Layer = Callable[[Tensor, Tensor], Tensor]
@@ -60,39 +61,45 @@ def test_without_a_gradient_any_error_will_do_a7() -> None:
     assert error_bound(0.1, 0.0, 1.0) == math.inf
 
 
-def layers(seed: int, count: int = 4) -> dict[str, LayerError]:
+@dataclass(frozen=True)
+class Problem:
+    sizes: dict[str, int]
+    harm: dict[str, float]
+
+    def floors(self, bits: int) -> dict[str, int]:
+        return dict.fromkeys(self.sizes, bits)
+
+    def loss(self, bits: Mapping[str, int]) -> float:
+        return sum(self.harm[name] * step_variance(bits[name]) for name in bits)
+
+    def total(self, bits: Mapping[str, int]) -> int:
+        return sum(self.sizes[name] * bits[name] for name in bits)
+
+
+def draw(seed: int, count: int = 4) -> Problem:
     generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> float:
-        return float(torch.rand(1, generator=generator).exp() ** 3)
-
     sizes = torch.randint(1, 5, (count,), generator=generator).tolist()
-    return {f"layer{n}": LayerError(sizes[n], draw(), draw(), 1.0, 10, draw()) for n in range(count)}
-
-
-def objective(problem: dict[str, LayerError], bits: dict[str, int]) -> float:
-    return sum(layer.relative(bits[name]) ** 2 for name, layer in problem.items())
+    harm = (torch.rand(count, generator=generator) * 6).exp().tolist()
+    names = [f"layer{n}" for n in range(count)]
+    return Problem(dict(zip(names, sizes, strict=True)), dict(zip(names, harm, strict=True)))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_bits_go_where_they_do_most_a8(seed: int) -> None:
     """Within one layer's last bit of the best of all allocations."""
-    problem = layers(seed)
-    floors, budget = dict.fromkeys(problem, 3), 4.5 * sum(layer.numel for layer in problem.values())
-    found = allocate_bits(problem, floors, budget, most=6)
-    assert sum(problem[name].numel * bits for name, bits in found.items()) <= budget
-    feasible = [
-        dict(zip(problem, choice, strict=True))
-        for choice in itertools.product(range(3, 7), repeat=len(problem))
-        if sum(problem[name].numel * bits for name, bits in zip(problem, choice, strict=True)) <= budget
-    ]
-    best = min(objective(problem, bits) for bits in feasible)
-    even = objective(problem, dict.fromkeys(problem, 4))
-    assert best <= objective(problem, found) <= best + 0.35 * (even - best)
+    problem = draw(seed)
+    budget = 4.5 * sum(problem.sizes.values())
+    found = allocate_bits(problem.sizes, problem.harm, problem.floors(3), problem.floors(6), budget)
+    assert problem.total(found) <= budget
+    choices = itertools.product(range(3, 7), repeat=len(problem.sizes))
+    feasible = [dict(zip(problem.sizes, choice, strict=True)) for choice in choices]
+    best = min(problem.loss(bits) for bits in feasible if problem.total(bits) <= budget)
+    even = problem.loss(problem.floors(4))
+    assert best <= problem.loss(found) <= best + 0.35 * (even - best)
 
 
-def test_floors_are_given_in_any_case_a8() -> None:
-    problem = layers(0)
-    floors = dict.fromkeys(problem, 4)
-    assert allocate_bits(problem, floors, budget_bits=0) == floors
-    assert set(allocate_bits(problem, floors, budget_bits=math.inf).values()) == {8}
+def test_floors_are_given_in_any_case_and_ceilings_never_passed_a8() -> None:
+    problem = draw(0)
+    floors, ceilings = problem.floors(4), problem.floors(7)
+    assert allocate_bits(problem.sizes, problem.harm, floors, ceilings, 0) == floors
+    assert allocate_bits(problem.sizes, problem.harm, floors, ceilings, math.inf) == ceilings

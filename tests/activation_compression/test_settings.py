@@ -31,8 +31,17 @@ SCHEDULE = {"initial_bits": 8, "final_bits": 2, "begin": 0.05, "end": 0.5}
         ({"schedule": SCHEDULE | {"begin": -1}}, r"schedule\['begin'\]=-1 is not allowed"),
         ({"schedule": SCHEDULE | {"end": 1.5}}, r"schedule\['end'\]=1.5 is not allowed. Use a step .* up to 1.0"),
         ({"schedule": SCHEDULE | {"end": 0.01}}, "ends before it begins"),
-        ({"schedule": SCHEDULE, "bits": 4}, "bits=4 and schedule=.* are ways to say the same"),
-        ({"bits": 4, "error_bound": 0.1}, "bits=4 and error_bound=0.1 are ways to say the same"),
+        ({"schedule": SCHEDULE, "bits": "lossless"}, "schedule=.* and bits='lossless' are ways to say the same"),
+        ({"schedule": SCHEDULE, "error_bound": 0.1}, "error_bound=0.1 and schedule=.* are ways to say the same"),
+        ({"bits": 4, "error_bound": 0.1}, "error_bound=0.1 and bits=4 are ways to say the same"),
+        ({"bits": 4, "memory_budget": "1GiB"}, "memory_budget='1GiB' and bits=4 are ways to say the same"),
+        ({"memory_budget": 1.5}, "memory_budget=1.5 is not allowed. Use bytes"),
+        ({"memory_budget": "much"}, "memory_budget='much' is no amount of memory"),
+        ({"schedule": {"initial_memory_budget": 0.5, "final_memory_budget": 9, "begin": 0, "end": 5}}, "Use bytes"),
+        ({"adaptive": {"every": 100}}, "must have the keys every and target, may have guard, and no others"),
+        ({"adaptive": {"every": 1, "target": 0.1}}, r"adaptive\['every'\]=1 is not allowed. Use a number of steps"),
+        ({"adaptive": {"every": 9, "target": 0}}, r"adaptive\['target'\]=0 is not allowed"),
+        ({"adaptive": {"every": 9, "target": 0.1}, "bits": "lossless"}, "bits='lossless' allows none"),
         ({"error_bound": 0}, "error_bound=0 is not allowed. Use a number above zero"),
         ({"schedule": SCHEDULE | {"initial_error_bound": 0.1}}, "must have the keys initial_error_bound"),
         (
@@ -94,14 +103,14 @@ def test_patterns_name_modules_and_what_is_in_them(pattern: str, layer: str, exp
 
 def test_rates_have_floors_and_overrides() -> None:
     rates = LayerRates(2, {"head": "raw", "blocks.0": 1})
-    assert rates.of("linear", "blocks.1.mlp.up") == 2
-    assert rates.of("attention", "blocks.1.attention") == 4
-    assert rates.of("loss", "") == 8
-    assert rates.of("linear", "head") == EXACT
-    assert rates.of("attention", "blocks.0.attention") == 1
+    assert rates.of("linear", "blocks.1.mlp.up")[0] == 2
+    assert rates.of("attention", "blocks.1.attention")[0] == 4
+    assert rates.of("loss", "")[0] == 8
+    assert rates.of("linear", "head")[0] == EXACT
+    assert rates.of("attention", "blocks.0.attention")[0] == 1
     rates.bits = 6
-    assert rates.of("attention", "blocks.1.attention") == 6
+    assert rates.of("attention", "blocks.1.attention")[0] == 6
     bounded = LayerRates(4, {"head": "raw"}, error_bound=0.1)
-    assert bounded.of("loss", "") == BOUNDED
-    assert bounded.of("loss", "head") == EXACT
+    assert bounded.of("loss", "")[0] == BOUNDED
+    assert bounded.of("loss", "head")[0] == EXACT
     assert rates.unused(["head", "blocks.1"]) == ["blocks.0"]

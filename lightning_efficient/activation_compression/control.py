@@ -1,0 +1,239 @@
+"""Before and after each training step: what is measured in it, and the rates that follow from what was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_efficient.activation_compression.adaptive import AdaptiveRates, Choice
+from lightning_efficient.activation_compression.blocks import Blocks
+from lightning_efficient.activation_compression.classify import EXACT, Classifier
+from lightning_efficient.activation_compression.collect import Collector, LayerMeasurement
+from lightning_efficient.activation_compression.plan import MemoryPlan, MemoryPlanner, make_plan
+from lightning_efficient.activation_compression.rates import LayerRates
+from lightning_efficient.activation_compression.store import Unit
+
+__all__ = ["AdaptiveControl", "BudgetControl"]
+
+Momentum = Callable[[Tensor], Tensor | None]
+
+_LEAST = 2  # bits of linear inputs in a plan, and while there is none
+_CHANGE = 0.25  # bits on average by which a schedule has to go on before bits are given anew
+
+
+class AdaptiveControl:
+    """Measures two steps out of every W: gradients in the first, how they differ from batch to batch in the second.
+
+    Args:
+        rates: Of the run.
+        adaptive: Remembers and chooses.
+
+    Attributes:
+        choice: The last one.
+    """
+
+    def __init__(self, rates: LayerRates, adaptive: AdaptiveRates) -> None:
+        self.adaptive = adaptive
+        self.choice: Choice | None = None
+        self._rates = rates
+        self._next = 0
+        self._first: dict[str, Tensor] = {}  # of the gradients, while the second step is waited for
+        self._collector: Collector | None = None
+        self._average: float | None = None
+        self._stale = True
+
+    def again(self) -> None:
+        """The layers are others now: measure soon."""
+        self._next, self._first = 0, {}
+
+    def begin(self, step: int, classifier: Classifier, momentum: Callable[[], Momentum]) -> None:
+        """A batch begins, after ``step`` optimizer steps."""
+        if step >= self._next or self._first:
+            collector = self._collector = Collector(self._rates.bound, momentum())
+            classifier.saved.observer, classifier.after = collector, collector.after
+
+    def end(self, step: int, classifier: Classifier, agree: Callable[[Any], Any]) -> bool:
+        """The batch is over.
+
+        Args:
+            step: As in :meth:`begin`.
+            classifier: Likewise.
+            agree: Gives what the first rank says.
+
+        Returns:
+            Whether there is something new.
+        """
+        collector, self._collector = self._collector, None
+        if collector is None:
+            return False
+        classifier.saved.observer = classifier.after = None
+        samples = {layer: sample.cpu() for layer, sample in collector.gradient_samples().items()}
+        measured = {} if self._first else collector.measurements()
+        collector.close()
+        measured, samples = agree((measured, samples))
+        if self._first:
+            self.adaptive.take_noise(self._first, samples)
+            self._first = {}
+        elif measured:
+            self.adaptive.take(measured)
+            self._first, self._next = samples, step + self.adaptive.every
+        else:
+            return False
+        self._stale = True
+        return True
+
+    def sizes(self) -> dict[Unit, int]:
+        """Numbers of each unit that was measured."""
+        return {one.unit: one.numel for one in self.adaptive.measured.values()}
+
+    def choose(self, average_bits: float | None) -> Choice | None:
+        """Rates for the batch to come, with this budget; see :meth:`AdaptiveRates.choose`."""
+        if not self.adaptive.measured:
+            return None
+        moved = average_bits is not None and (self._average is None or abs(average_bits - self._average) >= _CHANGE)
+        if self._stale or moved:
+            self._average, self._stale = average_bits, False
+            self.choice = self.adaptive.choose(self._rates, average_bits)
+        return self.choice
+
+    def measurements(self) -> dict[str, float]:
+        """What the gradients' errors were when they were measured, what is expected of them now, and bits by unit."""
+        values = {"gradient_error": self.adaptive.measured_error()} if self.adaptive.measured else {}
+        if self.choice is not None:
+            values["gradient_error_predicted"] = self.choice.predicted
+            values["guarded"] = float(len(self.choice.guarded))
+            if self.choice.noise is not None:
+                values["noise_ratio"] = self.choice.noise
+            for (kind, layer), bits in self.choice.bits.items():
+                values[f"bits/{layer or 'step'}/{kind}"] = float(bits)
+            for (kind, layer), bound in self.choice.bounds.items():
+                values[f"error_bound/{layer or 'step'}/{kind}"] = bound
+        return values
+
+    def table(self) -> str:
+        """What each layer's rate is, and why, in Markdown."""
+        header = "| layer | rate of | gradient error | allowed | noise of batches | nonzero inputs | rate |"
+        rows = [header, "|---|---|---:|---:|---:|---:|---|"]
+        for layer, one in self.adaptive.measured.items():
+            rows.append(f"| {layer or '(training step)'} | {' of '.join(one.unit)} | {self._row(one)} |")
+        return "\n".join(rows)
+
+    def _row(self, one: LayerMeasurement) -> str:
+        size = math.sqrt(one.gradient_squares) or 1.0
+        error = f"{math.sqrt(one.error_squares) / size:.3f}" if one.error_squares is not None else "-"
+        noise = f"{math.sqrt(one.noise_squares) / size:.2f}" if one.noise_squares is not None else "-"
+        rate = "-"
+        if self.choice is not None and one.unit in self.choice.bits:
+            rate = f"{self.choice.bits[one.unit]} bits"
+        elif self.choice is not None and one.unit in self.choice.bounds:
+            rate = f"{self.choice.bounds[one.unit]:.2e}"
+        guarded = " (guard)" if self.choice is not None and one.unit in self.choice.guarded else ""
+        allowed = math.sqrt(self.adaptive.allowed(one)) / size
+        return f"{error} | {allowed:.3f} | {noise} | {one.nonzero:.2f} | {rate}{guarded}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "measured": self.adaptive.state_dict(),
+            "first": dict(self._first),
+            "next": self._next,
+            "average": self._average,
+            "stale": self._stale,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.adaptive.load_state_dict(state["measured"])
+        self._first, self._next = dict(state["first"]), state["next"]
+        self._average, self._stale = state["average"], state["stale"]
+        if not self._stale:
+            self.choice = self.adaptive.choose(self._rates, self._average)
+
+
+class BudgetControl:
+    """Gives each batch the plan for its size.
+
+    Args:
+        rates: Of the run; they follow the plan.
+        budget: Bytes (int or whole float), or a part of what is saved without compression where ``is_part``.
+        is_part: See there.
+        group_size: See :func:`quantize`.
+
+    Attributes:
+        plan: For the batch that goes on; None: nothing is known yet.
+    """
+
+    def __init__(self, rates: LayerRates, budget: float, is_part: bool, group_size: int, blocks: Blocks) -> None:
+        self.budget = budget
+        self.plan: MemoryPlan | None = None
+        self.blocks = blocks
+        self._is_part = is_part
+        self._rates = rates
+        self._group_size = group_size
+        self._planner = MemoryPlanner()
+        self._signature = ""
+        self._size = 0
+        self._plans: dict[str, MemoryPlan] = {}
+
+    def begin(self, batch: Sequence[Tensor], classifier: Classifier) -> None:
+        """A batch begins."""
+        self._signature = " ".join("x".join(map(str, tensor.shape)) for tensor in batch)
+        self._size = sum(tensor.numel() for tensor in batch)
+        sizes = self._planner.predict(self._signature, self._size)
+        self.plan = None
+        self._rates.bits, self._rates.chosen = _LEAST, {}
+        classifier.offloaded, self.blocks.recomputed = frozenset(), frozenset()
+        if sizes is not None:
+            self.plan = make_plan(
+                sizes,
+                self.budget * sizes.saved_bytes if self._is_part else self.budget,
+                self._rates.floor,
+                group_size=self._group_size,
+                blocks=self.blocks.candidates,
+                host=any(tensor.is_cuda for tensor in batch),
+            )
+            self._rates.chosen = self.plan.levels
+            classifier.offloaded, self.blocks.recomputed = self.plan.offloaded, frozenset(self.plan.recomputed)
+
+    def average_bits(self, sizes: Mapping[Unit, int]) -> float | None:
+        """That the plan gives to units of these sizes; None if it leaves them raw, or there is none."""
+        levels = {unit: self.plan.levels.get(unit, _LEAST) for unit in sizes} if self.plan is not None else {}
+        if not levels or EXACT in levels.values():
+            return None
+        return sum(level * sizes[unit] for unit, level in levels.items()) / sum(sizes.values())
+
+    def end(self, classifier: Classifier) -> bool:
+        """The batch is over; returns whether it was the first of its shapes."""
+        recomputed = self.plan.recomputed if self.plan is not None else ()
+        self._planner.note(self._signature, self._size, classifier.sizes, recomputed)
+        new = self._signature not in self._plans
+        if self.plan is not None:
+            self._plans[self._signature] = self.plan
+        return new and self.plan is not None
+
+    def event(self) -> str:
+        """What the plan for this batch is, in a sentence."""
+        plan = self.plan
+        if plan is None:
+            return ""
+        text = (
+            f"Saved tensors of a batch of {self._signature or 'no tensors'}: {plan.describe() or 'nothing to rate'}; "
+            f"{plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
+        )
+        return text if plan.fits else f"{text} It does not fit: give memory_budget more, or the batch less."
+
+    def table(self) -> str:
+        """Plans by the shapes of the batch, in Markdown."""
+        rows = ["| batch | plan | predicted (KiB) | budget (KiB) |", "|---|---|---:|---:|"]
+        for signature, plan in self._plans.items():
+            numbers = f"{plan.predicted_bytes / 1024:.1f} | {plan.budget_bytes / 1024:.1f}"
+            rows.append(f"| {signature} | {plan.describe()} | {numbers} |")
+        return "\n".join(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"planner": self._planner.state_dict(), "impure": sorted(self.blocks.impure)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._planner.load_state_dict(state["planner"])
+        self.blocks.impure = set(state["impure"])
