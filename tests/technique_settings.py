@@ -58,6 +58,7 @@ class TechniqueSetting:
         lossy: Whether gradients depend on what is saved for backward: close to those of another way to the same model.
         changes_parameters: Whether parameters come and go while it trains.
         switches: The steps at which they do, in a run of :data:`STEPS` steps.
+        events: Other steps at which something happens that it says.
         volatile: Prefixes of logged tags that measure time or memory, and so differ from run to run.
         files: Glob patterns, below the Trainer's ``default_root_dir``, of files that it writes because it was asked to.
         refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``sharding``.
@@ -71,6 +72,7 @@ class TechniqueSetting:
     lossy: bool = False
     changes_parameters: bool = False
     switches: tuple[int, ...] = ()
+    events: tuple[int, ...] = ()
     volatile: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -172,6 +174,38 @@ SETTINGS = [
             ]
         },
         lossy=True,
+        volatile=("activations/encode_ms", "activations/decode_ms"),
+    ),
+    TechniqueSetting(
+        name="activations-adaptive",
+        yaml={
+            "callbacks": [
+                {
+                    "class_path": _ACTIVATIONS,
+                    "init_args": {
+                        "bits": 4,
+                        "schedule": {"initial_bits": 8, "final_bits": 3, "begin": 0.05, "end": 0.5},
+                        "adaptive": {"every": 4, "target": 0.1},
+                        "overrides": {"head": "raw"},
+                    },
+                }
+            ]
+        },
+        lossy=True,
+        volatile=("activations/encode_ms", "activations/decode_ms"),
+    ),
+    TechniqueSetting(
+        name="activations-budget",
+        yaml={
+            "callbacks": [
+                {
+                    "class_path": _ACTIVATIONS,
+                    "init_args": {"memory_budget": 0.3, "adaptive": {"every": 5, "target": 0.1}},
+                }
+            ]
+        },
+        lossy=True,
+        events=(1,),
         volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
 ]

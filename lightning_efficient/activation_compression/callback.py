@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -135,6 +135,7 @@ class ActivationCompressionPlugin(Callback):
         if stage != "fit":
             return
         self._undo.close()
+        self._reset()
         names = [name for name, _ in pl_module.named_modules()]
         if unused := self._rates.unused(names):
             raise MisconfigurationException(
@@ -193,7 +194,7 @@ class ActivationCompressionPlugin(Callback):
         self._held = []
         if self._budget is not None and self._budget.end(self._classifier):
             self._events.append(telemetry.Event(compat.log_step(trainer), "activations", self._budget.event()))
-            rank_zero_info(self._budget.event())
+            (rank_zero_info if self._budget.fits else rank_zero_warn)(self._budget.event())
         if self._adaptive is not None and self._adaptive.end(self._step, self._classifier, trainer.strategy.broadcast):
             self._adapt()
         if telemetry.due(trainer):
@@ -204,6 +205,8 @@ class ActivationCompressionPlugin(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._undo.close()
+        if self._adaptive is not None:
+            self._adaptive.abandon(self._classifier)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._undo.close()
@@ -263,6 +266,15 @@ class ActivationCompressionPlugin(Callback):
         if self._budget is not None and "budget" in state_dict:
             self._budget.load_state_dict(state_dict["budget"])
         self._events = [telemetry.Event(step, "activations", text) for step, text in state_dict.get("events", [])]
+
+    def _reset(self) -> None:
+        """What an earlier run measured says nothing of this one."""
+        self._events = []
+        self._rates.chosen, self._rates.bounds = None, {}
+        if self._adaptive is not None:
+            self._adaptive.reset(self._classifier)
+        if self._budget is not None:
+            self._budget.reset()
 
     def _adapt(self) -> None:
         """Take the rates that follow from what was measured."""

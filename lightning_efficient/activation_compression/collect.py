@@ -29,6 +29,7 @@ __all__ = ["Collector", "LayerMeasurement", "source"]
 _COLUMNS = 16  # of a linear layer's input that are kept exactly in a measured step
 _CHANNELS = 4  # of a convolution's
 _SAMPLE = 1024  # elements of a weight's gradient that are compared between batches
+_LEAST_PART = 0.1  # of a gradient that is taken for more than its errors
 _GROUP = 128
 _GROUPS = 512  # of which the spread is taken
 _CONVOLUTIONS: Mapping[str, tuple[int, bool, Callable[..., Tensor]]] = {
@@ -51,7 +52,7 @@ class LayerMeasurement:
         numel: Numbers of its input.
         sensitivity: Variance of the weight's gradient, the sum over its elements, for each unit of the variance that
             comes with the rate: :func:`step_variance` of the bits, or a third of the squared error bound.
-        gradient_squares: Sum of squares of the weight's gradient.
+        gradient_squares: Sum of squares of the weight's gradient, without its errors.
         weight_numel: Elements of the weight.
         nonzero: R, the fraction of its input that is not zero.
         error_squares: Measured variance of the weight's gradient, likewise the sum; None: not measured.
@@ -187,11 +188,13 @@ class Collector:
             weight = self._weights[call.layer]
             if weight.squares is None or call.loss_squares is None or call.input_error is None:
                 continue
+            reach = call.operation.fan * float(call.loss_squares)
+            error, noisy = reach * float(call.input_error), float(weight.squares)
             one = LayerMeasurement(
                 unit=source(call.kept),
                 numel=call.numel,
-                sensitivity=call.operation.fan * float(call.loss_squares) * self._gain(call),
-                gradient_squares=float(weight.squares),
+                sensitivity=reach * self._gain(call),
+                gradient_squares=max(noisy - error, _LEAST_PART * noisy),  # its errors are in the squares too
                 weight_numel=weight.numel,
                 nonzero=float((call.exact != 0).float().mean()),
                 error_squares=float(call.gradient_error) * weight.numel if call.gradient_error is not None else None,
@@ -242,6 +245,7 @@ def _together(a: LayerMeasurement, b: LayerMeasurement) -> LayerMeasurement:
         a,
         numel=a.numel + b.numel,
         sensitivity=a.sensitivity + b.sensitivity,
+        gradient_squares=min(a.gradient_squares, b.gradient_squares),
         nonzero=(a.nonzero + b.nonzero) / 2,
         error_squares=errors[0] + errors[1] if errors[0] is not None and errors[1] is not None else None,
     )

@@ -44,6 +44,20 @@ class AdaptiveControl:
         self._collector: Collector | None = None
         self._average: float | None = None
         self._stale = True
+        self._predicted: float | None = None  # of the errors that were measured last
+
+    def reset(self, classifier: Classifier) -> None:
+        """Forget all: another model, or another run."""
+        self.abandon(classifier)
+        self.adaptive.measured, self.choice, self._average, self._predicted = {}, None, None, None
+        self._stale = True
+        self.again()
+
+    def abandon(self, classifier: Classifier) -> None:
+        """Measure no more in this step."""
+        if self._collector is not None:
+            self._collector.close()
+        self._collector = classifier.saved.observer = classifier.after = None
 
     def again(self) -> None:
         """The layers are others now: measure soon."""
@@ -79,6 +93,7 @@ class AdaptiveControl:
             self._first = {}
         elif measured:
             self.adaptive.take(measured)
+            self._predicted = self.choice.predicted if self.choice is not None else None
             self._first, self._next = samples, step + self.adaptive.every
         else:
             return False
@@ -100,10 +115,11 @@ class AdaptiveControl:
         return self.choice
 
     def measurements(self) -> dict[str, float]:
-        """What the gradients' errors were when they were measured, what is expected of them now, and bits by unit."""
+        """What the gradients' errors were when they were measured, what had been predicted of them, and the rates."""
         values = {"gradient_error": self.adaptive.measured_error()} if self.adaptive.measured else {}
+        if self._predicted is not None:
+            values["gradient_error_predicted"] = self._predicted
         if self.choice is not None:
-            values["gradient_error_predicted"] = self.choice.predicted
             values["guarded"] = float(len(self.choice.guarded))
             if self.choice.noise is not None:
                 values["noise_ratio"] = self.choice.noise
@@ -141,12 +157,13 @@ class AdaptiveControl:
             "next": self._next,
             "average": self._average,
             "stale": self._stale,
+            "predicted": self._predicted,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.adaptive.load_state_dict(state["measured"])
         self._first, self._next = dict(state["first"]), state["next"]
-        self._average, self._stale = state["average"], state["stale"]
+        self._average, self._stale, self._predicted = state["average"], state["stale"], state["predicted"]
         if not self._stale:
             self.choice = self.adaptive.choose(self._rates, self._average)
 
@@ -175,6 +192,14 @@ class BudgetControl:
         self._signature = ""
         self._size = 0
         self._plans: dict[str, MemoryPlan] = {}
+        self._told: set[str] = set()
+
+    def reset(self) -> None:
+        """Forget all: another model, or another run."""
+        self.plan, self._planner = None, MemoryPlanner()
+        self._plans.clear()
+        self._told.clear()
+        self.blocks.impure.clear()
 
     def begin(self, batch: Sequence[Tensor], classifier: Classifier) -> None:
         """A batch begins."""
@@ -207,10 +232,17 @@ class BudgetControl:
         """The batch is over; returns whether it was the first of its shapes."""
         recomputed = self.plan.recomputed if self.plan is not None else ()
         self._planner.note(self._signature, self._size, classifier.sizes, recomputed)
-        new = self._signature not in self._plans
-        if self.plan is not None:
-            self._plans[self._signature] = self.plan
-        return new and self.plan is not None
+        if self.plan is None:
+            return False
+        self._plans[self._signature] = self.plan
+        new = self._signature not in self._told
+        self._told.add(self._signature)
+        return new
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan for this batch is within the budget."""
+        return self.plan is None or self.plan.fits
 
     def event(self) -> str:
         """What the plan for this batch is, in a sentence."""
@@ -232,8 +264,8 @@ class BudgetControl:
         return "\n".join(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"planner": self._planner.state_dict(), "impure": sorted(self.blocks.impure)}
+        return {"planner": self._planner.state_dict(), "impure": sorted(self.blocks.impure), "told": sorted(self._told)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._planner.load_state_dict(state["planner"])
-        self.blocks.impure = set(state["impure"])
+        self.blocks.impure, self._told = set(state["impure"]), set(state["told"])

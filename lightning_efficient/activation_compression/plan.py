@@ -147,23 +147,35 @@ def make_plan(
             total = fixed
         if total <= budget_bytes:
             break
-    recomputed: list[str] = []
-    working = 0.0
-    for block in blocks:
-        if total + working <= budget_bytes:
-            break
-        inside = [unit for unit in levels if within(unit[1], block)]
-        gain = sum(unit_bytes(unit, levels[unit]) for unit in inside if unit not in offloaded)
-        gain += sum(size for layer, size in sizes.fixed.items() if within(layer, block))
-        if ("block", block) in sizes.numbers:  # its input
-            gain -= unit_bytes(("block", block), floor("block"))
-        needs = max(working, sum(size for layer, size in sizes.saved.items() if within(layer, block)))
-        if gain > needs - working:
-            recomputed.append(block)
-            total, working = total - gain, needs
+    recomputed: tuple[str, ...] = ()
+    if total > budget_bytes:
+        gains = {}
+        for block in blocks:
+            inside = [unit for unit in units if within(unit[1], block) and unit not in offloaded]
+            gain = sum(unit_bytes(unit, levels[unit]) for unit in inside)
+            gain += sum(size for layer, size in sizes.fixed.items() if within(layer, block))
+            if ("block", block) in sizes.numbers:  # its input
+                gain -= unit_bytes(("block", block), floor("block"))
+            gains[block] = gain, sum(size for layer, size in sizes.saved.items() if within(layer, block))
+        recomputed, total = _again(gains, total, budget_bytes)
     if not recomputed and not offloaded:
         total = _spend(levels, total, budget_bytes, unit_bytes)
-    return MemoryPlan(levels, offloaded, tuple(recomputed), total + working, budget_bytes)
+    return MemoryPlan(levels, offloaded, recomputed, total, budget_bytes)
+
+
+def _again(gains: Mapping[str, tuple[float, float]], total: float, budget: float) -> tuple[tuple[str, ...], float]:
+    """Which modules to make again, the first ones, and what is taken then: with what the largest of them needs once."""
+    best: tuple[tuple[str, ...], float] = (), total
+    chosen: list[str] = []
+    working = 0.0
+    for block, (gain, needs) in gains.items():
+        chosen.append(block)
+        total, working = total - gain, max(working, needs)
+        if total + working < best[1]:
+            best = tuple(chosen), total + working
+        if best[1] <= budget:
+            break
+    return best
 
 
 def _spend(levels: dict[Unit, int], total: float, budget: float, unit_bytes: Callable[[Unit, int], float]) -> float:
