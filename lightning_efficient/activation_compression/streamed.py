@@ -63,9 +63,11 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
+        if torch.is_grad_enabled():  # its gradient is differentiated too
+            return ctx.gradient(grad, *ctx.saved_tensors), None, None, None
         with ctx.saved.deferring() as handles:
             (tensor,) = ctx.saved_tensors
-        pieces = handles[0].pieces() if handles and not torch.is_grad_enabled() else None
+        pieces = handles[0].pieces() if handles else None
         if pieces is None:
             return ctx.gradient(grad, handles[0].tensor() if handles else tensor), None, None, None
         grad = grad.contiguous()
