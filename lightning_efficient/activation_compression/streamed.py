@@ -25,9 +25,18 @@ _LEAST = 1 << 19  # numbers: fewer are no more than two pieces
 _aten = torch.ops.aten
 Gradient = Callable[..., Tensor]
 
+
+def _silu_gradient(grad: Tensor, x: Tensor, **out: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # aten's cannot be differentiated
+        sigmoid = x.sigmoid()
+        return grad * sigmoid * (1 + x * (1 - sigmoid))
+    result: Tensor = _aten.silu_backward(grad, x, **out)
+    return result
+
+
 _FUNCTIONS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., Gradient], bool]] = {
     "gelu": (F.gelu, lambda approximate="none": partial(_aten.gelu_backward, approximate=approximate), False),
-    "silu": (F.silu, lambda: _aten.silu_backward, False),
+    "silu": (F.silu, lambda: _silu_gradient, False),
     "relu": (torch.relu, lambda: lambda g, r, **out: _aten.threshold_backward(g, r, 0, **out), True),
     "tanh": (torch.tanh, lambda: _aten.tanh_backward, True),
     "sigmoid": (torch.sigmoid, lambda: _aten.sigmoid_backward, True),
