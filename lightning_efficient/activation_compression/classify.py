@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from lightning_efficient.core.quantization import Quantized, Rounding, quantize
 from lightning_efficient.core.random import mix
 from lightning_efficient.core.torch_internals import without_torch_function
 
-__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates"]
+__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates", "held_by"]
 
 EXACT = 99
 """The level of what must not change."""
@@ -38,7 +38,7 @@ _SMALL = 1024  # numbers that are not worth the work
 _STATISTICS = 8  # times smaller than another tensor of its operation: means, scales, normalizers
 _LOSSY = (torch.float32, torch.bfloat16, torch.float16)
 _VIEWS = ("TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0", "UnsafeViewBackward0")
-_PARAMETRIZATIONS = "parametrizations"  # the part of a module's name that torch gives to what computes a weight
+_PARAMETRIZATIONS = ".parametrizations."  # in the names of modules that compute a weight
 
 
 class Rates(Protocol):
@@ -127,7 +127,7 @@ class Classifier:
         if size < _SMALL or size * _STATISTICS <= operation.largest:
             return Demand(EXACT)
         layer = self.layers[-1] if self.layers else ""
-        if operation.is_factorization or operation.is_weight(tensor) or _PARAMETRIZATIONS in layer.split("."):
+        if operation.is_factorization or operation.is_weight(tensor) or _PARAMETRIZATIONS in f".{layer}":
             return Demand(EXACT)
         return Demand(self.rates.of(operation.kind, layer))
 
@@ -178,6 +178,14 @@ class Classifier:
                     self.saved.derive(
                         result, source, lambda kept: Recomputed(partial(again, kept), kept.record.exact, again.nbytes)
                     )
+
+
+def held_by(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that are mere attributes of its modules, as tables of positions often are."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for part in module.modules():
+        yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
 def _plain(tensor: Tensor) -> bool:

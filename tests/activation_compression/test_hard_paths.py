@@ -778,6 +778,23 @@ def test_runs_are_the_plain_ones_without_loss_and_close_in_8_bits(name: str) -> 
             assert scaler.get_scale() < 2.0 ** (8 + 10 // 2), "some steps were skipped"
 
 
+class WithTable(Small):
+    """Its table of positions is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = torch.randn(32, 64)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return super().loss(self.first(x) * self.positions)
+
+
+def test_tables_that_are_mere_attributes_are_held_anyway() -> None:
+    _, trainer = trained(WithTable(), 4)
+    rows = [row for row in trainer.callbacks[0].summary().splitlines() if "(training step) | other |" in row]  # type: ignore[attr-defined]
+    assert sum(float(row.split("|")[4]) for row in rows) == 32 * 64 * 4 / 1024, "what is squared, not the table"
+
+
 # -- two ranks --------------------------------------------------------------------------------------------------------
 
 
