@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.activation_compression.blocks import Blocks
-from lightning_efficient.activation_compression.classify import EXACT, Classifier
+from lightning_efficient.activation_compression.classify import EXACT, Classifier, held_by
 from lightning_efficient.activation_compression.control import AdaptiveControl, BudgetControl
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.schedule import CubicSchedule
@@ -326,7 +326,7 @@ class ActivationCompressionPlugin(Callback):
         classifier = self._classifier
         key = derive_seed(self._seed, *self._batch, self._passes)
         self._passes += 1
-        classifier.begin([*module.parameters(), *module.buffers(), *self._held], key)
+        classifier.begin([*held_by(module), *self._held], key)
         pack, unpack = classifier.saved.pack, classifier.saved.unpack
         if not self._knows_operations:  # they run among compiled code, and shall not be compiled
             pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)

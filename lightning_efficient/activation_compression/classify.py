@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,11 +24,11 @@ from lightning_efficient.activation_compression.records import (
 )
 from lightning_efficient.activation_compression.store import Demand, SavedTensors, Unit
 from lightning_efficient.activation_compression.streamed import streamed
-from lightning_efficient.core.quantization import Rounding, quantize
+from lightning_efficient.core.quantization import Quantized, Rounding, quantize
 from lightning_efficient.core.random import mix
 from lightning_efficient.core.torch_internals import without_torch_function
 
-__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates"]
+__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates", "held_by"]
 
 EXACT = 99
 """The level of what must not change."""
@@ -39,6 +39,7 @@ _SMALL = 1024  # numbers that are not worth the work
 _STATISTICS = 8  # times smaller than another tensor of its operation: means, scales, normalizers
 _LOSSY = (torch.float32, torch.bfloat16, torch.float16)
 _VIEWS = ("TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0", "UnsafeViewBackward0")
+_PARAMETRIZATIONS = ".parametrizations."  # in the names of modules that compute a weight
 
 
 class Rates(Protocol):
@@ -83,6 +84,7 @@ class Classifier:
         self.after: Callable[[str, tuple[Any, ...], Mapping[str, Any], Any, str], None] | None = None
         self._group_size = group_size
         self._references: set[int] = set()
+        self._versions: dict[int, int] = {}  # of parameters, by id
         self._key = self._count = 0
 
     def begin(self, held: Iterable[Tensor], key: int) -> None:
@@ -93,7 +95,9 @@ class Classifier:
             key: Of its noise.
         """
         self.end()
+        held = list(held)
         self._references = {tensor.untyped_storage()._cdata for tensor in held if _plain(tensor)}
+        self._versions = {id(tensor): tensor._version for tensor in held if isinstance(tensor, nn.Parameter)}
         self._key, self._count = key, 0
         self.layers.clear()  # what an exception may have left
         self.ledger.open()
@@ -108,10 +112,17 @@ class Classifier:
     def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | Tensor | None:
         if not _plain(tensor):
             return tensor.detach()
-        if isinstance(tensor._base, nn.Parameter) or tensor.untyped_storage()._cdata in self._references:
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return tensor.detach()
+        if tensor.untyped_storage()._cdata in self._references:
             return tensor.detach()
         parameter = _cast_of(tensor)
-        return partial(_cast, parameter, parameter._version, tensor.dtype) if parameter is not None else None
+        if parameter is None:
+            return None
+        version = parameter._version
+        if version != self._versions.get(id(parameter), version):  # autocast uses again what it made before an update
+            return None
+        return partial(_cast, parameter, version, tensor.dtype)
 
     def demand(self, tensor: Tensor) -> Demand:
         operation = self.operation
@@ -119,9 +130,13 @@ class Classifier:
         if operation.name:
             operation.largest = max(operation.largest, size)
         unit = operation.kind, self.layers[-1] if self.layers else ""
-        if operation.name in ("relu", "relu_") and tensor.dtype in _LOSSY:
+        if tensor.dtype not in _LOSSY:
+            return Demand(EXACT, EXACT, unit)
+        if operation.name in ("relu", "relu_"):
             return Demand(EXACT, EXACT, unit, "signs")
-        if tensor.dtype not in _LOSSY or size < _SMALL or size * _STATISTICS <= operation.largest:
+        if size < _SMALL or size * _STATISTICS <= operation.largest:
+            return Demand(EXACT, EXACT, unit)
+        if operation.is_factorization or operation.is_weight(tensor) or _PARAMETRIZATIONS in f".{unit[1]}":
             return Demand(EXACT, EXACT, unit)
         return Demand(*self.rates.of(*unit), unit)
 
@@ -151,7 +166,7 @@ class Classifier:
                 key=mix(self._key, self._count),
                 error_bound=self.rates.bound(demand.unit) if bounded else None,
             )
-            if encoded is not None and encoded.nbytes < numbers.nbytes:
+            if encoded is not None and encoded.nbytes < numbers.nbytes and not _may_overflow(encoded):
                 return self._host.keep(encoded) if demand.unit in self.offloaded else Lossy(encoded)
         if numbers.untyped_storage().nbytes() > numbers.nbytes:  # a part of what is freed soon
             numbers = numbers.clone()
@@ -175,14 +190,38 @@ class Classifier:
             self.after(name, args, kwargs, result, self.layers[-1] if self.layers else "")
         if self._recompute:
             with without_torch_function():
-                again = recomputation(self.saved, name, args, kwargs, result)
-                if again is not None and (again.kept.level != BOUNDED or again.kept.record.exact):
-                    self.saved.derive(result, lambda: Recomputed(again, again.kept.record.exact), again.kept.level)
+                found = recomputation(self.saved, name, args, kwargs, result)
+                if found is None:
+                    return
+                source, again = found
+                if source.level != BOUNDED or source.record.exact:
+                    self.saved.derive(
+                        result, source, lambda kept: Recomputed(partial(again, kept), kept.record.exact, again.nbytes)
+                    )
+
+
+def held_by(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that are mere attributes of its modules, as tables of positions often are."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for part in module.modules():
+        yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
 def _plain(tensor: Tensor) -> bool:
     """Whether it is a view of a storage and nothing more."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
+def _may_overflow(encoded: Quantized) -> bool:
+    """Whether a number may become infinite when it is decoded; float16 ends where activations may well be."""
+    if encoded.dtype != torch.float16:
+        return False
+    scale, minimum = encoded.scale.float(), encoded.minimum.float()
+    farthest = torch.maximum(minimum + scale * (1 << encoded.bits), scale - minimum)
+    return bool(farthest.amax() > torch.finfo(encoded.dtype).max)
 
 
 def _fewer_bits(numbers: Tensor, may_be_a_mask: bool) -> Record | None:
@@ -193,7 +232,10 @@ def _fewer_bits(numbers: Tensor, may_be_a_mask: bool) -> Record | None:
 
 
 def _cast_of(tensor: Tensor) -> nn.Parameter | None:
-    """The parameter of which ``tensor`` is the copy, or a view of the copy, that autocast made."""
+    """The parameter of which ``tensor`` is the copy, or a view of the copy, that autocast made; as it was made."""
+    copy = tensor if tensor._base is None else tensor._base
+    if tensor._version:
+        return None
     node = tensor.grad_fn
     for _ in range(3):
         if node is None or node.name() not in _VIEWS:
@@ -203,12 +245,10 @@ def _cast_of(tensor: Tensor) -> nn.Parameter | None:
         return None
     leaf = node.next_functions[0][0]
     parameter = getattr(leaf, "variable", None)
-    if (
-        isinstance(parameter, nn.Parameter)
-        and parameter.numel() == tensor.untyped_storage().nbytes() // tensor.itemsize
-    ):
-        return parameter
-    return None
+    if not isinstance(parameter, nn.Parameter) or parameter.dtype == copy.dtype or parameter.device != copy.device:
+        return None
+    same = parameter.shape == copy.shape and parameter.stride() == copy.stride()
+    return parameter if same and copy.nbytes == copy.untyped_storage().nbytes() else None
 
 
 def _cast(parameter: nn.Parameter, version: int, dtype: torch.dtype) -> Tensor:

@@ -20,8 +20,6 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_efficient.activation_compression.bounds import step_variance
 from lightning_efficient.activation_compression.classify import BOUNDED
-from lightning_efficient.activation_compression.recompute import Recomputation
-from lightning_efficient.activation_compression.records import Recomputed
 from lightning_efficient.activation_compression.store import Handle, Kept, Unit
 
 __all__ = ["Collector", "LayerMeasurement", "source"]
@@ -233,8 +231,8 @@ def source(kept: Kept) -> Unit:
 
 
 def _base(kept: Kept) -> Kept:
-    while isinstance(kept.record, Recomputed) and isinstance(kept.record.make, Recomputation):
-        kept = kept.record.make.kept
+    while kept.source is not None:
+        kept = kept.source
     return kept
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["FLOORS", "CurrentOperation", "Kind"]
@@ -58,6 +58,18 @@ _KINDS: Mapping[str, Kind] = {name: kind for kind, names in _NAMES.items() for n
 
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "baddbmm", "addmm"))
 """Linear if one factor is a parameter."""
+_SUMMED = frozenset(("baddbmm", "addmm"))
+"""Their first argument is added to the product of the others."""
+
+_FACTORIZATIONS = (
+    "cholesky", "det", "eig", "householder_product", "inv", "ldl", "logdet", "lstsq", "lu", "matrix_exp",
+    "matrix_power", "orgqr", "ormqr", "pinv", "qr", "slogdet", "solve", "svd", "tensorinv", "tensorsolve",
+    "triangular_solve",
+)  # fmt: skip
+"""How the names of those begin whose gradients invert what was saved, or divide by differences: no error is small."""
+_COPIES = (
+    "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0", "UnsafeViewBackward0", "ToCopyBackward0",
+)  # fmt: skip
 
 
 class CurrentOperation(TorchFunctionMode):
@@ -82,37 +94,66 @@ class CurrentOperation(TorchFunctionMode):
         self.name = ""
         self.largest = 0
         self._arguments: tuple[Any, ...] = ()
+        self._keywords: Mapping[str, Any] = {}
         self._after = after
 
     @property
     def kind(self) -> Kind:
         """Of the operation."""
         if self.name in _PRODUCTS:
-            return "linear" if any(isinstance(argument, nn.Parameter) for argument in self._arguments) else "other"
+            factors = self._arguments[1:] if self.name in _SUMMED else self._arguments
+            return "linear" if any(isinstance(factor, nn.Parameter) for factor in factors) else "other"
         return _KINDS.get(self.name, "other")
 
     @contextlib.contextmanager
     def called(self, name: str) -> Iterator[None]:
         """Within it, what is no operation by itself counts as the operation ``name``."""
-        before = self.name, self.largest, self._arguments
-        self.name, self.largest, self._arguments = name, 0, ()
+        before = self.name, self.largest, self._arguments, self._keywords
+        self.name, self.largest, self._arguments, self._keywords = name, 0, (), {}
         try:
             yield
         finally:
-            self.name, self.largest, self._arguments = before
+            self.name, self.largest, self._arguments, self._keywords = before
+
+    @property
+    def is_factorization(self) -> bool:
+        """Whether it takes a matrix apart, inverts it, or the like."""
+        return self.name.removeprefix("linalg_").startswith(_FACTORIZATIONS)
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether a linear operation saves ``tensor`` as its weight; an error in that enters all layers before."""
+        if self.name in _PRODUCTS or self.kind != "linear":
+            return False
+        x, weight = (
+            self._arguments[place] if len(self._arguments) > place else self._keywords.get(name)
+            for place, name in enumerate(("input", "weight"))
+        )
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+            return False
+        storage = tensor.untyped_storage()._cdata
+        if storage == x.untyped_storage()._cdata:
+            return False
+        if storage == weight.untyped_storage()._cdata:
+            return True
+        if x.requires_grad != weight.requires_grad:  # a copy, made by autocast
+            return tensor.requires_grad == weight.requires_grad
+        node = tensor.grad_fn
+        while node is not None and node is not weight.grad_fn and node.name() in _COPIES:
+            node = node.next_functions[0][0]
+        return node is not None and (node is weight.grad_fn or getattr(node, "variable", None) is weight)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        before = self.name, self.largest, self._arguments
-        self.name, self.largest, self._arguments = getattr(func, "__name__", ""), 0, args
+        before = self.name, self.largest, self._arguments, self._keywords
+        kwargs = kwargs or {}
+        self.name, self.largest, self._arguments, self._keywords = getattr(func, "__name__", ""), 0, args, kwargs
         try:
-            kwargs = kwargs or {}
             result = self._instead(self.name, args, kwargs)
             if result is None:
                 result = func(*args, **kwargs)
             self._after(self.name, args, kwargs, result)
             return result
         finally:
-            self.name, self.largest, self._arguments = before
+            self.name, self.largest, self._arguments, self._keywords = before

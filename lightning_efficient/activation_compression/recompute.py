@@ -19,6 +19,7 @@ _ELEMENTWISE: Mapping[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 _FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {**_ELEMENTWISE, "layer_norm": F.layer_norm, "rms_norm": F.rms_norm}
 """Operations that save their input and cost little."""
+_LITTLE = 8  # times smaller than its result is what may be copied of its arguments
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,12 @@ class Recomputation:
 
     Attributes:
         name: Of the operation.
-        kept: What is kept of its input.
-        shape: Of its input, with the stride and the offset in that.
-        args: Its other arguments.
+        shape: Of its input, with the stride and the offset in what is kept of that.
+        args: Its other arguments; tensors are copies, for weights may have changed, or be sharded, when it is done.
+        nbytes: Of the copies.
     """
 
     name: str
-    kept: Kept
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -42,24 +42,25 @@ class Recomputation:
     in_order: bool
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    nbytes: int
 
-    def __call__(self) -> Tensor:
-        """The numbers of its result, ``[n]``."""
+    def __call__(self, kept: Kept) -> Tensor:
+        """The numbers of its result, ``[n]``, of what is kept of its input."""
         function = _FUNCTIONS[self.name]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if self.name not in _ELEMENTWISE or not self.in_order or self.kept.in_use:
-                source = self.kept.numbers().as_strided(self.shape, self.stride, self.offset)
+            if self.name not in _ELEMENTWISE or not self.in_order or kept.in_use:
+                source = kept.numbers().as_strided(self.shape, self.stride, self.offset)
                 return function(source, *self.args, **self.kwargs).view(-1)
             result = torch.empty(self.shape, dtype=self.dtype, device=self.device).view(-1)
-            for which, numbers in self.kept.record.pieces():  # so that not all of the input is in memory too
+            for which, numbers in kept.record.pieces():  # so that not all of the input is in memory too
                 result[which] = function(numbers, *self.args, **self.kwargs)
             return result
 
 
 def recomputation(
     saved: SavedTensors, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-) -> Recomputation | None:
-    """How to make ``result`` again, if that is possible and worth it."""
+) -> tuple[Kept, Recomputation] | None:
+    """How to make ``result`` again, and of what, if that is possible and worth it."""
     if name not in _FUNCTIONS or type(result) is not Tensor or not result.requires_grad or kwargs.get("inplace"):
         return None
     source = args[0] if args else kwargs.get("input")
@@ -70,15 +71,23 @@ def recomputation(
         return None
     in_order = source.is_contiguous() and source.nbytes == source.untyped_storage().nbytes()
     others = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
-    return Recomputation(
+    tensors = [value for value in (*args[1:], *others.values()) if isinstance(value, Tensor)]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    if nbytes * _LITTLE > result.nbytes:
+        return None
+    return kept, Recomputation(
         name,
-        kept,
         shape=source.shape,
         stride=source.stride(),
         offset=int(source.storage_offset()),
         dtype=source.dtype,
         device=source.device,
         in_order=in_order,
-        args=args[1:],
-        kwargs=others,
+        args=tuple(_copy(value) for value in args[1:]),
+        kwargs={key: _copy(value) for key, value in others.items()},
+        nbytes=nbytes,
     )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -14,6 +14,9 @@ from lightning_efficient.core.quantization import Quantized, dequantize, dequant
 __all__ = ["Bits", "Lossy", "Narrowed", "Raw", "Recomputed", "Record", "narrowed", "signs", "two_valued"]
 
 
+_INCOMPARABLE = (torch.uint16, torch.uint32, torch.uint64)  # torch finds no extremes of them
+
+
 class Record(ABC):
     """The contents of a storage, or of a part of it.
 
@@ -162,6 +165,8 @@ def _bits(upper: Tensor, low: Tensor, high: Tensor) -> Bits:
 
 def narrowed(values: Tensor) -> Narrowed | None:
     """A record of integers ``[n]`` in the smallest type that holds them; None if that is theirs."""
+    if values.dtype in _INCOMPARABLE:
+        return None
     low, high = (int(value) for value in torch.aminmax(values))
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         if dtype.itemsize >= values.dtype.itemsize:

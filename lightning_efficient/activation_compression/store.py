@@ -84,14 +84,18 @@ class Kept:
         record: May be replaced by a better one of the same numbers.
         level: The bits that were asked for.
         unit: By whom.
+        source: What it is made again of, if it is.
         uses: How often it will be decoded, as far as is known.
+        in_hand: It, decoded, where it will be needed again at once.
     """
 
     def __init__(self, record: Record, level: int, unit: Unit, freed: Callable[[Record], None]) -> None:
         self.record = record
         self.level = level
         self.unit = unit
+        self.source: Kept | None = None
         self.uses = 0
+        self.in_hand: Tensor | None = None
         self._freed = freed
         self._decoded: WeakStorage | None = None
         self._dtype = torch.float32
@@ -109,6 +113,11 @@ class Kept:
         numbers = self.record.decode()
         self._decoded, self._dtype = WeakStorage(numbers.untyped_storage()), numbers.dtype
         return numbers
+
+    def replace(self, record: Record, level: int, unit: Unit) -> None:
+        """From now on keep ``record``, which is better, for ``unit``."""
+        self.record, self.level, self.unit = record, level, unit
+        self._decoded = self.in_hand = None
 
     def __del__(self) -> None:
         self._freed(self.record)
@@ -137,7 +146,7 @@ class Handle:
         self.witness = _witness(tensor)
         self.stride, self.offset = geometry or (tensor.stride(), tensor.storage_offset())
         whole = tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
-        self.in_order = geometry is not None or whole
+        self.in_order = tensor.is_contiguous() if geometry is not None else whole
 
     def check(self) -> None:
         """Whether it may be used.
@@ -195,10 +204,12 @@ class SavedTensors:
         self.observer: Observer | None = None
         self._chooser = chooser
         self._deferred: dict[int, list[Handle]] = {}  # by thread: each device has its own in backward
-        self._last: Tensor | None = None  # decoded, for the operation that needs it next, often the very next one
-        self._last_kept: Kept | None = None
+        self._last: weakref.ref[Kept] | None = None  # is in hand
         self._index: dict[tuple[Any, ...], tuple[WeakStorage, weakref.ref[Kept]]] = {}
-        self._derived: dict[tuple[int, int], tuple[WeakStorage, Callable[[], Record], int]] = {}
+        self._derived: dict[tuple[Any, ...], tuple[WeakStorage, weakref.ref[Kept], Callable[[Kept], Record]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_last": None}
 
     def pack(self, tensor: Tensor) -> Handle:
         """What is kept instead of ``tensor``."""
@@ -219,20 +230,23 @@ class SavedTensors:
         """The tensor of this handle, within the error bound of its record."""
         deferred = self._deferred.get(threading.get_ident())
         if deferred is not None:
-            self._last = self._last_kept = None
+            self._let_go()
             deferred.append(handle)
+            if handle.record is not None:
+                handle.record.uses -= 1
             return torch.empty(0)
         begin = time.perf_counter()
         kept = handle.record
-        if kept is not None and kept is not self._last_kept:
-            self._last = self._last_kept = None
+        if kept is not None and (self._last is None or self._last() is not kept):
+            self._let_go()
         with without_torch_function():
             tensor = handle.tensor()
             if self.observer is not None:
                 self.observer.unpacked(handle, tensor)
         if kept is not None:
             kept.uses -= 1
-            self._last, self._last_kept = (tensor, kept) if kept.uses > 0 else (None, None)
+            kept.in_hand = tensor if kept.uses > 0 else None
+            self._last = weakref.ref(kept)
         self.ledger.decode_seconds += time.perf_counter() - begin
         return tensor
 
@@ -248,70 +262,108 @@ class SavedTensors:
 
     def find(self, tensor: Tensor) -> Kept | None:
         """What is kept of the numbers of ``tensor``, if they are all of its storage's."""
-        return self._find(_key(tensor.untyped_storage(), tensor, "values", None))
+        return self._find(_key(tensor, "values")) if _is_kept_whole(tensor) else None
 
-    def derive(self, result: Tensor, make: Callable[[], Record], level: int) -> None:
-        """From now on the numbers of ``result`` need not be kept for who demands no more than ``level``."""
-        storage = result.untyped_storage()
-        self._derived[storage._cdata, result._version] = WeakStorage(storage), make, level
+    def derive(self, result: Tensor, source: Kept, make: Callable[[Kept], Record]) -> None:
+        """From now on the numbers of ``result`` need not be kept for who demands no more than ``source`` has."""
+        storage = WeakStorage(result.untyped_storage())
+        self._derived[_key(result, "values")] = storage, weakref.ref(source), make
 
     def clear(self) -> None:
         """Forget which storages were met: they are others in the next step."""
         self._index.clear()
         self._derived.clear()
-        self._last = self._last_kept = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        last = self._last() if self._last is not None else None
+        if last is not None:
+            last.in_hand = None
+        self._last = None
 
     def _keep(self, tensor: Tensor, demand: Demand) -> tuple[Kept, tuple[tuple[int, ...], int] | None]:
         """What is kept of ``tensor``, and its stride and offset in that where they are not its own."""
         storage = tensor.untyped_storage()
-        size = storage.nbytes() // tensor.element_size()
-        whole = size <= _WHOLE * tensor.numel()
-        geometry = None if whole else (_contiguous_stride(tensor.shape), 0)
-        region = None if whole else (tensor.storage_offset(), tensor.shape, tensor.stride())
-        key = _key(storage, tensor, demand.of, region)
+        whole = _is_kept_whole(tensor)
+        geometry = None if whole else (_dense_stride(tensor), 0)
+        key = _key(tensor, demand.of, None if whole else (tensor.storage_offset(), tensor.shape, tensor.stride()))
         kept = self._find(key)
         if kept is not None and kept.level >= demand.least:
             return kept, geometry
-        record, level = None, demand.level
-        if whole and demand.of == "values":
-            record, level = self._made_again(storage, tensor, demand)
-        nbytes = storage.nbytes() if whole else tensor.numel() * tensor.element_size()
+        record, level, source = self._made_again(key, demand)
+        numbers = _flat(storage, tensor.dtype) if whole else None
         if record is None:
-            numbers = _flat(storage, tensor.dtype) if whole else tensor.detach().contiguous().view(-1)
+            numbers = _own_numbers(tensor) if numbers is None else numbers
             record = self._chooser.record(numbers, tensor, demand)
+        nbytes = storage.nbytes() if numbers is None else numbers.nbytes
         self._chooser.kept(record, nbytes, kept.record if kept is not None else None)
         if kept is None:
             kept = Kept(record, level, demand.unit, self._chooser.freed)
             self._index[key] = WeakStorage(storage), weakref.ref(kept)
         else:
-            kept.record, kept.level, kept.unit = record, level, demand.unit
+            kept.replace(record, level, demand.unit)
+        kept.source = source
         return kept, geometry
 
-    def _made_again(self, storage: UntypedStorage, tensor: Tensor, demand: Demand) -> tuple[Record | None, int]:
-        found = self._derived.get((storage._cdata, tensor._version))
-        return (found[1](), found[2]) if found is not None and found[2] >= demand.least else (None, demand.level)
+    def _made_again(self, key: tuple[Any, ...], demand: Demand) -> tuple[Record | None, int, Kept | None]:
+        _, source, make = self._derived.get(key, (None, None, None))
+        kept = source() if source is not None else None
+        if make is None or kept is None or kept.level < demand.least:
+            return None, demand.level, None
+        return make(kept), kept.level, kept
 
     def _find(self, key: tuple[Any, ...]) -> Kept | None:
         entry = self._index.get(key)
         return entry[1]() if entry is not None else None
 
 
-def _key(storage: UntypedStorage, tensor: Tensor, of: str, region: Any) -> tuple[Any, ...]:
-    return storage._cdata, tensor._version, tensor.dtype, of, region
+def _key(tensor: Tensor, of: str, region: Any = None) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor._version, tensor.dtype, of, region
+
+
+def _is_kept_whole(tensor: Tensor) -> bool:
+    """Whether it is kept with all of its storage, and so once with all other views of that.
+
+    Not where it is much smaller, nor where the rest may be memory that nobody wrote, whose numbers would spoil the
+    scales of its own, or tensors that change without its version (``unsafe_chunk``): it must cover the storage, or be a
+    view of what an operation made and what covers it.
+    """
+    size = tensor.untyped_storage().nbytes()
+    if _covers(tensor, size):
+        return True
+    base = tensor._base
+    if base is None or size > _WHOLE * tensor.nbytes or not base.requires_grad or not _covers(base, size):
+        return False
+    return base.grad_fn is None or not base.grad_fn.name().endswith("CopySlices")  # of which parts were written
+
+
+def _covers(tensor: Tensor, size: int) -> bool:
+    return tensor.nbytes == size and 0 not in tensor.stride()
+
+
+def _each_once(tensor: Tensor) -> Tensor:
+    """Without what an expansion repeats."""
+    return tensor.detach()[tuple(slice(None if stride else 1) for stride in tensor.stride())]
+
+
+def _own_numbers(tensor: Tensor) -> Tensor:
+    """Its numbers, each once, one after another in the order of memory: ``[n]``; a view, where they lie so."""
+    once = _each_once(tensor)
+    if torch.empty_like(once, device="meta").stride() != once.stride():
+        once = once.clone()
+    return once.as_strided((once.numel(),), (1,))
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """With which those are it."""
+    dense = torch.empty_like(_each_once(tensor), device="meta").stride()
+    return tuple(step if stride else 0 for step, stride in zip(dense, tensor.stride(), strict=True))
 
 
 def _flat(storage: UntypedStorage, dtype: torch.dtype) -> Tensor:
     """All of a storage as ``[n]``."""
     flat = torch.empty(0, dtype=dtype, device=storage.device)
     return flat.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))  # type: ignore[call-overload]
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
 
 
 def _witness(tensor: Tensor) -> Tensor:

@@ -25,9 +25,18 @@ _LEAST = 1 << 19  # numbers: fewer are no more than two pieces
 _aten = torch.ops.aten
 Gradient = Callable[..., Tensor]
 
+
+def _silu_gradient(grad: Tensor, x: Tensor, **out: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # aten's cannot be differentiated
+        sigmoid = x.sigmoid()
+        return grad * sigmoid * (1 + x * (1 - sigmoid))
+    result: Tensor = _aten.silu_backward(grad, x, **out)
+    return result
+
+
 _FUNCTIONS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., Gradient], bool]] = {
     "gelu": (F.gelu, lambda approximate="none": partial(_aten.gelu_backward, approximate=approximate), False),
-    "silu": (F.silu, lambda: _aten.silu_backward, False),
+    "silu": (F.silu, lambda: _silu_gradient, False),
     "relu": (torch.relu, lambda: lambda g, r, **out: _aten.threshold_backward(g, r, 0, **out), True),
     "tanh": (torch.tanh, lambda: _aten.tanh_backward, True),
     "sigmoid": (torch.sigmoid, lambda: _aten.sigmoid_backward, True),
@@ -63,9 +72,11 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = gradients
+        if torch.is_grad_enabled():  # its gradient is differentiated too
+            return ctx.gradient(grad, *ctx.saved_tensors), None, None, None
         with ctx.saved.deferring() as handles:
             (tensor,) = ctx.saved_tensors
-        pieces = handles[0].pieces() if handles and not torch.is_grad_enabled() else None
+        pieces = handles[0].pieces() if handles else None
         if pieces is None:
             return ctx.gradient(grad, handles[0].tensor() if handles else tensor), None, None, None
         grad = grad.contiguous()
