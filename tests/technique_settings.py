@@ -61,7 +61,7 @@ class TechniqueSetting:
         events: Other steps at which something happens that it says.
         volatile: Prefixes of logged tags that measure time or memory, and so differ from run to run.
         files: Glob patterns, below the Trainer's ``default_root_dir``, of files that it writes because it was asked to.
-        refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``sharding``.
+        refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``.
     """
 
     name: str
@@ -192,6 +192,7 @@ SETTINGS = [
             ]
         },
         lossy=True,
+        refuses={"compiling": "adaptive needs to know which layer saves what"},
         volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
     TechniqueSetting(
@@ -206,6 +207,7 @@ SETTINGS = [
         },
         lossy=True,
         events=(1,),
+        refuses={"compiling": "adaptive needs to know which layer saves what"},
         volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
 ]

@@ -39,6 +39,7 @@ pytestmark = [
 ]
 
 changes_parameters = every(lambda setting: setting.changes_parameters)
+compiles = every(lambda setting: "compiling" not in setting.refuses)
 averages = every(lambda setting: "averaging" not in setting.refuses)
 
 
@@ -403,7 +404,7 @@ def dynamo() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@every()
+@compiles
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("what", ["network", "module"])
 @pytest.mark.usefixtures("dynamo")
@@ -425,7 +426,7 @@ def test_compiled_x2(setting: TechniqueSetting, tmp_path: Path, backend: str, wh
             assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path), run)
 
 
-@every()
+@compiles
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 @pytest.mark.usefixtures("dynamo")
 def test_compiled_with_inductor_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
@@ -433,6 +434,13 @@ def test_compiled_with_inductor_x2(setting: TechniqueSetting, tmp_path: Path) ->
     run = fit(setting, module=setting.model(CompiledModel, backend="inductor"), root=tmp_path)
     assert_trained(run)
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
+
+
+@every(lambda setting: "compiling" in setting.refuses)
+@pytest.mark.usefixtures("dynamo")
+def test_refuses_compiled_modules_by_name_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=setting.refuses["compiling"]):
+        fit(setting, module=setting.model(CompiledModel, backend="eager"), root=tmp_path)
 
 
 # -- averaged weights --------------------------------------------------------------------------------------------

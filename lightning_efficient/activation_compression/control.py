@@ -250,8 +250,8 @@ class BudgetControl:
         if plan is None:
             return ""
         text = (
-            f"Saved tensors of a batch of {self._signature or 'no tensors'}: {plan.describe() or 'nothing to rate'}; "
-            f"{plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
+            f"Plan for saved tensors: a batch of {self._signature or 'no tensors'} keeps "
+            f"{plan.describe() or 'nothing that has a rate'}; {plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
         )
         return text if plan.fits else f"{text} It does not fit: give memory_budget more, or the batch less."
 

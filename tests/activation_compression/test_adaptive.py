@@ -215,9 +215,8 @@ def test_the_target_is_reached_and_what_was_predicted_is_measured(arguments: dic
     fit(plugin, steps=25, **arguments)
     values = plugin.measurements()
     assert 0.005 < values["activations/gradient_error"] < 0.08  # the target, and what changes in eight steps
-    assert values["activations/gradient_error_predicted"] == pytest.approx(
-        values["activations/gradient_error"], rel=0.4
-    )
+    predicted = values["activations/gradient_error_predicted"] / values["activations/gradient_error"]
+    assert 0.5 < predicted < 2  # eight steps before, of other gradients
     assert 0 < values["activations/noise_ratio"] < 0.1
     assert {values[tag] for tag in values if tag.startswith("activations/bits/")} <= {3.0, 4.0, 5.0, 6.0}
     assert "| model.blocks.0.mlp.up | " in plugin.summary()
