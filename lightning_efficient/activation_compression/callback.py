@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
-from lightning_efficient.activation_compression.classify import EXACT, Classifier
+from lightning_efficient.activation_compression.classify import EXACT, FP8, Classifier
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.schedule import CubicSchedule
 from lightning_efficient.activation_compression.settings import (
@@ -43,14 +43,15 @@ class ActivationCompressionPlugin(Callback):
     Args:
         bits: For the inputs of linear layers and convolutions, 1 to 8; 4 if nothing is given. Normalizations get 2 at
             least, other operations 4, losses 8, for their errors reach the gradients of all layers before.
+            ``"fp8"``: floats of 8 bits (e4m3), small errors for small numbers, but biased; losses keep 8 bits.
             ``"lossless"``: only what is exact (one copy of each tensor, masks in one bit, narrow integers).
         error_bound: In place of ``bits``: as many as it takes that no kept number is off by more, whatever the
             operation.
         schedule: ``{initial_bits: 8, final_bits: 2, begin: 0.05, end: 0.5}`` in place of ``bits``: from one to the
             other on a cubic curve [Zhu & Gupta 2017] between two steps (int), or fractions of the run (float). Likewise
             with ``initial_error_bound`` and ``final_error_bound``.
-        overrides: Bits, or ``"raw"``, by pattern of a module's name (``"head"``, ``"blocks.*.mlp"``), for what it and
-            the modules in it save; the first that fits counts.
+        overrides: Bits, ``"fp8"`` or ``"raw"``, by pattern of a module's name (``"head"``, ``"blocks.*.mlp"``), for
+            what it and the modules in it save; the first that fits counts.
         group_size: Neighbours that share a scale and a minimum: a power of two from 64 on.
         recompute: Whether normalizations and activation functions are done again in backward rather than their results
             kept.
@@ -64,7 +65,7 @@ class ActivationCompressionPlugin(Callback):
     def __init__(
         self,
         *,
-        bits: int | Literal["lossless"] | None = None,
+        bits: int | Literal["fp8", "lossless"] | None = None,
         error_bound: float | None = None,
         schedule: dict[str, int | float] | None = None,
         overrides: dict[str, int | str] | None = None,
@@ -168,7 +169,7 @@ class ActivationCompressionPlugin(Callback):
         if self._rates.error_bound is not None:
             values["activations/error_bound"] = self._rates.error_bound
         elif self._rates.bits < EXACT:
-            values["activations/bits"] = float(self._rates.bits)
+            values["activations/bits"] = 8.0 if self._rates.bits == FP8 else float(self._rates.bits)
         return values
 
     def summary(self) -> str:

@@ -23,16 +23,18 @@ from lightning_efficient.activation_compression.records import (
 )
 from lightning_efficient.activation_compression.store import Demand, SavedTensors
 from lightning_efficient.activation_compression.streamed import streamed
-from lightning_efficient.core.quantization import Rounding, quantize
+from lightning_efficient.core.quantization import Code, Rounding, quantize
 from lightning_efficient.core.random import mix
 from lightning_efficient.core.torch_internals import without_torch_function
 
-__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates"]
+__all__ = ["BOUNDED", "EXACT", "FP8", "Classifier", "Rates"]
 
 EXACT = 99
 """The level of what must not change."""
 BOUNDED = 50
 """The level of what has as many bits as the error bound takes."""
+FP8 = 5.5
+"""The level of floats of 8 bits: where numbers are near the largest of their group, they are no better than 5 bits."""
 
 _SMALL = 1024  # numbers that are not worth the work
 _STATISTICS = 8  # times smaller than another tensor of its operation: means, scales, normalizers
@@ -49,8 +51,8 @@ class Rates(Protocol):
 
     error_bound: float | None
 
-    def of(self, kind: Kind, layer: str) -> int:
-        """Bits of a number that an operation of ``kind`` saves in ``layer``; :data:`EXACT` for all."""
+    def of(self, kind: Kind, layer: str) -> float:
+        """Bits of a number that an operation of ``kind`` saves in ``layer``; :data:`FP8`; :data:`EXACT` for all."""
 
 
 class Classifier:
@@ -125,15 +127,19 @@ class Classifier:
         if exact is not None:
             return exact
         if demand.level < EXACT:
-            bounded = demand.level == BOUNDED
+            code = _code(demand.level)
             rounding: Rounding = "dither" if demand.level > 2 else "stochastic"
+            # To ask a GPU whether all is finite is to wait for it. Where it must be asked all the same: an error bound
+            # depends on the numbers; in compiled modules neither the operation nor requires_grad is known.
+            unasked = code is not None and tensor.is_cuda and tensor.requires_grad and self.operation.needs_finite
             encoded = quantize(
                 numbers,
-                None if bounded else demand.level,
+                code,
                 group_size=self._group_size,
                 rounding=rounding,
                 key=mix(self._key, self._count),
-                error_bound=self.rates.error_bound if bounded else None,
+                error_bound=self.rates.error_bound if code is None else None,
+                nonfinite="propagate" if unasked else "refuse",
             )
             if encoded is not None and encoded.nbytes < numbers.nbytes:
                 return Lossy(encoded)
@@ -159,6 +165,13 @@ class Classifier:
                 again = recomputation(self.saved, name, args, kwargs, result)
                 if again is not None and (again.kept.level != BOUNDED or again.kept.record.exact):
                     self.saved.derive(result, lambda: Recomputed(again, again.kept.record.exact), again.kept.level)
+
+
+def _code(level: float) -> Code | None:
+    """What to ask :func:`quantize` for."""
+    if level == FP8:
+        return "fp8"
+    return None if level == BOUNDED else int(level)
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["FLOORS", "CurrentOperation", "Kind"]
@@ -53,6 +53,12 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
 _KINDS: Mapping[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names}
 
 
+_NEEDS_FINITE = frozenset((
+    *_NAMES["linear"], *_NAMES["normalization"], "gelu", "silu", "mish", "sigmoid", "tanh", "softmax", "dropout",
+    "scaled_dot_product_attention", "mul", "__mul__", "__rmul__",
+))  # fmt: skip
+
+
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "baddbmm", "addmm"))
 """Linear if one factor is a parameter."""
 
@@ -79,6 +85,7 @@ class CurrentOperation(TorchFunctionMode):
         self.name = ""
         self.largest = 0
         self._arguments: tuple[Any, ...] = ()
+        self._keywords: Mapping[str, Any] = {}
         self._after = after
 
     @property
@@ -88,18 +95,31 @@ class CurrentOperation(TorchFunctionMode):
             return "linear" if any(isinstance(argument, nn.Parameter) for argument in self._arguments) else "other"
         return _KINDS.get(self.name, "other")
 
+    @property
+    def needs_finite(self) -> bool:
+        """Whether something infinite or NaN among what it saves makes the step's result so in any case.
+
+        Not so in losses and in log space, where minus infinity stands for what cannot be.
+        """
+        if self.name == "scaled_dot_product_attention" and any(
+            isinstance(mask, Tensor) and mask.requires_grad
+            for mask in (*self._arguments[3:4], self._keywords.get("attn_mask"))
+        ):
+            return False
+        return self.name in _NEEDS_FINITE or self.name in _PRODUCTS
+
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        before = self.name, self.largest, self._arguments
-        self.name, self.largest, self._arguments = getattr(func, "__name__", ""), 0, args
+        before = self.name, self.largest, self._arguments, self._keywords
+        kwargs = kwargs or {}
+        self.name, self.largest, self._arguments, self._keywords = getattr(func, "__name__", ""), 0, args, kwargs
         try:
-            kwargs = kwargs or {}
             result = self._instead(self.name, args, kwargs)
             if result is None:
                 result = func(*args, **kwargs)
             self._after(self.name, args, kwargs, result)
             return result
         finally:
-            self.name, self.largest, self._arguments = before
+            self.name, self.largest, self._arguments, self._keywords = before

@@ -33,11 +33,11 @@ class Demand:
     """What an operation needs of a tensor.
 
     Attributes:
-        level: Bits, at least; :data:`EXACT` for all of them.
+        level: Bits, at least, or a level beside them; :data:`EXACT` for all of them.
         of: All of its numbers, or which of them are positive.
     """
 
-    level: int
+    level: float
     of: Literal["values", "signs"] = "values"
 
 
@@ -69,7 +69,7 @@ class Kept:
         uses: How often it will be decoded, as far as is known.
     """
 
-    def __init__(self, record: Record, level: int, freed: Callable[[Record], None]) -> None:
+    def __init__(self, record: Record, level: float, freed: Callable[[Record], None]) -> None:
         self.record = record
         self.level = level
         self.uses = 0
@@ -175,7 +175,7 @@ class SavedTensors:
         self._last: Tensor | None = None  # decoded, for the operation that needs it next, often the very next one
         self._last_kept: Kept | None = None
         self._index: dict[tuple[Any, ...], tuple[WeakStorage, weakref.ref[Kept]]] = {}
-        self._derived: dict[tuple[int, int], tuple[WeakStorage, Callable[[], Record], int]] = {}
+        self._derived: dict[tuple[int, int], tuple[WeakStorage, Callable[[], Record], float]] = {}
 
     def pack(self, tensor: Tensor) -> Handle:
         """What is kept instead of ``tensor``."""
@@ -223,7 +223,7 @@ class SavedTensors:
         """What is kept of the numbers of ``tensor``, if they are all of its storage's."""
         return self._find(_key(tensor.untyped_storage(), tensor, "values", None))
 
-    def derive(self, result: Tensor, make: Callable[[], Record], level: int) -> None:
+    def derive(self, result: Tensor, make: Callable[[], Record], level: float) -> None:
         """From now on the numbers of ``result`` need not be kept for who demands no more than ``level``."""
         storage = result.untyped_storage()
         self._derived[storage._cdata, result._version] = WeakStorage(storage), make, level
@@ -260,7 +260,7 @@ class SavedTensors:
             kept.record, kept.level = record, level
         return kept, geometry
 
-    def _made_again(self, storage: UntypedStorage, tensor: Tensor, level: int) -> tuple[Record | None, int]:
+    def _made_again(self, storage: UntypedStorage, tensor: Tensor, level: float) -> tuple[Record | None, float]:
         found = self._derived.get((storage._cdata, tensor._version))
         return (found[1](), found[2]) if found is not None and found[2] >= level else (None, level)
 
