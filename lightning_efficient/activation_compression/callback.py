@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.activation_compression.blocks import Blocks
-from lightning_efficient.activation_compression.classify import EXACT, Classifier, held_by
+from lightning_efficient.activation_compression.classify import EXACT, FP8, Classifier, held_by
 from lightning_efficient.activation_compression.control import AdaptiveControl, BudgetControl
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.schedule import CubicSchedule
@@ -50,6 +50,7 @@ class ActivationCompressionPlugin(Callback):
     Args:
         bits: For the inputs of linear layers and convolutions, 1 to 8; 4 if nothing is given. Normalizations get 2 at
             least, other operations 4, losses 8, for their errors reach the gradients of all layers before.
+            ``"fp8"``: floats of 8 bits (e4m3), small errors for small numbers, but biased; losses keep 8 bits.
             ``"lossless"``: only what is exact (one copy of each tensor, masks in one bit, narrow integers). Beside a
             ``schedule`` of bits, which is for the inputs of linear layers then: the least for the other operations.
         error_bound: In place of ``bits``: as many as it takes that no kept number is off by more, whatever the
@@ -65,8 +66,8 @@ class ActivationCompressionPlugin(Callback):
             deviation of a gradient, over its size, or over the momentum's where the optimizer has one; nobody gets more
             bits than that takes. ``guard`` (0.1): the most that its variance may be over the variance from batch to
             batch; who is above gets more bits, whatever the budget.
-        overrides: Bits, or ``"raw"``, by pattern of a module's name (``"head"``, ``"blocks.*.mlp"``), for what it and
-            the modules in it save; the first that fits counts.
+        overrides: Bits, ``"fp8"`` or ``"raw"``, by pattern of a module's name (``"head"``, ``"blocks.*.mlp"``), for
+            what it and the modules in it save; the first that fits counts.
         group_size: Neighbours that share a scale and a minimum: a power of two from 64 on.
         recompute: Whether normalizations and activation functions are done again in backward rather than their results
             kept.
@@ -80,7 +81,7 @@ class ActivationCompressionPlugin(Callback):
     def __init__(
         self,
         *,
-        bits: int | Literal["lossless"] | None = None,
+        bits: int | Literal["fp8", "lossless"] | None = None,
         error_bound: float | None = None,
         memory_budget: int | float | str | None = None,
         schedule: dict[str, int | float | str] | None = None,
@@ -93,18 +94,18 @@ class ActivationCompressionPlugin(Callback):
         super().__init__()
         check_group_size(group_size)
         self._schedule = parse_schedule(schedule)
-        beside = self._schedule is not None and self._schedule.of == "bits" and bits is not None and bits != "lossless"
+        beside = self._schedule is not None and self._schedule.of == "bits" and isinstance(bits, int)
         given = {"error_bound": error_bound, "memory_budget": memory_budget, "schedule": schedule}
         if not beside:
             given["bits"] = bits
         ways = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         if len(ways) > 1:
             raise ValueError(f"{' and '.join(ways)} are ways to say the same. Keep one of them.")
-        if adaptive is not None and bits == "lossless":
-            raise ValueError(f"adaptive={adaptive!r} chooses among errors, and bits='lossless' allows none. Keep one.")
+        if adaptive is not None and isinstance(bits, str):
+            raise ValueError(f"adaptive={adaptive!r} chooses among bits, and bits={bits!r} leaves no choice. Keep one.")
         bound = parse_error_bound(error_bound) if error_bound is not None else None
         level = parse_bits(4 if bits is None else bits)
-        self._rates = LayerRates(level, parse_overrides(overrides), bound, least=level if beside else None)
+        self._rates = LayerRates(level, parse_overrides(overrides), bound, least=int(level) if beside else None)
         self._average = float(level) if bits is not None else None
         self._curve: CubicSchedule | None = None
         self._classifier = Classifier(self._rates, group_size=group_size, recompute=recompute)
@@ -225,7 +226,7 @@ class ActivationCompressionPlugin(Callback):
         if self._rates.error_bound is not None:
             values["activations/error_bound"] = self._rates.error_bound
         elif self._rates.bits < EXACT and self._rates.chosen is None:
-            values["activations/bits"] = float(self._rates.bits)
+            values["activations/bits"] = 8.0 if self._rates.bits == FP8 else float(self._rates.bits)
         if self._adaptive is not None:
             values |= {f"activations/{name}": value for name, value in self._adaptive.measurements().items()}
         if self._budget is not None and self._budget.plan is not None:

@@ -24,16 +24,18 @@ from lightning_efficient.activation_compression.records import (
 )
 from lightning_efficient.activation_compression.store import Demand, SavedTensors, Unit
 from lightning_efficient.activation_compression.streamed import streamed
-from lightning_efficient.core.quantization import Quantized, Rounding, quantize
+from lightning_efficient.core.quantization import Code, Quantized, Rounding, quantize
 from lightning_efficient.core.random import mix
 from lightning_efficient.core.torch_internals import without_torch_function
 
-__all__ = ["BOUNDED", "EXACT", "Classifier", "Rates", "held_by"]
+__all__ = ["BOUNDED", "EXACT", "FP8", "Classifier", "Rates", "held_by"]
 
 EXACT = 99
 """The level of what must not change."""
 BOUNDED = 50
 """The level of what has as many bits as the error bound takes."""
+FP8 = 5.5
+"""The level of floats of 8 bits: where numbers are near the largest of their group, they are no better than 5 bits."""
 
 _SMALL = 1024  # numbers that are not worth the work
 _STATISTICS = 8  # times smaller than another tensor of its operation: means, scales, normalizers
@@ -45,10 +47,10 @@ _PARAMETRIZATIONS = ".parametrizations."  # in the names of modules that compute
 class Rates(Protocol):
     """Says how many bits there are for what."""
 
-    def of(self, kind: Kind, layer: str) -> tuple[int, int]:
+    def of(self, kind: Kind, layer: str) -> tuple[float, float]:
         """Bits of a number that an operation of ``kind`` saves in ``layer``, and how many would do.
 
-        :data:`EXACT` for all of them.
+        :data:`FP8`, or :data:`EXACT` for all of them.
         """
 
     def bound(self, unit: Unit) -> float | None:
@@ -156,15 +158,19 @@ class Classifier:
         if exact is not None:
             return exact
         if demand.level < EXACT:
-            bounded = demand.level == BOUNDED
+            code = _code(demand.level)
             rounding: Rounding = "dither" if demand.level > 2 else "stochastic"
+            # To ask a GPU whether all is finite is to wait for it. Where it must be asked all the same: an error bound
+            # depends on the numbers; in compiled modules neither the operation nor requires_grad is known.
+            unasked = code is not None and tensor.is_cuda and tensor.requires_grad and self.operation.needs_finite
             encoded = quantize(
                 numbers,
-                None if bounded else demand.level,
+                code,
                 group_size=self._group_size,
                 rounding=rounding,
                 key=mix(self._key, self._count),
-                error_bound=self.rates.bound(demand.unit) if bounded else None,
+                error_bound=self.rates.bound(demand.unit) if code is None else None,
+                nonfinite="propagate" if unasked else "refuse",
             )
             if encoded is not None and encoded.nbytes < numbers.nbytes and not _may_overflow(encoded):
                 return self._host.keep(encoded) if demand.unit in self.offloaded else Lossy(encoded)
@@ -208,6 +214,13 @@ def held_by(module: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
+def _code(level: float) -> Code | None:
+    """What to ask :func:`quantize` for."""
+    if level == FP8:
+        return "fp8"
+    return None if level == BOUNDED else int(level)
+
+
 def _plain(tensor: Tensor) -> bool:
     """Whether it is a view of a storage and nothing more."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
@@ -217,7 +230,7 @@ def _plain(tensor: Tensor) -> bool:
 
 def _may_overflow(encoded: Quantized) -> bool:
     """Whether a number may become infinite when it is decoded; float16 ends where activations may well be."""
-    if encoded.dtype != torch.float16:
+    if encoded.dtype != torch.float16 or encoded.minimum is None or encoded.bits == "fp8":
         return False
     scale, minimum = encoded.scale.float(), encoded.minimum.float()
     farthest = torch.maximum(minimum + scale * (1 << encoded.bits), scale - minimum)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_efficient.activation_compression.bounds import step_variance
-from lightning_efficient.activation_compression.classify import BOUNDED
+from lightning_efficient.activation_compression.classify import BOUNDED, FP8
 from lightning_efficient.activation_compression.store import Handle, Kept, Unit
 
 __all__ = ["Collector", "LayerMeasurement", "source"]
@@ -218,11 +218,11 @@ class Collector:
     def _gain(self, call: _Call) -> float:
         """Variance of the input's errors for each unit of that which comes with the rate."""
         base, error = _base(call.kept), float(call.input_error or 0)
-        exact = base.record.exact or not error  # it has no errors now: those that it would have
+        exact = base.record.exact or not error or base.level == FP8  # what errors it would have with a rate
         if base.level == BOUNDED:
             bound = self._bound(base.unit) or 1.0
             return float((call.exact != 0).float().mean()) if exact else error * 3 / bound**2
-        return float(call.spread_squares) if exact else error / step_variance(base.level)
+        return float(call.spread_squares) if exact else error / step_variance(int(base.level))
 
 
 def source(kept: Kept) -> Unit:

@@ -56,6 +56,12 @@ _NAMES: Mapping[Kind, tuple[str, ...]] = {
 _KINDS: Mapping[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names} | {"checkpoint": "block"}
 
 
+_NEEDS_FINITE = frozenset((
+    *_NAMES["linear"], *_NAMES["normalization"], "gelu", "silu", "mish", "sigmoid", "tanh", "softmax", "dropout",
+    "scaled_dot_product_attention", "mul", "__mul__", "__rmul__",
+))  # fmt: skip
+
+
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "baddbmm", "addmm"))
 """Linear if one factor is a parameter."""
 _SUMMED = frozenset(("baddbmm", "addmm"))
@@ -141,6 +147,19 @@ class CurrentOperation(TorchFunctionMode):
         while node is not None and node is not weight.grad_fn and node.name() in _COPIES:
             node = node.next_functions[0][0]
         return node is not None and (node is weight.grad_fn or getattr(node, "variable", None) is weight)
+
+    @property
+    def needs_finite(self) -> bool:
+        """Whether something infinite or NaN among what it saves makes the step's result so in any case.
+
+        Not so in losses and in log space, where minus infinity stands for what cannot be.
+        """
+        if self.name == "scaled_dot_product_attention" and any(
+            isinstance(mask, Tensor) and mask.requires_grad
+            for mask in (*self._arguments[3:4], self._keywords.get("attn_mask"))
+        ):
+            return False
+        return self.name in _NEEDS_FINITE or self.name in _PRODUCTS
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __torch_function__(

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from lightning_efficient.activation_compression.classify import BOUNDED, EXACT
+from lightning_efficient.activation_compression.classify import BOUNDED, EXACT, FP8
 from lightning_efficient.activation_compression.operations import FLOORS, Kind
 from lightning_efficient.activation_compression.store import Unit
 
 __all__ = ["LayerRates", "Override"]
 
-Override = int | Literal["raw"]
+Override = int | Literal["raw", "fp8"]
+_LEVELS = {"raw": EXACT, "fp8": FP8}
 
 _TOLERANT = ("linear", "normalization")
 
@@ -21,7 +22,7 @@ class LayerRates:
     """The rates of a run.
 
     Args:
-        bits: For the inputs of linear operations; others have a floor (:data:`FLOORS`).
+        bits: For the inputs of linear operations, or a level beside them; others have a floor (:data:`FLOORS`).
         error_bound: In place of bits, for all operations.
         overrides: By pattern of a module's name, for all that it and those in it save; the first that fits counts.
         least: In place of the floors of operations other than linear ones, normalizations and losses.
@@ -34,7 +35,7 @@ class LayerRates:
 
     def __init__(
         self,
-        bits: int,
+        bits: float,
         overrides: Mapping[str, Override] | None = None,
         error_bound: float | None = None,
         least: int | None = None,
@@ -45,12 +46,12 @@ class LayerRates:
         self.chosen: Mapping[Unit, int] | None = None
         self.bounds: Mapping[Unit, float] = {}
         self._least = least
-        self._found: dict[str, int | None] = {}
+        self._found: dict[str, float | None] = {}
 
-    def of(self, kind: Kind, layer: str) -> tuple[int, int]:
+    def of(self, kind: Kind, layer: str) -> tuple[float, float]:
         """Bits of a number that an operation of ``kind`` saves in ``layer``, and how many would do.
 
-        :data:`EXACT` for all of them. Where somebody chooses by layer, what is kept already has been chosen for all
+        :data:`FP8`, or :data:`EXACT` for all of them. Where somebody chooses by layer, what is kept already has been chosen for all
         who need it: the floor will do.
         """
         override = self.override(layer)
@@ -74,7 +75,7 @@ class LayerRates:
         """Fewest bits for what an operation of this kind saves."""
         return FLOORS[kind] if self._least is None or kind in (*_TOLERANT, "loss") else self._least
 
-    def override(self, layer: str) -> int | None:
+    def override(self, layer: str) -> float | None:
         """Bits that the user asked for in this layer."""
         if layer not in self._found:
             self._found[layer] = self._override(layer)
@@ -85,10 +86,10 @@ class LayerRates:
         names = list(layers)
         return [pattern for pattern in self.overrides if not any(fits(pattern, name) for name in names)]
 
-    def _override(self, layer: str) -> int | None:
+    def _override(self, layer: str) -> float | None:
         for pattern, value in self.overrides.items():
             if fits(pattern, layer):
-                return EXACT if value == "raw" else value
+                return _LEVELS[value] if isinstance(value, str) else value
         return None
 
 

@@ -70,7 +70,7 @@ class Lossy(Record):
 
     @property
     def way(self) -> str:  # type: ignore[override]
-        return f"{self.encoded.bits} bits"
+        return "fp8" if self.encoded.bits == "fp8" else f"{self.encoded.bits} bits"
 
     def decode(self) -> Tensor:
         return dequantize(self.encoded)
@@ -141,7 +141,7 @@ class Recomputed(Record):
 def two_valued(values: Tensor) -> Bits | None:
     """A record of numbers ``[n]`` of which there are at most two different ones; None if there are more."""
     if values.dtype == torch.bool:
-        return _bits(values, *torch.tensor([False, True], device=values.device))
+        return _bits(values, *_zero_and_one(torch.uint8, values.device).to(torch.bool))
     sample = values[:: max(1, values.numel() // 64)]
     if not ((sample == sample.amin()) | (sample == sample.amax())).all():
         return None
@@ -152,7 +152,11 @@ def two_valued(values: Tensor) -> Bits | None:
 
 def signs(values: Tensor) -> Bits:
     """A record of which of the numbers ``[n]`` are positive, as ones and zeros of their type."""
-    return _bits(values > 0, *torch.tensor([0, 1], dtype=values.dtype, device=values.device))
+    return _bits(values > 0, *_zero_and_one(values.dtype, values.device))
+
+
+def _zero_and_one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(2, dtype=dtype, device=device)  # made there: to copy them from the host is to wait for it
 
 
 def _bits(upper: Tensor, low: Tensor, high: Tensor) -> Bits:

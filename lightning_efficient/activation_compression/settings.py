@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_efficient.activation_compression.adaptive import AdaptiveRates
-from lightning_efficient.activation_compression.classify import EXACT
+from lightning_efficient.activation_compression.classify import EXACT, FP8
 from lightning_efficient.activation_compression.rates import Override
 from lightning_efficient.activation_compression.schedule import CubicSchedule
 from lightning_efficient.core.quantization import MAX_GROUP
@@ -66,16 +66,16 @@ class RateSchedule:
         return CubicSchedule(self.initial, self.final, begin, max(end, begin + 1))
 
 
-def parse_bits(bits: Any, name: str = "bits") -> int:
+def parse_bits(bits: Any, name: str = "bits") -> float:
     """The level that ``bits`` asks for.
 
     Raises:
-        ValueError: If it is neither 1 to 8 nor ``"lossless"``.
+        ValueError: If it is neither 1 to 8 nor ``"fp8"`` nor ``"lossless"``.
     """
-    if bits == "lossless":
-        return EXACT
+    if bits in ("fp8", "lossless"):
+        return FP8 if bits == "fp8" else EXACT
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MOST_BITS:
-        raise ValueError(f"{name}={bits!r} is not allowed. Use 1 to {MOST_BITS}, or 'lossless'.")
+        raise ValueError(f"{name}={bits!r} is not allowed. Use 1 to {MOST_BITS}, 'fp8', or 'lossless'.")
     return bits
 
 
@@ -86,8 +86,10 @@ def parse_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Override]:
         ValueError: Naming the one that is not allowed.
     """
     for pattern, value in (overrides or {}).items():
-        if value != "raw" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_BITS):
-            raise ValueError(f"overrides[{pattern!r}]={value!r} is not allowed. Use 1 to {MOST_BITS}, or 'raw'.")
+        if value in ("raw", "fp8"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_BITS:
+            raise ValueError(f"overrides[{pattern!r}]={value!r} is not allowed. Use 1 to {MOST_BITS}, 'fp8', or 'raw'.")
     return dict(overrides or {})
 
 

@@ -36,14 +36,14 @@ class Demand:
     """What an operation needs of a tensor.
 
     Attributes:
-        level: Bits with which to keep it; :data:`EXACT` for all of them.
+        level: Bits with which to keep it, or a level beside them; :data:`EXACT` for all of them.
         least: What will do, if it is kept already or can be made of what is.
         unit: Who asks: the kind of operation, and the layer.
         of: All of its numbers, or which of them are positive.
     """
 
-    level: int
-    least: int
+    level: float
+    least: float
     unit: Unit
     of: Literal["values", "signs"] = "values"
 
@@ -89,7 +89,7 @@ class Kept:
         in_hand: It, decoded, where it will be needed again at once.
     """
 
-    def __init__(self, record: Record, level: int, unit: Unit, freed: Callable[[Record], None]) -> None:
+    def __init__(self, record: Record, level: float, unit: Unit, freed: Callable[[Record], None]) -> None:
         self.record = record
         self.level = level
         self.unit = unit
@@ -114,7 +114,7 @@ class Kept:
         self._decoded, self._dtype = WeakStorage(numbers.untyped_storage()), numbers.dtype
         return numbers
 
-    def replace(self, record: Record, level: int, unit: Unit) -> None:
+    def replace(self, record: Record, level: float, unit: Unit) -> None:
         """From now on keep ``record``, which is better, for ``unit``."""
         self.record, self.level, self.unit = record, level, unit
         self._decoded = self.in_hand = None
@@ -305,7 +305,7 @@ class SavedTensors:
         kept.source = source
         return kept, geometry
 
-    def _made_again(self, key: tuple[Any, ...], demand: Demand) -> tuple[Record | None, int, Kept | None]:
+    def _made_again(self, key: tuple[Any, ...], demand: Demand) -> tuple[Record | None, float, Kept | None]:
         _, source, make = self._derived.get(key, (None, None, None))
         kept = source() if source is not None else None
         if make is None or kept is None or kept.level < demand.least:

@@ -13,6 +13,12 @@ stochastic ``q * scale``                  scale        no       <= scale^2 / 4
 ========== ============================== ============ ======== ============
 
 each ``+ minimum``. (Subtractive dither: Schuchman 1964, "Dither signals and their effect on quantization noise".)
+
+Or a group becomes floats of 8 bits (``"fp8"``: e4m3, Micikevicius et al. 2022, "FP8 Formats for Deep Learning"), the
+largest of them next to 448, with a scale and no minimum. They are rounded to nearest, so biased, and small numbers
+have small errors: ``|error| <= max(|x| / 16, scale / 1024)``, in a group at most ``16 * scale``.
+
+On a GPU the kernels of :mod:`lightning_efficient.core.kernels` do the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,10 +32,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_efficient.core.kernels import kernels_for
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
 
 __all__ = [
     "MAX_GROUP",
+    "Code",
     "Quantized",
     "Rounding",
     "dequantize",
@@ -40,6 +48,7 @@ __all__ = [
 ]
 
 Rounding = Literal["nearest", "dither", "stochastic"]
+Code = int | Literal["fp8"]
 
 CHUNK = TABLE  # elements that are worked on at a time, so that what lies between two operations stays in the cache
 MAX_GROUP = 1 << 16
@@ -47,6 +56,8 @@ _ALIGNMENT = 64  # elements to which a chunk is filled up: its parts are then wh
 _UP = 1 + 2.0**-8  # a bfloat16 rounded to nearest after this is not less than before
 _MARGIN = 1 + 2.0**-12  # by which codes stay within their range, whatever float32 rounds
 _LEAST_SCALE = 2.0**-100
+_FLOAT8_MASK = 0x87F00000 - (1 << 32)
+_FLOAT8_SCALE = (1 - 2.0**-8) / 448  # a bfloat16 rounded to nearest after this is not more: none decodes to infinity
 _LOW_BITS = {1: 0x0101010101010101, 2: 0x0303030303030303, 4: 0x0F0F0F0F0F0F0F0F}
 
 
@@ -56,12 +67,12 @@ class Quantized:
 
     Attributes:
         payload: The codes, packed, uint8 ``[bytes]``.
-        scale: Of each group, bfloat16 ``[groups]``.
-        minimum: Likewise.
+        scale: Of each group, bfloat16 ``[groups]``; NaN: so are all its numbers.
+        minimum: Likewise; None where the codes are floats.
         outliers: Groups that are kept as they were, and their numbers ``[outliers, group_size]``; None: there are none.
         numel: How many numbers.
         dtype: Their type.
-        bits: Of a code.
+        bits: Of a code; or ``"fp8"``.
         group_size: Numbers in a group; the last one may have fewer.
         rounding: How.
         key: Of the noise.
@@ -69,11 +80,11 @@ class Quantized:
 
     payload: Tensor
     scale: Tensor
-    minimum: Tensor
+    minimum: Tensor | None
     outliers: tuple[Tensor, Tensor] | None
     numel: int
     dtype: torch.dtype
-    bits: int
+    bits: Code
     group_size: int
     rounding: Rounding
     key: int
@@ -82,7 +93,7 @@ class Quantized:
     def nbytes(self) -> int:
         """Of all that is kept."""
         kept = [self.payload, self.scale, self.minimum, *(self.outliers or ())]
-        return sum(tensor.nbytes for tensor in kept)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def bound(self) -> Tensor:
         """What ``|x - decoded|`` never exceeds, for each group: float32 ``[groups]``.
@@ -98,61 +109,60 @@ class Quantized:
 @torch.no_grad()
 def quantize(
     values: Tensor,
-    bits: int | None,
+    bits: Code | None,
     *,
     group_size: int = 128,
     rounding: Rounding = "dither",
     key: int = 0,
     error_bound: float | None = None,
+    nonfinite: Literal["refuse", "propagate"] = "refuse",
 ) -> Quantized | None:
     """Encode ``values``.
 
     Args:
         values: Floating-point numbers ``[n]``, contiguous.
-        bits: Of a code, 1 to 8. None: as many as take the fewest bytes under ``error_bound``.
+        bits: Of a code, 1 to 8; or ``"fp8"``. None: as many as take the fewest bytes under ``error_bound``.
         group_size: Neighbours that share a scale: a power of two from 64 to :data:`MAX_GROUP`.
-        rounding: See above.
+        rounding: See above; of no effect on ``"fp8"``.
         key: Of the noise: another one gives other errors.
         error_bound: Groups whose error could be larger are kept as they are.
+        nonfinite: What becomes of numbers that are infinite or NaN, or so far apart that no scale holds them.
+            ``"refuse"`` asks the device whether there are any, and so waits for it; ``"propagate"`` does not, and
+            groups that have some decode to NaN, all of their numbers.
 
     Returns:
-        None if something is infinite or not a number, or if the numbers themselves take no more.
+        None if they are refused, or if the numbers themselves take no more.
 
     Raises:
         ValueError: If there are neither bits nor a bound.
     """
-    low, high = _extremes(values, group_size)
-    minimum = (low - low.abs() * 2.0**-8).to(torch.bfloat16)  # not above ``low``
-    floor = minimum.float()
-    spread = high - floor
-    if not torch.isfinite(spread).all():
-        return None
+    minimum = spread = None
     if bits is None:
         if error_bound is None:
             raise ValueError("Give bits, or an error_bound that says how many it takes.")
-        bits = _fewest_bytes(spread, error_bound, values, group_size, rounding)
+        minimum, spread = _minimum_and_spread(values, group_size)
+        bits = _fewest_bytes(spread, error_bound, values, group_size, rounding) if spread.isfinite().all() else None
         if bits is None:
             return None
-    levels = (1 << bits) - 1
-    scale = (spread * (_UP * _MARGIN / levels)).clamp_min_(_LEAST_SCALE).to(torch.bfloat16)
-    floor, inverse = floor[:, None], scale.float().reciprocal_()[:, None]
+    rounding = "nearest" if bits == "fp8" else rounding
     payload = torch.empty(_payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
-    table = noise_table(values.device)
-    for piece in _pieces(values.numel(), group_size):
-        work = _workspaces.get(values.device, piece.size, bits)
-        numbers = work.numbers.view(-1, piece.width)
-        torch.sub(values[piece.numbers].view(-1, piece.width), floor[piece.groups], out=numbers)
-        if rounding == "nearest":
-            numbers.mul_(inverse[piece.groups]).add_(0.5)
-        else:
-            offset = noise_at(key, piece.index)
-            noise = table[offset : offset + piece.size].view(-1, piece.width)
-            torch.addcmul(noise, numbers, inverse[piece.groups], out=numbers)
-        if bits == 8:  # -128 to 127, for torch converts to signed bytes five times as fast as to unsigned ones
-            numbers.sub_(128).floor_()
-        work.signed.copy_(work.numbers)  # towards zero: floor, for none is negative
-        start = piece.numbers.start * bits // 8
-        work.pack(payload[start : start + work.nbytes])
+    kernels = kernels_for(values)
+    if kernels is not None:
+        scale, minimum = kernels.encode(values, payload, bits, group_size, rounding, key, _factor(bits), _LEAST_SCALE)
+    else:
+        if bits == "fp8":
+            minimum, spread = None, _largest(values, group_size)
+        elif spread is None:
+            minimum, spread = _minimum_and_spread(values, group_size)
+        scale = (spread * _factor(bits)).clamp_min_(_LEAST_SCALE).to(torch.bfloat16)
+    if nonfinite == "refuse" and not scale.isfinite().all():
+        return None
+    if kernels is None:
+        if nonfinite == "propagate":
+            finite = scale.isfinite()
+            scale = torch.where(finite, scale, torch.nan)
+            minimum = torch.where(finite, minimum, 0) if minimum is not None else None
+        _encode(values, payload, scale, minimum, bits, group_size, rounding, key, nonfinite == "propagate")
     outliers = None
     if error_bound is not None:
         outliers = _outliers(values, minimum, scale, bits, error_bound, group_size, rounding)
@@ -163,8 +173,15 @@ def quantize(
 def dequantize(encoded: Quantized) -> Tensor:
     """The numbers again, ``[n]``, each within the bound of its group."""
     values = torch.empty(encoded.numel, dtype=encoded.dtype, device=encoded.payload.device)
-    for _ in _decoded(encoded, values):
-        pass
+    kernels = kernels_for(values)
+    if kernels is not None:
+        kernels.decode(
+            values, encoded.payload, encoded.scale, encoded.minimum, encoded.bits, encoded.group_size,
+            encoded.rounding, encoded.key,
+        )  # fmt: skip
+    else:
+        for _ in _decoded(encoded, values):
+            pass
     if encoded.outliers is not None:
         _put_back(values, *encoded.outliers, encoded.group_size)
     return values
@@ -176,19 +193,61 @@ def dequantized_pieces(encoded: Quantized) -> Iterator[tuple[slice, Tensor]]:
     Yields:
         Which they are, and they: until the next ones are asked for, in this thread.
     """
-    if encoded.outliers is not None:
+    if encoded.outliers is not None or encoded.payload.is_cuda:  # where pieces would take thousands of launches
         yield slice(0, encoded.numel), dequantize(encoded)
         return
     yield from _decoded(encoded, None)
 
 
+def _encode(
+    values: Tensor,
+    payload: Tensor,
+    scale: Tensor,
+    minimum: Tensor | None,
+    code: Code,
+    group_size: int,
+    rounding: Rounding,
+    key: int,
+    may_be_nan: bool,
+) -> None:
+    """Fill ``payload``; the codes of a group whose scale is NaN are 0, lest they spill into their neighbours'."""
+    bits = _width(code)
+    inverse = scale.float().reciprocal_()[:, None]
+    floor = minimum.float()[:, None] if minimum is not None else None
+    table = noise_table(values.device)
+    for piece in _pieces(values.numel(), group_size):
+        work = _workspaces.get(values.device, piece.size, bits)
+        numbers, source = work.numbers.view(-1, piece.width), values[piece.numbers].view(-1, piece.width)
+        if floor is None:
+            torch.mul(source, inverse[piece.groups], out=numbers)
+        else:
+            torch.sub(source, floor[piece.groups], out=numbers)
+            if rounding == "nearest":
+                numbers.mul_(inverse[piece.groups]).add_(0.5)
+            else:
+                offset = noise_at(key, piece.index)
+                noise = table[offset : offset + piece.size].view(-1, piece.width)
+                torch.addcmul(noise, numbers, inverse[piece.groups], out=numbers)
+            if bits == 8:  # -128 to 127, for torch converts to signed bytes five times as fast as to unsigned ones
+                numbers.sub_(128).floor_()
+        if may_be_nan:
+            numbers.nan_to_num_(0)
+        codes = work.floats if floor is None else work.signed
+        codes.copy_(work.numbers)  # to integers towards zero: floor, for none is negative
+        start = piece.numbers.start * bits // 8
+        work.pack(payload[start : start + work.nbytes])
+
+
 def _decoded(encoded: Quantized, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Pieces of ``values``, or of memory that is used again."""
-    device, bits = encoded.payload.device, encoded.bits
-    scale, minimum = encoded.scale.float(), encoded.minimum.float()
-    if shift := (128 if bits == 8 else 0) + (0.5 if encoded.rounding == "dither" else 0):
-        minimum = torch.add(minimum, scale, alpha=shift)
-    scale, minimum = scale[:, None], minimum[:, None]
+    device, bits = encoded.payload.device, _width(encoded.bits)
+    scale, minimum = encoded.scale.float(), None
+    if encoded.minimum is not None:
+        minimum = encoded.minimum.float()
+        if shift := (128 if bits == 8 else 0) + (0.5 if encoded.rounding == "dither" else 0):
+            minimum = torch.add(minimum, scale, alpha=shift)
+        minimum = minimum[:, None]
+    scale = scale[:, None]
     table = noise_table(device)
     for piece in _pieces(encoded.numel, encoded.group_size):
         work = _workspaces.get(device, piece.size, bits)
@@ -196,11 +255,16 @@ def _decoded(encoded: Quantized, values: Tensor | None) -> Iterator[tuple[slice,
         work.unpack(encoded.payload[start : start + work.nbytes])
         out = values[piece.numbers] if values is not None else None
         numbers = out if out is not None and out.dtype == torch.float32 else work.numbers
-        numbers.copy_(work.signed)
-        if encoded.rounding == "dither":
-            offset = noise_at(encoded.key, piece.index)
-            numbers.sub_(table[offset : offset + piece.size])
-        numbers.view(-1, piece.width).mul_(scale[piece.groups]).add_(minimum[piece.groups])
+        groups = numbers.view(-1, piece.width)
+        if minimum is None:  # sign, exponent and fraction to their places in a float32: torch takes five times as long
+            numbers.view(torch.int32).copy_(work.signed).bitwise_left_shift_(20).bitwise_and_(_FLOAT8_MASK)
+            groups.mul_(2.0**120).mul_(scale[piece.groups])
+        else:
+            numbers.copy_(work.signed)
+            if encoded.rounding == "dither":
+                offset = noise_at(encoded.key, piece.index)
+                numbers.sub_(table[offset : offset + piece.size])
+            groups.mul_(scale[piece.groups]).add_(minimum[piece.groups])
         if out is None:
             out = numbers.to(encoded.dtype)
         elif out is not numbers:
@@ -241,6 +305,7 @@ class _Workspace:
         codes = torch.zeros(filled, dtype=torch.uint8, device=device)
         self.numbers = torch.empty(size, dtype=torch.float32, device=device)
         self.signed = codes[:size].view(torch.int8)
+        self.floats = codes[:size].view(torch.float8_e4m3fn)
         self.nbytes = filled * bits // 8
         self._codes, self._bits = codes, bits
 
@@ -259,6 +324,29 @@ class _Workspaces(threading.local):
 
 
 _workspaces = _Workspaces()
+
+
+def _width(code: Code) -> int:
+    """Bits of a code."""
+    return 8 if code == "fp8" else code
+
+
+def _factor(code: Code) -> float:
+    """By which a group's spread, or for floats its largest number, becomes its scale."""
+    return _FLOAT8_SCALE if code == "fp8" else _UP * _MARGIN / ((1 << code) - 1)
+
+
+def _largest(values: Tensor, group_size: int) -> Tensor:
+    """Largest absolute number of each group, float32."""
+    low, high = _extremes(values, group_size)
+    return torch.maximum(high, low.neg_())
+
+
+def _minimum_and_spread(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Of each group: a bfloat16 that none of its numbers is below, and what the greatest is above that, float32."""
+    low, high = _extremes(values, group_size)
+    minimum = (low - low.abs() * 2.0**-8).to(torch.bfloat16)
+    return minimum, high.sub_(minimum.float())
 
 
 def _extremes(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -288,15 +376,23 @@ def _fewest_bytes(
     return best if costs[best] + 4 * spread.numel() < values.nbytes else None
 
 
-def _bound(minimum: Tensor, scale: Tensor, bits: int, rounding: Rounding) -> Tensor:
+def _bound(minimum: Tensor | None, scale: Tensor, bits: Code, rounding: Rounding) -> Tensor:
     """Of each group; its last term is what float32 rounds on the way."""
     scale = scale.float()
+    if minimum is None or bits == "fp8":  # from 256 on e4m3 has every 32nd number
+        return scale * (16 * _MARGIN)
     largest = minimum.float().abs() + scale * ((1 << bits) - 1)
     return scale * (1.0 if rounding == "stochastic" else 0.5) * _MARGIN + largest * 2.0**-22
 
 
 def _outliers(
-    values: Tensor, minimum: Tensor, scale: Tensor, bits: int, error_bound: float, group_size: int, rounding: Rounding
+    values: Tensor,
+    minimum: Tensor | None,
+    scale: Tensor,
+    bits: Code,
+    error_bound: float,
+    group_size: int,
+    rounding: Rounding,
 ) -> tuple[Tensor, Tensor] | None:
     found = (_bound(minimum, scale, bits, rounding) > error_bound).nonzero().flatten()
     if not found.numel():
@@ -315,8 +411,8 @@ def _filled(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _payload_bytes(numel: int, bits: int) -> int:
-    return _filled(numel) * bits // 8
+def _payload_bytes(numel: int, code: Code) -> int:
+    return _filled(numel) * _width(code) // 8
 
 
 def pack_bits(codes: Tensor, bits: int, packed: Tensor) -> None:

@@ -32,7 +32,7 @@ class ConvNet(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
-def classifier(bits: int = 99, recompute: bool = True, error_bound: float | None = None) -> Classifier:
+def classifier(bits: float = 99, recompute: bool = True, error_bound: float | None = None) -> Classifier:
     return Classifier(LayerRates(bits, None, error_bound), recompute=recompute)
 
 

@@ -111,3 +111,16 @@ def test_modules_that_come_while_it_trains_are_known() -> None:
     rows = [row for row in plugin.summary().splitlines() if "blocks.3." in row]
     assert rows
     assert not [row for row in rows if "4 bits" in row]
+
+
+def test_floats_of_8_bits_train_as_without_compression() -> None:
+    plugin, losses = ActivationCompressionPlugin(bits="fp8", overrides={"blocks.1": 4}), dict[str, float]()
+    for name, callbacks in (("plain", []), ("fp8", [plugin])):
+        trainer = fit(*callbacks, steps=20)
+        losses[name] = float(trainer.callback_metrics["train_loss"])
+    assert losses["fp8"] == pytest.approx(losses["plain"], rel=0.01)
+    assert plugin.measurements()["activations/bits"] == 8
+    rows = plugin.summary().splitlines()
+    assert [row for row in rows if "blocks.0." in row and "| fp8 |" in row]
+    assert [row for row in rows if "blocks.1." in row and "| 4 bits |" in row]
+    assert [row for row in rows if "| loss | 8 bits |" in row]

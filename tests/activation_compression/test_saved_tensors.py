@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_efficient.activation_compression.classify import Classifier
+from lightning_efficient.activation_compression.classify import FP8, Classifier
 from lightning_efficient.activation_compression.store import Handle
 from lightning_efficient.core.torch_internals import WeakStorage
 from tests.activation_compression.networks import (
@@ -61,6 +61,31 @@ def test_fewer_bits_keep_less_and_err_more_a1(case: Case, bits: int, error: floa
     model, loss, batch = case
     exact = gradients(model, loss)
     assert 0 < relative_error(gradients(model, loss, classifier(bits), *batch), exact) < error
+
+
+def test_floats_of_8_bits_err_less_than_4_bits_and_more_than_8(case: Case) -> None:
+    model, loss, batch = case
+    exact = gradients(model, loss)
+    chosen = classifier(FP8)
+    error = relative_error(gradients(model, loss, chosen, *batch), exact)
+    assert "fp8" in {way for _, _, way in chosen.ledger.by}
+    eight, four = (relative_error(gradients(model, loss, classifier(bits), *batch), exact) for bits in (8, 4))
+    assert eight < error < four
+    gc.collect()
+    assert chosen.ledger.live_bytes == 0
+
+
+def test_floats_of_8_bits_will_do_for_who_demands_5_bits_and_not_6() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    for demanded, expected in ((5, {"fp8"}), (6, {"fp8", "6 bits"})):
+        chosen = classifier(FP8)
+        with compressed(chosen, nn.Module()):
+            hidden = x * 1.0
+            first = hidden.exp() * hidden
+            chosen.rates.bits = demanded  # type: ignore[attr-defined]
+            out = (first + hidden.sin()).sum()
+        assert {way for _, _, way in chosen.ledger.by if "exact" not in way} == expected
+        out.backward()
 
 
 @pytest.mark.parametrize("error_bound", [1e-4, 1e-2, 1.0])
@@ -402,3 +427,26 @@ def test_results_of_cheap_operations_are_made_again() -> None:
         return sum(nbytes for _, nbytes in chosen.ledger.by.values())
 
     assert kept(with_it) < 0.75 * kept(without)
+
+
+def test_only_where_infinity_breaks_the_step_anyway_nobody_asks_for_it() -> None:
+    chosen, needs = classifier(4), dict[str, bool]()
+    pack = chosen.saved.pack
+
+    def noting(tensor: Tensor) -> Handle:
+        name = chosen.operation.name
+        needs[name] = chosen.operation.needs_finite and needs.get(name, True)
+        return pack(tensor)
+
+    x, weight = torch.randn(2, 64, 64, requires_grad=True), nn.Parameter(torch.randn(64, 64))
+    with torch.autograd.graph.saved_tensors_hooks(noting, chosen.saved.unpack), chosen.operation:
+        hidden = F.gelu(F.layer_norm(F.linear(x, weight), (64,))) @ weight * x
+        out = F.scaled_dot_product_attention(hidden, hidden, hidden)
+        out = F.log_softmax(torch.logaddexp(out, x).logsumexp(0), -1) + F.elu(out)
+        assert all(needs[name] for name in ("linear", "layer_norm", "gelu", "mul", "scaled_dot_product_attention"))
+        assert not any(needs[name] for name in ("logaddexp", "logsumexp", "log_softmax", "elu"))
+        mask = torch.zeros(64, 64, requires_grad=True)
+        for arguments, keywords in (((mask,), {}), ((), {"attn_mask": mask})):
+            needs.clear()
+            F.scaled_dot_product_attention(hidden, hidden, hidden, *arguments, **keywords)
+            assert not needs["scaled_dot_product_attention"], "learned biases may be minus infinity"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_efficient import ActivationCompressionPlugin
-from lightning_efficient.activation_compression.classify import BOUNDED, EXACT
+from lightning_efficient.activation_compression.classify import BOUNDED, EXACT, FP8
 from lightning_efficient.activation_compression.rates import LayerRates, fits
 from lightning_efficient.activation_compression.schedule import CubicSchedule
 from lightning_efficient.activation_compression.settings import parse_schedule
@@ -18,11 +18,11 @@ SCHEDULE = {"initial_bits": 8, "final_bits": 2, "begin": 0.05, "end": 0.5}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 0}, r"bits=0 is not allowed. Use 1 to 8, or 'lossless'"),
+        ({"bits": 0}, r"bits=0 is not allowed. Use 1 to 8, 'fp8', or 'lossless'"),
         ({"bits": 9}, "bits=9"),
         ({"bits": True}, "bits=True"),
         ({"bits": "4"}, "bits='4'"),
-        ({"overrides": {"head": "exact"}}, r"overrides\['head'\]='exact' is not allowed. Use 1 to 8, or 'raw'"),
+        ({"overrides": {"head": "exact"}}, r"overrides\['head'\]='exact' is not allowed. Use 1 to 8, 'fp8', or 'raw'"),
         ({"overrides": {"head": 16}}, r"overrides\['head'\]=16"),
         ({"group_size": 100}, "group_size=100 is not allowed. Use a power of two from 64 to 65536"),
         ({"schedule": {"initial_bits": 8}}, "must have the keys initial_bits, final_bits, begin, end"),
@@ -41,7 +41,7 @@ SCHEDULE = {"initial_bits": 8, "final_bits": 2, "begin": 0.05, "end": 0.5}
         ({"adaptive": {"every": 100}}, "must have the keys every and target, may have guard, and no others"),
         ({"adaptive": {"every": 1, "target": 0.1}}, r"adaptive\['every'\]=1 is not allowed. Use a number of steps"),
         ({"adaptive": {"every": 9, "target": 0}}, r"adaptive\['target'\]=0 is not allowed"),
-        ({"adaptive": {"every": 9, "target": 0.1}, "bits": "lossless"}, "bits='lossless' allows none"),
+        ({"adaptive": {"every": 9, "target": 0.1}, "bits": "lossless"}, "bits='lossless' leaves no choice"),
         ({"error_bound": 0}, "error_bound=0 is not allowed. Use a number above zero"),
         ({"schedule": SCHEDULE | {"initial_error_bound": 0.1}}, "must have the keys initial_error_bound"),
         (
@@ -108,6 +108,11 @@ def test_rates_have_floors_and_overrides() -> None:
     assert rates.of("loss", "")[0] == 8
     assert rates.of("linear", "head")[0] == EXACT
     assert rates.of("attention", "blocks.0.attention")[0] == 1
+    floats = LayerRates(FP8, {"head": 4, "blocks.0": "fp8"})
+    assert floats.of("linear", "blocks.1") == floats.of("attention", "blocks.1") == (FP8, FP8)
+    assert floats.of("loss", "")[0] == 8, "log-probabilities need absolute precision"
+    assert floats.of("linear", "head")[0] == 4
+    assert LayerRates(2, {"blocks.0": "fp8"}).of("loss", "blocks.0")[0] == FP8
     rates.bits = 6
     assert rates.of("attention", "blocks.1.attention")[0] == 6
     bounded = LayerRates(4, {"head": "raw"}, error_bound=0.1)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_efficient.core.quantization import dequantize, pack_bits, quantize, unpack_bits
+from lightning_efficient.core.quantization import (
+    Code,
+    dequantize,
+    dequantized_pieces,
+    pack_bits,
+    quantize,
+    unpack_bits,
+)
 from lightning_efficient.core.random import TABLE, mix, noise_at, noise_table
 
 ROUNDINGS = ["nearest", "dither", "stochastic"]
@@ -115,6 +122,87 @@ def test_what_is_not_finite_is_not_encoded(what: float) -> None:
     x = cases()["chunks"].clone()
     x[70_000] = what
     assert quantize(x, 4) is None
+
+
+@pytest.mark.parametrize("bits", [*range(1, 9), "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_makes_its_group_nan_and_no_other(bits: Code, dtype: torch.dtype) -> None:
+    """Not the numbers beside it either, which share bytes with it."""
+    x = cases()["chunks"].to(dtype)
+    broken = x.clone()
+    broken[[130, 70_000, TABLE + 5, 3 * TABLE + 128]] = torch.tensor(
+        [torch.inf, torch.nan, -torch.inf, torch.inf], dtype=dtype
+    )
+    broken[256 : 256 + 2] = torch.tensor([-3.3e38, 3.3e38], dtype=dtype)  # farther apart than float32 can say
+    encoded, whole = quantize(broken, bits, nonfinite="propagate"), quantize(x, bits, nonfinite="propagate")
+    assert encoded is not None
+    assert whole is not None
+    found, expected = dequantize(encoded), dequantize(whole)
+    groups = [1, 70_000 // 128, TABLE // 128, 3 * TABLE // 128 + 1] + ([2] if bits != "fp8" else [])
+    for group in groups:
+        assert found[group * 128 : (group + 1) * 128].isnan().all()
+        found[group * 128 : (group + 1) * 128] = expected[group * 128 : (group + 1) * 128]
+        assert encoded.bound()[group].isnan()
+    if bits == "fp8":
+        found[256:384] = expected[256:384]
+    assert torch.equal(found, expected)
+    asked = quantize(x, bits)
+    assert asked is not None
+    assert torch.equal(dequantize(asked), expected)
+
+
+def test_numbers_too_far_apart_for_one_bit_are_refused() -> None:
+    """Their spread is a float32, and what their scale is rounded up to is not."""
+    x = cases()["normal"].clone()
+    x[:2] = torch.tensor([0.0, 3.4e38])
+    assert quantize(x, 1) is None
+
+
+def test_floats_of_8_bits_are_the_nearest_ones_by_brute_force_a4() -> None:
+    """Every float of e4m3 times the scale is tried."""
+    floats = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    floats = floats[floats.isfinite()]
+    x = torch.cat([cases()["normal"][:256] * size for size in (1.0, 1e-5, 1e30, 1e-30)])
+    encoded = quantize(x, "fp8")
+    assert encoded is not None
+    near = (x.double()[:, None] - floats * encoded.scale.double().repeat_interleave(128)[:, None]).abs().amin(1)
+    error = (dequantize(encoded).double() - x.double()).abs()
+    assert (error <= near * (1 + 1e-6) + x.double().abs() * 2.0**-22).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [*cases(), "largest", "least"])
+def test_the_error_of_floats_of_8_bits_never_exceeds_its_bounds_a4(case: str, dtype: torch.dtype) -> None:
+    extremes = {"largest": torch.finfo(dtype).max, "least": torch.finfo(dtype).smallest_normal * 2.0**-5}
+    sign = 2.0 * (torch.arange(300) % 3 > 0) - 1
+    x = (cases()[case] if case in cases() else sign.double() * extremes[case]).to(dtype)
+    for group_size in (64, 128, 4096):
+        encoded = quantize(x, "fp8", group_size=group_size)
+        if encoded is None:
+            assert not x.isfinite().all(), "too large for float16"
+            return
+        decoded, scale = dequantize(encoded), encoded.scale.double().repeat_interleave(group_size)[: x.numel()]
+        assert decoded.dtype == dtype
+        assert decoded.isfinite().all()
+        error, size = (decoded.double() - x.double()).abs(), x.double().abs()
+        own = 0 if dtype == torch.float32 else decoded.double().abs() * torch.finfo(dtype).eps + 2.0**-25
+        of_group = encoded.bound().double().repeat_interleave(group_size)[: x.numel()]
+        assert (error <= of_group + own).all()
+        assert (error <= torch.maximum(size / 16, scale / 1024) * (1 + 2.0**-12) + own).all()
+
+
+def test_floats_of_8_bits_take_a_byte_and_a_scale() -> None:
+    x = cases()["chunks"][: 2 * TABLE]
+    encoded = quantize(x, "fp8", rounding="dither")
+    assert encoded is not None
+    assert encoded.minimum is None
+    assert encoded.nbytes == 2 * TABLE + 2 * TABLE // 128 * 2
+    again = torch.cat([numbers.clone() for _, numbers in dequantized_pieces(encoded)])
+    assert torch.equal(again, dequantize(encoded))
+    bounded = quantize(torch.cat([x, torch.full((128,), 1e4)]), "fp8", error_bound=0.2)
+    assert bounded is not None
+    assert bounded.outliers is not None
+    assert (dequantize(bounded)[: x.numel()] - x).abs().max() <= 0.2
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
