@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FLOORS", "CurrentOperation", "Kind"]
+__all__ = ["FLOORS", "CurrentOperation", "Kind", "kind_of"]
 
 Kind = Literal["linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other"]
 
@@ -57,6 +57,11 @@ _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__", "badd
 """Linear if one factor is a parameter."""
 
 
+def kind_of(name: str) -> Kind:
+    """Of the operation with this name."""
+    return _KINDS.get(name, "other")
+
+
 class CurrentOperation(TorchFunctionMode):
     """Knows which operation is being called from Python, within its context.
 
@@ -86,7 +91,7 @@ class CurrentOperation(TorchFunctionMode):
         """Of the operation."""
         if self.name in _PRODUCTS:
             return "linear" if any(isinstance(argument, nn.Parameter) for argument in self._arguments) else "other"
-        return _KINDS.get(self.name, "other")
+        return kind_of(self.name)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __torch_function__(
