@@ -97,7 +97,7 @@ class _Plan:
 
 def _plan(tensor: Tensor, graphs: GraphsOfSaved, bits: int, overrides: Overrides) -> _Plan:
     """How to keep ``tensor``, made by a node of the forward graph, for those that use it in the backward graph."""
-    users = [_operation(user) for user in graphs.users()]
+    users = [_operation(user) for user in _beyond_views(graphs.users())]
     kind = _kind(users)
     layer = graphs.layer()
     if kind == "loss":
@@ -114,7 +114,12 @@ def _plan(tensor: Tensor, graphs: GraphsOfSaved, bits: int, overrides: Overrides
         way = _RECTIFIED if rectified else _CODES
     if tensor.numel() < _SMALL or _of_input(graphs.node) or 0 in tensor.stride():
         way = _RAW
-    return _Plan(way, stored_bits(bits), kind, layer)
+    return _Plan(way, bits, kind, layer)
+
+
+def _beyond_views(users: list[fx.Node]) -> list[fx.Node]:
+    """They, and in place of views and casts what uses those."""
+    return [one for user in users for one in (_beyond_views(list(user.users)) if _target(user) in _CASTS else [user])]
 
 
 def _kind(users: list[str]) -> Kind:
@@ -360,7 +365,7 @@ def _pack(x: Tensor, bits: int, group_size: int, overrides: Overrides) -> Any:
         packed: Any = x
     else:
         packed = _encode(x, plan, group, zlib.crc32(graphs.node.name.encode()) >> 1)
-        _unsettled.append(graphs)
+        _unsettled.append((graphs, *graphs.names()))
     if outside is not None:
         outside.traced[id(graphs.node.graph), graphs.node.name] = _trace(x, packed, plan)
     return packed
@@ -377,7 +382,7 @@ def _unpack(packed: Any) -> Tensor:
     return _decode(packed, graphs.node.meta["val"])
 
 
-_unsettled: list[GraphsOfSaved] = []
+_unsettled: list[tuple[GraphsOfSaved, frozenset[str], frozenset[str]]] = []
 
 
 def _settle_last(graphs: GraphsOfSaved) -> None:
@@ -387,11 +392,10 @@ def _settle_last(graphs: GraphsOfSaved) -> None:
     compilers more or less keep the order: all tensors would be in memory as they were.
     """
     while _unsettled:
-        before = _unsettled.pop()
+        before, forward_names, backward_names = _unsettled.pop()
         if before.backward is graphs.backward and before.node is not graphs.node:
-            before.encode_early()
-            before.decode_late()
-            _unsettled.clear()
+            before.encode_early(forward_names)
+            before.decode_late(backward_names)
 
 
 def _trace(x: Tensor, packed: Any, plan: _Plan) -> Traced:
@@ -471,17 +475,18 @@ class CompiledModules:
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 yield
             return
-        bits = classifier.rates.of("linear", name)
+        bits = stored_bits(classifier.rates.of("linear", name))
         overrides = self._overrides(name, module, bits)
         outside = _Outside(saved)
         token = _outside.set(outside)
         classifier.layers.append(name)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(stored_bits(bits), self._group_size, overrides)):
+            with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(bits, self._group_size, overrides)):
                 yield
         finally:
             classifier.layers.pop()
             _outside.reset(token)
+            _unsettled.clear()
         key = type(getattr(module, "_orig_mod", module)), bits, overrides  # its graphs may serve all of its type
         if outside.traced:
             self._traced[key] = list(outside.traced.values())
@@ -499,7 +504,7 @@ class CompiledModules:
             different: list[tuple[str, int]] = []
             for path, _ in inner.named_modules():
                 if path:
-                    found[path] = self._classifier.rates.of("linear", f"{prefix}.{path}".lstrip("."))
+                    found[path] = stored_bits(self._classifier.rates.of("linear", f"{prefix}.{path}".lstrip(".")))
                     if found[path] != found[path.rpartition(".")[0]]:
                         different.append((path, found[path]))
             self._tables[name, bits] = tuple(reversed(different))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,29 +92,29 @@ class GraphsOfSaved:
 
     node: fx.Node
     backward: fx.Graph
-    _known: Mapping[fx.Graph, frozenset[str]]
 
     def users(self) -> list[fx.Node]:
         """What it is used for in the backward graph."""
         inputs = self.backward.find_nodes(op="placeholder")
         return [user for one in inputs if one.name == self.node.name for user in one.users]
 
-    def encode_early(self) -> None:
-        """Put what was added to the end of the forward graph since behind the node."""
+    def names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Of the nodes that there are in the forward and in the backward graph."""
+        return _names(self.node.graph), _names(self.backward)
+
+    def encode_early(self, known: frozenset[str]) -> None:
+        """Put what was added to the end of the forward graph, in which there were the ``known``, behind the node."""
         place = self.node
-        for one in self._added(self.node.graph):
+        for one in _added(self.node.graph, known):
             place.append(one)
             place = one
 
-    def decode_late(self) -> None:
-        """Put what was added to the beginning of the backward graph since before the first that uses it."""
-        added = self._added(self.backward)
+    def decode_late(self, known: frozenset[str]) -> None:
+        """Put what was added to the beginning of the backward graph before the first that uses it."""
+        added = _added(self.backward, known)
         users = [user for one in added for user in one.users if user not in added]
         for one in added if users else []:
             min(users).prepend(one)
-
-    def _added(self, graph: fx.Graph) -> list[fx.Node]:
-        return [one for one in graph.nodes if one.op == "call_function" and one.name not in self._known[graph]]
 
     def layer(self) -> str:
         """Name of the module, below the compiled one, in which it was made."""
@@ -122,6 +122,14 @@ class GraphsOfSaved:
         stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
         names = [str(name) for name, _ in stack.values()]  # "L['self'].blocks.0"
         return names[-1].partition("].")[2] if names else ""
+
+
+def _names(graph: fx.Graph) -> frozenset[str]:
+    return frozenset(one.name for one in graph.nodes)
+
+
+def _added(graph: fx.Graph, known: frozenset[str]) -> list[fx.Node]:
+    return [one for one in graph.nodes if one.op == "call_function" and one.name not in known]
 
 
 def graph_hooks_are_shown_graphs() -> bool:
@@ -140,11 +148,7 @@ def graphs_of_saved() -> GraphsOfSaved | None:
     from torch._functorch._aot_autograd.graph_compile import _get_saved_tensor_hook_context
 
     shown = _get_saved_tensor_hook_context()
-    if shown is None:
-        return None
-    node, backward = shown["_node"], shown["_bw_graph"]
-    known = {graph: frozenset(one.name for one in graph.nodes) for graph in (node.graph, backward)}
-    return GraphsOfSaved(node, backward, known)
+    return GraphsOfSaved(shown["_node"], shown["_bw_graph"]) if shown is not None else None
 
 
 def likely_size(size: int | torch.SymInt) -> int:
