@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from torch._dynamo import OptimizedModule
+
+from lightning_efficient.core.torch_internals import compiled_entry
 
 __all__ = [
     "accumulating",
@@ -26,6 +27,7 @@ __all__ = [
     "rewrap_ddp",
     "saves_every_n_steps",
     "should_log",
+    "step_is_compiled",
     "validation_metrics",
 ]
 
@@ -114,8 +116,13 @@ def leaves_training(trainer: pl.Trainer) -> bool:
 
 def compiled_parts(module: pl.LightningModule) -> list[str]:
     """Names of the modules that ``torch.compile`` has taken; the empty name is that of the LightningModule."""
-    names = [name for name, part in module.named_modules() if isinstance(part, OptimizedModule)]
-    return [*([""] if module._compiler_ctx is not None else []), *names]
+    names = [name for name, part in module.named_modules() if compiled_entry(part) is not None]
+    return [*([""] if step_is_compiled(module) and "" not in names else []), *names]
+
+
+def step_is_compiled(module: pl.LightningModule) -> bool:
+    """Whether its ``training_step`` is compiled as a whole (``torch.compile`` of the LightningModule)."""
+    return module._compiler_ctx is not None
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:

@@ -356,7 +356,7 @@ def test_states_that_wait_and_epochs_that_begin(tmp_path, when: dict[str, Any]) 
     assert resumed.seen == whole.seen[step:]
 
 
-@pytest.mark.parametrize("what", ["nothing", "part", "module"])
+@pytest.mark.parametrize("what", ["nothing", "part", "part in place", "module", "module in place"])
 def test_compiled_parts_are_found(what: str) -> None:
     class Model(TinyModel):
         def __init__(self) -> None:
@@ -365,8 +365,15 @@ def test_compiled_parts_are_found(what: str) -> None:
             self.part = torch.compile(part, backend="eager") if what == "part" else part
 
     model = Model()
-    expected = {"nothing": [], "part": ["part"], "module": [""]}[what]
+    expected = {"nothing": [], "part": ["part"], "module": [""], "part in place": ["part"], "module in place": [""]}[
+        what
+    ]
+    if what == "part in place":
+        model.part.compile(backend="eager")
+    if what == "module in place":
+        model.compile(backend="eager")
     if what == "module":
         compiled = torch.compile(model, backend="eager")
         pl.trainer.trainer._maybe_unwrap_optimized(compiled)  # as `Trainer.fit` does
     assert compat.compiled_parts(model) == expected
+    assert compat.step_is_compiled(model) == (what == "module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_efficient import compat, telemetry
 from lightning_efficient.activation_compression.blocks import Blocks
 from lightning_efficient.activation_compression.classify import EXACT, FP8, Classifier, held_by
+from lightning_efficient.activation_compression.compiled import CompiledModules, seed_noise, stored_bits
 from lightning_efficient.activation_compression.control import AdaptiveControl, BudgetControl
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.schedule import CubicSchedule
@@ -33,6 +34,7 @@ from lightning_efficient.activation_compression.settings import (
 )
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
+from lightning_efficient.core.torch_internals import graph_hooks_are_shown_graphs
 from lightning_efficient.run_length import steps_done, total_steps
 
 __all__ = ["ActivationCompressionPlugin", "follow_modules"]
@@ -118,6 +120,8 @@ class ActivationCompressionPlugin(Callback):
         self._held: list[Tensor] = []
         self._batch = (0, 0, 0)
         self._passes = self._step = 0
+        self._compiled = CompiledModules(self._classifier, group_size)
+        self._compiled_step = False
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
         self._followed = contextlib.ExitStack()
@@ -154,19 +158,24 @@ class ActivationCompressionPlugin(Callback):
                 raise MisconfigurationException(str(error)) from None
         self._undo.callback(self._wrap_training_step(trainer, pl_module))
         compiled = compat.compiled_parts(pl_module)
-        self._knows_operations = not compiled
         if compiled and (self._adaptive is not None or self._budget is not None):
             what = "adaptive" if self._adaptive is not None else "memory_budget"
             raise MisconfigurationException(
                 f"{what} needs to know which layer saves what, and that cannot be seen in compiled modules "
                 f"({compiled[0]}). Give bits, or do not compile."
             )
-        if compiled:
+        self._compiled_step = compat.step_is_compiled(pl_module)
+        self._knows_operations = not self._compiled_step
+        if compiled and not graph_hooks_are_shown_graphs():
+            self._compiled_step = self._knows_operations = False
             rank_zero_info(
-                "ActivationCompressionPlugin cannot see into compiled modules: all that they save gets 4 bits at least."
+                "ActivationCompressionPlugin cannot see into compiled modules with this torch: all that they save gets "
+                "4 bits at least, after their forward pass."
             )
-            return
-        self._follow(pl_module)
+        elif compiled:
+            rank_zero_info(f"ActivationCompressionPlugin compresses inside {self._what_is_compiled(compiled)}.")
+        if self._knows_operations:
+            self._follow(pl_module)
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """Modules may have come with them."""
@@ -292,9 +301,18 @@ class ActivationCompressionPlugin(Callback):
             planned = self._budget.plan.levels if self._budget is not None and self._budget.plan is not None else {}
             self._rates.chosen = {**planned, **choice.bits}
 
-    def _follow(self, module: nn.Module) -> None:
+    def _what_is_compiled(self, compiled: list[str]) -> str:
+        what = ", ".join(outermost(compiled)) if compiled[0] else "the compiled LightningModule"
+        if self._rates.error_bound is not None:
+            return f"{what}: after the forward pass, for how many bits a bound takes is not known before"
+        bits = stored_bits(self._rates.bits)
+        return f"{what}: " + (f"{bits} bits, and 8 for losses" if bits < EXACT else "masks only, for all is exact")
+
+    def _follow(self, module: pl.LightningModule) -> None:
         self._followed.close()
-        self._followed.enter_context(follow_modules(module, self._classifier.layers))
+        compiled = outermost(compat.compiled_parts(module))
+        self._followed.enter_context(follow_modules(module, self._classifier.layers, compiled))
+        self._followed.enter_context(self._compiled.attached({name: module.get_submodule(name) for name in compiled}))
         if self._budget is not None:
             self._followed.enter_context(self._budget.blocks.wrapping(module))
         self._undo.callback(self._followed.close)
@@ -327,6 +345,7 @@ class ActivationCompressionPlugin(Callback):
         classifier = self._classifier
         key = derive_seed(self._seed, *self._batch, self._passes)
         self._passes += 1
+        seed_noise(key)
         classifier.begin([*held_by(module), *self._held], key)
         pack, unpack = classifier.saved.pack, classifier.saved.unpack
         if not self._knows_operations:  # they run among compiled code, and shall not be compiled
@@ -335,6 +354,7 @@ class ActivationCompressionPlugin(Callback):
             with (
                 torch.autograd.graph.saved_tensors_hooks(pack, unpack),
                 classifier.operation if self._knows_operations else contextlib.nullcontext(),
+                self._compiled.inside("", module) if self._compiled_step else contextlib.nullcontext(),
             ):
                 yield
         finally:
@@ -360,14 +380,27 @@ def momentum_of(trainer: pl.Trainer) -> Callable[[Tensor], Tensor | None]:
 
 
 @contextlib.contextmanager
-def follow_modules(module: nn.Module, layers: list[str]) -> Iterator[None]:
-    """Within it, ``layers`` has the names of the modules in ``module`` whose forward is going on, outermost first."""
+def follow_modules(module: nn.Module, layers: list[str], compiled: Collection[str] = ()) -> Iterator[None]:
+    """Within it, ``layers`` has the names of the modules in ``module`` whose forward is going on, outermost first.
+
+    Not of the ``compiled`` ones and those in them: their hooks would be compiled too.
+    """
     with contextlib.ExitStack() as hooks:
         for name, part in module.named_modules():
-            if name:
+            if name and not any(is_in(name, other) for other in compiled):
                 hooks.enter_context(part.register_forward_pre_hook(partial(_enter, layers, name), prepend=True))
                 hooks.enter_context(part.register_forward_hook(partial(_leave, layers, name), always_call=True))
         yield
+
+
+def outermost(names: Collection[str]) -> list[str]:
+    """Names of the modules that are in no other of them."""
+    return [name for name in names if not any(name != other and is_in(name, other) for other in names)]
+
+
+def is_in(name: str, other: str) -> bool:
+    """Whether the module ``name`` is ``other`` or in it."""
+    return not other or name == other or name.startswith(f"{other}.")
 
 
 def _enter(layers: list[str], name: str, *_: Any) -> None:

@@ -251,7 +251,8 @@ class BudgetControl:
             return ""
         text = (
             f"Plan for saved tensors: a batch of {self._signature or 'no tensors'} keeps "
-            f"{plan.describe() or 'nothing that has a rate'}; {plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
+            f"{plan.describe() or 'nothing that has a rate'}; "
+            f"{plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
         )
         return text if plan.fits else f"{text} It does not fit: give memory_budget more, or the batch less."
 

@@ -16,7 +16,7 @@ class Ledger:
     Attributes:
         by: Bytes of the saved tensors, and bytes that are kept, by layer, kind of operation, and way. What is kept by
             reference is not in it.
-        live_bytes: Kept now, whichever pass it is of.
+        live_bytes: Kept now, whichever pass it is of; what compiled code keeps is not in it.
         encode_seconds: Of the host, in this pass.
         decode_seconds: Likewise.
     """
@@ -33,9 +33,13 @@ class Ledger:
 
     def add(self, layer: str, kind: str, way: str, nbytes: int, kept_nbytes: int) -> None:
         """``kept_nbytes`` are kept instead of ``nbytes``."""
+        self.passed(layer, kind, way, nbytes, kept_nbytes)
+        self.live_bytes += kept_nbytes
+
+    def passed(self, layer: str, kind: str, way: str, nbytes: int, kept_nbytes: int) -> None:
+        """Likewise, but compiled code keeps them, and does not say how long."""
         before, kept_before = self.by.get((layer, kind, way), (0, 0))
         self.by[layer, kind, way] = before + nbytes, kept_before + kept_nbytes
-        self.live_bytes += kept_nbytes
 
     @property
     def saved_bytes(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FLOORS", "CurrentOperation", "Kind"]
+__all__ = ["FLOORS", "CurrentOperation", "Kind", "kind_of"]
 
 Kind = Literal["linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other", "block"]
 
@@ -78,6 +78,11 @@ _COPIES = (
 )  # fmt: skip
 
 
+def kind_of(name: str) -> Kind:
+    """Of the operation with this name."""
+    return _KINDS.get(name, "other")
+
+
 class CurrentOperation(TorchFunctionMode):
     """Knows which operation is being called from Python, within its context.
 
@@ -109,7 +114,7 @@ class CurrentOperation(TorchFunctionMode):
         if self.name in _PRODUCTS:
             factors = self._arguments[1:] if self.name in _SUMMED else self._arguments
             return "linear" if any(isinstance(factor, nn.Parameter) for factor in factors) else "other"
-        return _KINDS.get(self.name, "other")
+        return kind_of(self.name)
 
     @contextlib.contextmanager
     def called(self, name: str) -> Iterator[None]:

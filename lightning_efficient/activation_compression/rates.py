@@ -51,8 +51,8 @@ class LayerRates:
     def of(self, kind: Kind, layer: str) -> tuple[float, float]:
         """Bits of a number that an operation of ``kind`` saves in ``layer``, and how many would do.
 
-        :data:`FP8`, or :data:`EXACT` for all of them. Where somebody chooses by layer, what is kept already has been chosen for all
-        who need it: the floor will do.
+        :data:`FP8`, or :data:`EXACT` for all of them. Where somebody chooses by layer, what is kept already has been
+        chosen for all who need it: the floor will do.
         """
         override = self.override(layer)
         if override is not None:

@@ -5,19 +5,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.storage import TypedStorage, UntypedStorage
 
 __all__ = [
+    "GraphsOfSaved",
     "WeakStorage",
     "bytes_of",
+    "compiled_entry",
+    "graph_hooks_are_shown_graphs",
+    "graphs_of_saved",
     "innermost_pack_hook",
+    "likely_size",
     "rebuild_tensor",
     "storage_key",
     "typed_storage_parts",
+    "without_mode",
     "without_torch_function",
 ]
 
@@ -39,6 +49,111 @@ def innermost_pack_hook() -> Any:
     """The hook that an operation called now would give its saved tensors to, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks is not None else None
+
+
+@contextlib.contextmanager
+def without_mode(mode: TorchFunctionMode) -> Iterator[None]:
+    """Within it ``mode`` is not active, and all others are."""
+    above: list[Any] = []
+    stack = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    if mode not in stack:
+        yield
+        return
+    while (top := torch._C._pop_torch_function_stack()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        torch._C._push_on_torch_function_stack(other)
+    try:
+        yield
+    finally:
+        for _ in above:
+            torch._C._pop_torch_function_stack()
+        for other in (mode, *reversed(above)):
+            torch._C._push_on_torch_function_stack(other)
+
+
+def compiled_entry(module: nn.Module) -> str | None:
+    """The attribute that holds the compiled call of ``module``; None if it is not compiled."""
+    from torch._dynamo import OptimizedModule
+
+    if isinstance(module, OptimizedModule):
+        return "forward"
+    return "_compiled_call_impl" if module._compiled_call_impl is not None else None
+
+
+@dataclass(frozen=True)
+class GraphsOfSaved:
+    """A tensor that a compiler is about to pass from a forward graph to a backward graph.
+
+    Attributes:
+        node: Of the forward graph, that makes it.
+        backward: The backward graph.
+    """
+
+    node: fx.Node
+    backward: fx.Graph
+
+    def users(self) -> list[fx.Node]:
+        """What it is used for in the backward graph."""
+        inputs = self.backward.find_nodes(op="placeholder")
+        return [user for one in inputs if one.name == self.node.name for user in one.users]
+
+    def names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Of the nodes that there are in the forward and in the backward graph."""
+        return _names(self.node.graph), _names(self.backward)
+
+    def encode_early(self, known: frozenset[str]) -> None:
+        """Put what was added to the end of the forward graph, in which there were the ``known``, behind the node."""
+        place = self.node
+        for one in _added(self.node.graph, known):
+            place.append(one)
+            place = one
+
+    def decode_late(self, known: frozenset[str]) -> None:
+        """Put what was added to the beginning of the backward graph before the first that uses it."""
+        added = _added(self.backward, known)
+        users = [user for one in added for user in one.users if user not in added]
+        for one in added if users else []:
+            min(users).prepend(one)
+
+    def layer(self) -> str:
+        """Name of the module, below the compiled one, in which it was made."""
+        meta = self.node.meta
+        stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
+        names = [str(name) for name, _ in stack.values()]  # "L['self'].blocks.0"
+        return names[-1].partition("].")[2] if names else ""
+
+
+def _names(graph: fx.Graph) -> frozenset[str]:
+    return frozenset(one.name for one in graph.nodes)
+
+
+def _added(graph: fx.Graph, known: frozenset[str]) -> list[fx.Node]:
+    return [one for one in graph.nodes if one.op == "call_function" and one.name not in known]
+
+
+def graph_hooks_are_shown_graphs() -> bool:
+    """Whether :func:`graphs_of_saved` works."""
+    from torch._functorch._aot_autograd import graph_compile, utils
+
+    return all((
+        hasattr(graph_compile, "_get_saved_tensor_hook_context"),
+        hasattr(graph_compile, "maybe_inline_graph_saved_tensors_hooks"),
+        hasattr(utils, "saved_tensors_hooks_are_inlineable"),
+    ))  # fmt: skip
+
+
+def graphs_of_saved() -> GraphsOfSaved | None:
+    """What the tensor that a hook is called with is, if the hook is being put into compiled graphs; else None."""
+    from torch._functorch._aot_autograd.graph_compile import _get_saved_tensor_hook_context
+
+    shown = _get_saved_tensor_hook_context()
+    return GraphsOfSaved(shown["_node"], shown["_bw_graph"]) if shown is not None else None
+
+
+def likely_size(size: int | torch.SymInt) -> int:
+    """A size; the one met first, where a graph is for many."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 class WeakStorage:

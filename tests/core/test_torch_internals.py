@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.core.torch_internals import (
     WeakStorage,
     bytes_of,
+    compiled_entry,
+    graph_hooks_are_shown_graphs,
+    graphs_of_saved,
     innermost_pack_hook,
     rebuild_tensor,
     storage_key,
     typed_storage_parts,
+    without_mode,
     without_torch_function,
 )
 
@@ -95,3 +103,71 @@ def test_the_innermost_pack_hook() -> None:
         assert innermost_pack_hook() is outer
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
             assert innermost_pack_hook() is not outer
+
+
+class Heard(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_mode_among_others_hears_nothing(place: int) -> None:
+    modes = [Heard(), Heard(), Heard()]
+    x = torch.ones(2)
+
+    def fail() -> None:
+        with without_mode(modes[place]):
+            torch.add(x, x)
+            raise KeyError
+
+    with modes[0], modes[1], modes[2]:
+        with pytest.raises(KeyError):
+            fail()
+        assert [mode.count for mode in modes] == [place != other for other in range(3)]
+        with without_mode(Heard()):
+            torch.add(x, x)
+        assert [mode.count for mode in modes] == [1 + (place != other) for other in range(3)]
+
+
+def test_compiled_modules_are_known() -> None:
+    module = nn.Linear(2, 2)
+    assert compiled_entry(module) is None
+    assert compiled_entry(torch.compile(module, backend="eager")) == "forward"
+    module.compile(backend="eager")
+    assert compiled_entry(module) == "_compiled_call_impl"
+
+
+def test_hooks_that_are_graphs_are_shown_what_they_become_part_of() -> None:
+    users: set[str] = set()
+    layers: set[str] = set()
+
+    def pack(x: Tensor) -> Tensor:
+        graphs = graphs_of_saved()
+        assert graphs is not None
+        users.update(str(user.meta["original_aten"]) for user in graphs.users())
+        layers.add(graphs.layer())
+        return x
+
+    def unpack(x: Tensor) -> Tensor:
+        return x
+
+    def hook(function: Any) -> fx.GraphModule:
+        graph = fx.Graph()
+        graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+        return fx.GraphModule(nn.Module(), graph)
+
+    assert graph_hooks_are_shown_graphs()
+    assert graphs_of_saved() is None
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 1))
+    with torch.autograd.graph.saved_tensors_hooks(hook(pack), hook(unpack)):
+        loss = torch.compile(model, backend="aot_eager")(torch.ones(3, 4)).sum()
+    loss.backward()
+    assert "aten.gelu_backward.default" in users
+    assert {"0", "1"} <= layers
+    torch.compiler.reset()

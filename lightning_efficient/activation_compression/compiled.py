@@ -1,0 +1,511 @@
+"""Compression inside modules that ``torch.compile`` has taken.
+
+Such a module is one forward graph and one backward graph. Ordinary saved-tensor hooks see what passes from one to the
+other: all of it after the whole forward, all of it before the whole backward, so that the peak hardly falls. Hooks that
+are ``GraphModule`` objects become part of both graphs instead: what passes is the codes, and the compiler puts encoding
+and decoding next to the operations. While it does so, it shows the hooks the graphs, and these say what each tensor is
+used for.
+
+Whatever is not compiled in the end (between graph breaks, or by a backend that takes no gradients) gives the same hooks
+real tensors; those go the ordinary way (:class:`SavedTensors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pkgutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_efficient.activation_compression.classify import EXACT, Classifier
+from lightning_efficient.activation_compression.operations import Kind, kind_of
+from lightning_efficient.activation_compression.store import SavedTensors
+from lightning_efficient.core.torch_internals import (
+    GraphsOfSaved,
+    compiled_entry,
+    graphs_of_saved,
+    innermost_pack_hook,
+    likely_size,
+    without_mode,
+)
+
+__all__ = ["CompiledModules", "Traced", "graph_hooks", "noise_key", "seed_noise", "stored_bits"]
+
+_LOSSY = (torch.float32, torch.bfloat16, torch.float16)
+_SMALL = 1024  # numbers that are not worth the work
+_STATISTICS = 8  # times smaller than what they are the mean, scale or normalizer of
+_GROUPS = (128, 64, 32)  # neighbours that share a scale, where not all are of a whole number of the first
+_REDUCTIONS = frozenset(("mean", "sum", "var", "amax", "amin", "logsumexp", "var_mean", "std"))
+_CASTS = frozenset((
+    "_to_copy", "convert_element_type", "t", "transpose", "permute", "view", "reshape", "_unsafe_view", "detach",
+    "alias", "clone", "expand", "squeeze", "unsqueeze",
+))  # fmt: skip
+
+_SENSITIVITY: tuple[Kind, ...] = ("loss", "attention", "activation", "normalization", "dropout", "pooling", "linear")
+
+_UP = 1 + 2.0**-8 * 1.02  # what is rounded to bfloat16 after this is not less than before
+_MARGIN = 1 + 2.0**-12  # by which codes stay within their range, whatever float32 rounds
+_LEAST_SCALE = 2.0**-100
+_STEP = -7046029254386353131  # 2^64 over the golden ratio, as a signed number
+_RAW, _CODES, _SIGNS, _RECTIFIED = range(4)
+
+Overrides = tuple[tuple[str, int], ...]
+
+
+# -- which tensor gets what --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A tensor that passes from a forward graph to a backward graph.
+
+    Attributes:
+        layer: The module that made it, below the compiled one.
+        kind: What it is used for.
+        way: How it is kept, for a person.
+        nbytes: It takes.
+        kept_nbytes: Is kept instead.
+    """
+
+    layer: str
+    kind: Kind
+    way: str
+    nbytes: int
+    kept_nbytes: int
+
+
+def stored_bits(bits: int) -> int:
+    """What a code of so many bits takes inside compiled modules: 4 or 8; :data:`EXACT` stays that."""
+    return 4 if bits <= 4 else 8 if bits <= 8 else EXACT
+
+
+@dataclass(frozen=True)
+class _Plan:
+    way: int
+    bits: int
+    kind: Kind
+    layer: str
+
+
+def _plan(tensor: Tensor, graphs: GraphsOfSaved, bits: int, overrides: Overrides) -> _Plan:
+    """How to keep ``tensor``, made by a node of the forward graph, for those that use it in the backward graph."""
+    users = [_operation(user) for user in _beyond_views(graphs.users())]
+    kind = _kind(users)
+    layer = graphs.layer()
+    if kind == "loss":
+        bits = max(bits, 8)
+    for name, value in overrides:
+        if layer == name or layer.startswith(name + "."):
+            bits = value
+            break
+    way = _RAW
+    rectified = "threshold_backward" in users
+    if tensor.dtype == torch.bool or (rectified and set(users) == {"threshold_backward"}):
+        way = _SIGNS
+    elif tensor.dtype in _LOSSY and bits < EXACT and not _is_statistic(graphs.node):
+        way = _RECTIFIED if rectified else _CODES
+    if tensor.numel() < _SMALL or _of_input(graphs.node) or 0 in tensor.stride():
+        way = _RAW
+    return _Plan(way, bits, kind, layer)
+
+
+def _beyond_views(users: list[fx.Node]) -> list[fx.Node]:
+    """They, and in place of views and casts what uses those."""
+    return [one for user in users for one in (_beyond_views(list(user.users)) if _target(user) in _CASTS else [user])]
+
+
+def _kind(users: list[str]) -> Kind:
+    """The most sensitive of them."""
+    kinds = {_kinds_of_aten(name) for name in users}
+    return next((kind for kind in _SENSITIVITY if kind in kinds), "other")
+
+
+def _kinds_of_aten(name: str) -> Kind:
+    name = name.removesuffix("_data").removesuffix("_backward").removeprefix("_").removeprefix("native_")
+    if name in ("mm", "addmm", "convolution"):
+        return "linear"
+    if "scaled_dot_product" in name or name == "safe_softmax":
+        return "attention"
+    if "loss" in name:
+        return "loss"
+    return "normalization" if "norm" in name else kind_of(name)
+
+
+def _operation(node: fx.Node) -> str:
+    """The name of the operation that the user called, of which ``node`` is a part."""
+    target = node.meta.get("original_aten") or node.target
+    return str(getattr(target, "__name__", target)).partition(".")[0]
+
+
+def _target(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def _of_input(node: fx.Node) -> bool:
+    """Whether it is a copy of an input of the graph, as autocast makes them of weights."""
+    while node.op != "placeholder":
+        if _target(node) not in _CASTS or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return True
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether it is made, by elementwise operations, of what an operation found out about many more numbers."""
+    numel = node.meta["val"].numel()
+    for _ in range(8):
+        source = node.args[0] if node.args else None
+        if _target(node) == "getitem" and isinstance(source, fx.Node):
+            if node.args[1] == 0 and _target(source) not in _REDUCTIONS:
+                return False
+            return _largest(source) >= _STATISTICS * numel
+        if _target(node) in _REDUCTIONS:
+            return _largest(node) >= _STATISTICS * numel
+        same = [one for one in node.all_input_nodes if _numel(one) == numel]
+        if len(same) != 1:
+            return False
+        node = same[0]
+    return False
+
+
+def _largest(node: fx.Node) -> int:
+    return max((_numel(one) for one in node.all_input_nodes), default=0)
+
+
+def _numel(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+# -- the codec, as a graph ---------------------------------------------------------------------------------------------
+
+
+def _encode(x: Tensor, plan: _Plan, group: int, stream: int) -> tuple[Any, ...]:
+    """What passes instead of ``x``: its way, its bits, its group, its stream of noise, sizes, tensors."""
+    order = _memory_order(x)
+    numbers = x.permute(order)
+    sizes = tuple(numbers.shape)
+    head = plan.way, plan.bits, group, stream, *sizes
+    groups = _grouped(numbers.reshape(-1), group)
+    if plan.way == _SIGNS:
+        return *head, _pack_bits(groups if x.dtype == torch.bool else groups > 0)
+    numbers = groups.float()
+    low, high = numbers.amin(1), numbers.amax(1)
+    minimum = _to_bfloat16(low - low.abs() * (_UP - 1))
+    spread = high - minimum
+    levels = (1 << plan.bits) - 1
+    scale = _to_bfloat16((spread * (_UP * _MARGIN / levels)).clamp_min(_LEAST_SCALE))
+    scale = torch.where(spread < torch.inf, scale, torch.inf)  # then all that is decoded is infinite or not a number
+    key = noise_key(x.device)
+    noise = _noise(key, stream, groups.shape[0], group, x.device)
+    codes = torch.floor((numbers - minimum[:, None]) * scale.reciprocal()[:, None] + noise).to(torch.int32)
+    if plan.bits == 4:
+        codes = codes.view(-1, 2, group // 2)
+        codes = codes[:, 0] | codes[:, 1] << 4
+    kept = codes.to(torch.uint8), scale.to(torch.bfloat16), minimum.to(torch.bfloat16), key
+    return (*head, *kept, _pack_bits(groups > 0)) if plan.way == _RECTIFIED else (*head, *kept)
+
+
+def _decode(packed: tuple[Any, ...], like: Tensor) -> Tensor:
+    """A tensor with the type and the strides of ``like``."""
+    way, bits, group, stream, *rest = packed
+    sizes, tensors = rest[: like.dim()], rest[like.dim() :]
+    if way == _SIGNS:
+        numbers = _unpack_bits(tensors[0], group)
+    else:
+        codes, scale, minimum, key = tensors[:4]
+        codes = codes.to(torch.int32)
+        if bits == 4:
+            shifts = torch.arange(0, 8, 4, dtype=torch.int32, device=codes.device)
+            codes = (codes[:, None] >> shifts[:, None] & 15).view(-1, group)
+        noise = _noise(key, stream, codes.shape[0], group, codes.device)
+        numbers = (codes.float() - noise + 0.5) * scale.float()[:, None] + minimum.float()[:, None]
+        if way == _RECTIFIED:  # zeros stay zeros, and what is positive stays so
+            numbers = torch.where(_unpack_bits(tensors[4], group), numbers.clamp_min(2.0**-14), 0)
+    numel = 1
+    for size in sizes:
+        numel = numel * size
+    flat = numbers.reshape(-1)
+    if isinstance(numel, int) and numel != flat.shape[0]:
+        flat = flat[:numel]
+    order = _memory_order(like)
+    back = [order.index(dim) for dim in range(len(order))]
+    return flat.to(like.dtype).view(sizes).permute(back)
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """Its dimensions, the one with the largest stride first."""
+    if x.is_contiguous():
+        return list(range(x.dim()))
+    return sorted(range(x.dim()), key=lambda dim: (-likely_size(x.stride()[dim]), dim))
+
+
+def _group_of(numel: Any, group: int) -> int:
+    """The group that numbers can be put in; zero if there is none."""
+    if isinstance(numel, int):
+        return group  # the last one is filled up
+    return next((size for size in (group, *_GROUPS) if _divides(size, numel)), 0)
+
+
+def _divides(size: int, numel: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(numel % size == 0)
+
+
+def _grouped(flat: Tensor, group: int) -> Tensor:
+    """``[n]`` as ``[groups, group]``; the last one filled up with its last number."""
+    if isinstance(flat.shape[0], int) and (missing := -flat.shape[0] % group):
+        flat = torch.cat([flat, flat[-1:].expand(missing)])
+    return flat.view(-1, group)
+
+
+def _to_bfloat16(x: Tensor) -> Tensor:
+    """Float32 numbers that bfloat16 has too: a compiler may drop a conversion there and back, but not this."""
+    return (x.view(torch.int32) + 0x8000 & -0x10000).view(torch.float32)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    """``[groups, group]`` as uint8 ``[groups, group / 8]``."""
+    parts = bits.to(torch.int32).view(bits.shape[0], 8, -1)
+    packed = parts[:, 0]
+    for place in range(1, 8):
+        packed = packed | parts[:, place] << place
+    return packed.to(torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, group: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.int32, device=packed.device)
+    return (packed.to(torch.int32)[:, None] >> shifts[:, None] & 1).view(-1, group) != 0
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+_states: dict[torch.device, Tensor] = {}
+_first_key = [0]
+
+
+def seed_noise(key: int) -> None:
+    """The noise of all that is encoded from now on, in its order, is that of ``key`` (0 to 2^63 - 1)."""
+    _first_key[0] = key
+    for state in _states.values():
+        state.fill_(key)
+
+
+@torch.library.custom_op("lightning_efficient::noise_key", mutates_args=(), schema="(Device device) -> Tensor")
+def noise_key(device: torch.device) -> Tensor:
+    """Another int64 ``[]`` in each call, of what :func:`seed_noise` was given.
+
+    An operation of its own, so that a compiled graph calls it in each step; its memory on the device stays in place, so
+    that a CUDA graph does too.
+    """
+    if device not in _states:
+        _states[device] = torch.full((), _first_key[0], dtype=torch.int64, device=device)
+    key = _states[device].clone()
+    _states[device].add_(_STEP)
+    return key
+
+
+@noise_key.register_fake
+def _(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+def _noise(key: Tensor, stream: int, groups: int, group: int, device: torch.device) -> Tensor:
+    """Of (0, 1), float32 ``[groups, group]``: a hash of the place, the stream and the key, with the shifts and factors
+    of Wellons 2018, "Prospecting for hash functions" (lowbias32).
+    """
+    first = torch.arange(groups, dtype=torch.int32, device=device) * group
+    place = first[:, None] + torch.arange(group, dtype=torch.int32, device=device)
+    low, high = key.to(torch.int32), (key >> 32).to(torch.int32)
+    h = place ^ low ^ stream
+    h = (h ^ h >> 16 & 0xFFFF) * 0x7FEB352D
+    h = (h ^ high ^ h >> 15 & 0x1FFFF) * -2073254261
+    h = h ^ h >> 16 & 0xFFFF
+    return ((h & 0xFFFF).float() + 0.5) * 2.0**-16
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Outside:
+    """Where the hooks are called from.
+
+    Attributes:
+        saved: Keeps tensors that are not in a graph.
+        traced: What the graphs that are being compiled pass, by graph and node.
+    """
+
+    saved: SavedTensors
+    traced: dict[tuple[int, str], Traced] = field(default_factory=dict)
+
+
+_outside: ContextVar[_Outside | None] = ContextVar("activations outside of graphs", default=None)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _pack(x: Tensor, bits: int, group_size: int, overrides: Overrides) -> Any:
+    graphs, outside = graphs_of_saved(), _outside.get()
+    if graphs is None:
+        return (outside.saved, outside.saved.pack(x)) if outside is not None else x.detach()
+    _settle_last(graphs)
+    plan = _plan(x, graphs, bits, overrides)
+    group = _group_of(x.numel(), group_size)
+    if plan.way == _RAW or not group:
+        packed: Any = x
+    else:
+        packed = _encode(x, plan, group, zlib.crc32(graphs.node.name.encode()) >> 1)
+        _unsettled.append((graphs, *graphs.names()))
+    if outside is not None:
+        outside.traced[id(graphs.node.graph), graphs.node.name] = _trace(x, packed, plan)
+    return packed
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+def _unpack(packed: Any) -> Tensor:
+    graphs = graphs_of_saved()
+    if isinstance(packed, Tensor):
+        return packed
+    if graphs is None:
+        saved, handle = packed
+        return saved.unpack(handle)
+    return _decode(packed, graphs.node.meta["val"])
+
+
+_unsettled: list[tuple[GraphsOfSaved, frozenset[str], frozenset[str]]] = []
+
+
+def _settle_last(graphs: GraphsOfSaved) -> None:
+    """Move what was put in for the tensor before this one to where it belongs.
+
+    Torch puts all encoding at the end of the forward graph and all decoding at the beginning of the backward graph, and
+    compilers more or less keep the order: all tensors would be in memory as they were.
+    """
+    while _unsettled:
+        before, forward_names, backward_names = _unsettled.pop()
+        if before.backward is graphs.backward and before.node is not graphs.node:
+            before.encode_early(forward_names)
+            before.decode_late(backward_names)
+
+
+def _trace(x: Tensor, packed: Any, plan: _Plan) -> Traced:
+    nbytes = likely_size(x.numel()) * x.element_size()
+    if isinstance(packed, Tensor):
+        return Traced(plan.layer, plan.kind, "raw", nbytes, nbytes)
+    kept = sum(likely_size(part.numel()) * part.element_size() for part in packed if isinstance(part, Tensor))
+    way = "1 bit, exact" if plan.way == _SIGNS else f"{plan.bits} bits"
+    return Traced(plan.layer, plan.kind, way, nbytes, kept)
+
+
+@cache
+def graph_hooks(bits: int, group_size: int = 128, overrides: Overrides = ()) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Hooks for ``torch.autograd.graph.saved_tensors_hooks``, to be pushed around the call of a compiled module.
+
+    The same objects for the same arguments: others would have everything compiled anew.
+
+    Args:
+        bits: 4, 8 or :data:`EXACT`; losses get 8 at least.
+        group_size: Neighbours that share a scale.
+        overrides: Bits by the name of a module in the compiled one, for all in it; the first that fits counts.
+    """
+    # What torch keeps on disk under these hashes shall not outlive this code, which it does not look into.
+    source = pkgutil.get_data(__package__, "compiled.py") or b""
+    digest = hashlib.sha256(source + repr((bits, group_size, overrides)).encode()).hexdigest()
+    return _hook(_pack, digest, bits, group_size, overrides), _hook(_unpack, digest)
+
+
+def _hook(function: Callable[..., Any], digest: str, *constants: Any) -> fx.GraphModule:
+    graph = fx.Graph()
+    call = graph.call_function(function, (graph.placeholder("x"), *constants))
+    call.meta.update(is_wrapped=True, user_cache_hash=f"{function.__name__} {digest}")
+    graph.output(call)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+class CompiledModules:
+    """Has what compiled modules save compressed inside them.
+
+    Args:
+        classifier: Knows the rates, and takes what is not in a graph.
+        group_size: Neighbours that share a scale.
+    """
+
+    def __init__(self, classifier: Classifier, group_size: int = 128) -> None:
+        self._classifier = classifier
+        self._group_size = group_size
+        self._tables: dict[tuple[str, int], Overrides] = {}
+        self._traced: dict[tuple[type, int, Overrides], list[Traced]] = {}
+
+    @contextlib.contextmanager
+    def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within it, the calls of these compiled modules compress where the classifier's hooks are the innermost."""
+        self._tables.clear()
+        with contextlib.ExitStack() as undo:
+            for name, module in modules.items():
+                entry = compiled_entry(module)
+                if entry is not None:
+                    own = getattr(module, entry)
+                    module.__dict__[entry] = partial(self._call, name, module, own)
+                    undo.callback(module.__dict__.__setitem__, entry, own)
+            yield
+
+    def _call(self, name: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        classifier = self._classifier
+        ours = innermost_pack_hook() == classifier.saved.pack  # else validation, or activation checkpointing
+        with without_mode(classifier.operation), self.inside(name, module) if ours else contextlib.nullcontext():
+            return own(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def inside(self, name: str, module: nn.Module) -> Iterator[None]:
+        """Around a call of a compiled module of this name."""
+        classifier = self._classifier
+        saved = classifier.saved
+        if classifier.rates.error_bound is not None:  # how many bits that takes is not known when the graph is made
+            hooks = torch.compiler.disable(saved.pack), torch.compiler.disable(saved.unpack)
+            with torch.autograd.graph.saved_tensors_hooks(*hooks):
+                yield
+            return
+        bits = stored_bits(classifier.rates.of("linear", name))
+        overrides = self._overrides(name, module, bits)
+        outside = _Outside(saved)
+        token = _outside.set(outside)
+        classifier.layers.append(name)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(bits, self._group_size, overrides)):
+                yield
+        finally:
+            classifier.layers.pop()
+            _outside.reset(token)
+            _unsettled.clear()
+        key = type(getattr(module, "_orig_mod", module)), bits, overrides  # its graphs may serve all of its type
+        if outside.traced:
+            self._traced[key] = list(outside.traced.values())
+        for one in self._traced.get(key, []) if torch.is_grad_enabled() else []:
+            layer = ".".join(part for part in (name, one.layer) if part)
+            classifier.ledger.passed(layer, one.kind, f"{one.way}, compiled", one.nbytes, one.kept_nbytes)
+
+    def _overrides(self, name: str, module: nn.Module, bits: int) -> Overrides:
+        """Bits of the modules inside that have others than the one that they are in; innermost first."""
+        if (name, bits) not in self._tables:
+            inner, prefix = module, name
+            if "_orig_mod" in module._modules:
+                inner, prefix = module.get_submodule("_orig_mod"), f"{name}._orig_mod"
+            found = {"": bits}
+            different: list[tuple[str, int]] = []
+            for path, _ in inner.named_modules():
+                if path:
+                    found[path] = stored_bits(self._classifier.rates.of("linear", f"{prefix}.{path}".lstrip(".")))
+                    if found[path] != found[path.rpartition(".")[0]]:
+                        different.append((path, found[path]))
+            self._tables[name, bits] = tuple(reversed(different))
+        return self._tables[name, bits]
