@@ -82,7 +82,7 @@ class Traced:
     kept_nbytes: int
 
 
-def stored_bits(bits: int) -> int:
+def stored_bits(bits: float) -> int:
     """What a code of so many bits takes inside compiled modules: 4 or 8; :data:`EXACT` stays that."""
     return 4 if bits <= 4 else 8 if bits <= 8 else EXACT
 
@@ -470,12 +470,14 @@ class CompiledModules:
         """Around a call of a compiled module of this name."""
         classifier = self._classifier
         saved = classifier.saved
-        if classifier.rates.error_bound is not None:  # how many bits that takes is not known when the graph is made
+        if (
+            classifier.rates.bound(("linear", name)) is not None
+        ):  # how many bits that takes is not known when the graph is made
             hooks = torch.compiler.disable(saved.pack), torch.compiler.disable(saved.unpack)
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 yield
             return
-        bits = stored_bits(classifier.rates.of("linear", name))
+        bits = stored_bits(classifier.rates.of("linear", name)[0])
         overrides = self._overrides(name, module, bits)
         outside = _Outside(saved)
         token = _outside.set(outside)
@@ -504,7 +506,8 @@ class CompiledModules:
             different: list[tuple[str, int]] = []
             for path, _ in inner.named_modules():
                 if path:
-                    found[path] = stored_bits(self._classifier.rates.of("linear", f"{prefix}.{path}".lstrip(".")))
+                    level, _ = self._classifier.rates.of("linear", f"{prefix}.{path}".lstrip("."))
+                    found[path] = stored_bits(level)
                     if found[path] != found[path.rpartition(".")[0]]:
                         different.append((path, found[path]))
             self._tables[name, bits] = tuple(reversed(different))

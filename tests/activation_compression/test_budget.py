@@ -296,7 +296,7 @@ def test_every_size_stays_within_the_budget_and_as_predicted_a9() -> None:
     assert "| 8x17 | " in plugin.summary()
     texts = [event.text for event in plugin.events()]
     assert len(texts) == len(set(Lengths.lengths))
-    assert "Saved tensors of a batch of 8x33: " in texts[0]
+    assert "Plan for saved tensors: a batch of 8x33 keeps " in texts[0]
 
 
 def test_a_part_is_of_what_the_batch_takes_without_compression_a9() -> None:
