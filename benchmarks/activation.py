@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.harness import Options, Result, Table, spread
 from lightning_efficient import ActivationCompressionPlugin
 from lightning_efficient.activation_compression.bounds import gradient_deviation
-from lightning_efficient.activation_compression.callback import follow_modules
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
+from lightning_efficient.activation_compression.layers import follow_modules
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.core.quantization import dequantize, quantize
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,8 +19,10 @@ from torch.utils import _pytree as pytree
 from lightning_efficient import compat, telemetry
 from lightning_efficient.activation_compression.blocks import Blocks
 from lightning_efficient.activation_compression.classify import EXACT, FP8, Classifier, held_by
-from lightning_efficient.activation_compression.compiled import CompiledModules, seed_noise, stored_bits
+from lightning_efficient.activation_compression.compiled import CompiledModules, stored_bits
 from lightning_efficient.activation_compression.control import AdaptiveControl, BudgetControl
+from lightning_efficient.activation_compression.graph_codec import seed_noise
+from lightning_efficient.activation_compression.layers import follow_modules, outermost
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.schedule import CubicSchedule
 from lightning_efficient.activation_compression.settings import (
@@ -37,7 +39,7 @@ from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.core.torch_internals import graph_hooks_are_shown_graphs
 from lightning_efficient.run_length import steps_done, total_steps
 
-__all__ = ["ActivationCompressionPlugin", "follow_modules"]
+__all__ = ["ActivationCompressionPlugin"]
 
 FORMAT = 1
 """Of the state in checkpoints."""
@@ -377,36 +379,3 @@ def momentum_of(trainer: pl.Trainer) -> Callable[[Tensor], Tensor | None]:
         return buffers[id(weight)].abs().mean() * factor if id(weight) in buffers else None
 
     return mean_momentum
-
-
-@contextlib.contextmanager
-def follow_modules(module: nn.Module, layers: list[str], compiled: Collection[str] = ()) -> Iterator[None]:
-    """Within it, ``layers`` has the names of the modules in ``module`` whose forward is going on, outermost first.
-
-    Not of the ``compiled`` ones and those in them: their hooks would be compiled too.
-    """
-    with contextlib.ExitStack() as hooks:
-        for name, part in module.named_modules():
-            if name and not any(is_in(name, other) for other in compiled):
-                hooks.enter_context(part.register_forward_pre_hook(partial(_enter, layers, name), prepend=True))
-                hooks.enter_context(part.register_forward_hook(partial(_leave, layers, name), always_call=True))
-        yield
-
-
-def outermost(names: Collection[str]) -> list[str]:
-    """Names of the modules that are in no other of them."""
-    return [name for name in names if not any(name != other and is_in(name, other) for other in names)]
-
-
-def is_in(name: str, other: str) -> bool:
-    """Whether the module ``name`` is ``other`` or in it."""
-    return not other or name == other or name.startswith(f"{other}.")
-
-
-def _enter(layers: list[str], name: str, *_: Any) -> None:
-    layers.append(name)
-
-
-def _leave(layers: list[str], name: str, *_: Any) -> None:
-    if layers and layers[-1] == name:
-        layers.pop()

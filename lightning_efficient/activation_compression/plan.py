@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from lightning_efficient.activation_compression.classify import EXACT
+from lightning_efficient.activation_compression.layers import is_in
 from lightning_efficient.activation_compression.ledger import PassSizes
 from lightning_efficient.activation_compression.operations import Kind
 from lightning_efficient.activation_compression.store import Unit
 
-__all__ = ["MemoryPlan", "MemoryPlanner", "make_plan", "within"]
+__all__ = ["MemoryPlan", "MemoryPlanner", "make_plan"]
 
 _LEVELS = (EXACT, 8, 7, 6, 5, 4, 3, 2)
 _OFFLOADED = 4  # bits at which what can go to the host goes there before it gets fewer
@@ -55,7 +56,7 @@ class MemoryPlan:
         """In a few words."""
         counts: dict[str, int] = defaultdict(int)
         for unit, level in self.levels.items():
-            if not any(within(unit[1], block) for block in self.recomputed):
+            if not any(is_in(unit[1], block) for block in self.recomputed):
                 words = "raw" if level == EXACT else f"{level} bits"
                 counts[words + (" on the host" if unit in self.offloaded else "")] += 1
         parts = [f"{count} x {words}" for words, count in counts.items()]
@@ -75,7 +76,7 @@ class MemoryPlanner:
         """
         expected = self.predict(signature, size) if recomputed else None
         if expected is not None:
-            hidden = _only(expected, lambda layer: any(within(layer, block) for block in recomputed))
+            hidden = _only(expected, lambda layer: any(is_in(layer, block) for block in recomputed))
             found.numbers = hidden.numbers | {u: n for u, n in found.numbers.items() if u not in hidden.numbers}
             found.fixed = defaultdict(float, hidden.fixed | {k: v for k, v in found.fixed.items() if v})
             found.saved = defaultdict(float, {**found.saved, **hidden.saved})
@@ -151,12 +152,12 @@ def make_plan(
     if total > budget_bytes:
         gains = {}
         for block in blocks:
-            inside = [unit for unit in units if within(unit[1], block) and unit not in offloaded]
+            inside = [unit for unit in units if is_in(unit[1], block) and unit not in offloaded]
             gain = sum(unit_bytes(unit, levels[unit]) for unit in inside)
-            gain += sum(size for layer, size in sizes.fixed.items() if within(layer, block))
+            gain += sum(size for layer, size in sizes.fixed.items() if is_in(layer, block))
             if ("block", block) in sizes.numbers:  # its input
                 gain -= unit_bytes(("block", block), floor("block"))
-            gains[block] = gain, sum(size for layer, size in sizes.saved.items() if within(layer, block))
+            gains[block] = gain, sum(size for layer, size in sizes.saved.items() if is_in(layer, block))
         recomputed, total = _again(gains, total, budget_bytes)
     if not recomputed and not offloaded:
         total = _spend(levels, total, budget_bytes, unit_bytes)
@@ -188,11 +189,6 @@ def _spend(levels: dict[Unit, int], total: float, budget: float, unit_bytes: Cal
             if total + more <= budget:
                 levels[unit], total = above, total + more
     return total
-
-
-def within(layer: str, module: str) -> bool:
-    """Whether ``layer`` is ``module`` or in it."""
-    return layer == module or layer.startswith(module + ".")
 
 
 def _only(sizes: PassSizes, hidden: Callable[[str], bool]) -> PassSizes:

@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lightning_efficient.demos.compare", description=__doc__)
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of base.yaml and the overlays")
     parser.add_argument(
-        "--overlays", nargs="+", default=["growth", "checkpoint"], help="techniques switched on in the second run"
+        "--overlays",
+        nargs="+",
+        default=["growth", "checkpoint", "activation"],
+        help="techniques switched on in the second run",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for both runs and the report")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each run, instead of base.yaml's")

@@ -66,6 +66,11 @@ class Comparison:
         ):
             values = [run.totals.get(tag, math.nan) for run in self.runs]
             rows.append((words, human(values[0], unit), human(values[1], unit), _ratio(values[1], values[0])))
+        saved, kept = (self.suite.series.get(f"activations/{name}_bytes") for name in ("saved", "kept"))
+        if saved and kept:  # the same tensors, as they are and as they are kept
+            values = [saved[-1].value, kept[-1].value]
+            words = "kept from forward to backward, at the end"
+            rows.append((words, human(values[0], "bytes"), human(values[1], "bytes"), _ratio(values[1], values[0])))
         return rows
 
     @property

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
 from lightning_efficient.activation_compression.adaptive import AdaptiveRates
 from lightning_efficient.activation_compression.bounds import step_variance
-from lightning_efficient.activation_compression.callback import follow_modules
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.collect import Collector, LayerMeasurement
+from lightning_efficient.activation_compression.layers import follow_modules
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.demos.model import ByteTransformer
 from tests.activation_compression.networks import classifier, compressed

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient import ActivationCompressionPlugin
 from lightning_efficient.activation_compression import callback
-from lightning_efficient.activation_compression.compiled import CompiledModules, graph_hooks, noise_key, seed_noise
+from lightning_efficient.activation_compression.compiled import CompiledModules, graph_hooks
+from lightning_efficient.activation_compression.graph_codec import noise_key, seed_noise
 from lightning_efficient.demos.model import Block, ByteTransformer
 from tests.activation_compression.networks import ConvNet, classifier, language_loss, relative_error
 from tests.helpers.models import CompiledModel, SilentModel

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.data import DataLoader
 
 from lightning_efficient import ActivationCompressionPlugin
-from lightning_efficient.activation_compression.callback import follow_modules
 from lightning_efficient.activation_compression.classify import Classifier
+from lightning_efficient.activation_compression.layers import follow_modules
 from lightning_efficient.core.torch_internals import WeakStorage
 from tests.activation_compression.networks import classifier, compressed, relative_error
 from tests.helpers.ranks import run_on_two_ranks
