@@ -35,6 +35,7 @@ __all__ = [
     "dequantize",
     "dequantized_pieces",
     "pack_bits",
+    "payload_bytes",
     "quantize",
     "unpack_bits",
 ]
@@ -136,7 +137,7 @@ def quantize(
     levels = (1 << bits) - 1
     scale = (spread * (_UP * _MARGIN / levels)).clamp_min_(_LEAST_SCALE).to(torch.bfloat16)
     floor, inverse = floor[:, None], scale.float().reciprocal_()[:, None]
-    payload = torch.empty(_payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+    payload = torch.empty(payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
     table = noise_table(values.device)
     for piece in _pieces(values.numel(), group_size):
         work = _workspaces.get(values.device, piece.size, bits)
@@ -315,7 +316,8 @@ def _filled(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _payload_bytes(numel: int, bits: int) -> int:
+def payload_bytes(numel: int, bits: int) -> int:
+    """Of the codes of so many numbers."""
     return _filled(numel) * bits // 8
 
 
