@@ -189,7 +189,8 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     (small / "checkpoint.yaml").write_text((CONFIGS / "checkpoint.yaml").read_text().replace("50", "4"))
     (small / "activation.yaml").write_text((CONFIGS / "activation.yaml").read_text().replace("100", "5"))
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
-    assert compare(["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]) == 0
+    arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]
+    assert compare([*arguments, "--overlays", "growth", "checkpoint", "activation"]) == 0
     printed = capsys.readouterr().out
     assert "final validation bits per byte" in printed
     assert "growth: 2 layers -> 3 layers" in printed
@@ -199,4 +200,4 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     assert "checkpoint/written" in next(tmp_path.rglob("growth+checkpoint+activation/efficiency_report.md")).read_text()
     assert "| peak memory of the process |" in next(tmp_path.rglob("comparison.md")).read_text()
     (small / "growth.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
-    assert compare(["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]) == 1
+    assert compare(arguments) == 1

@@ -2,8 +2,8 @@
 
 Such a module is one forward graph and one backward graph. Ordinary saved-tensor hooks see what passes from one to the
 other: all of it after the whole forward, all of it before the whole backward, so that the peak hardly falls. Hooks that
-are ``GraphModule`` objects become part of both graphs instead: what passes is the codes, and the compiler puts encoding
-and decoding next to the operations. While it does so, it shows the hooks the graphs, and these say what each tensor is
+are ``GraphModule`` objects become part of both graphs instead: what passes is the codes, and encoding and decoding are
+next to the operations. While torch puts them there, it shows the hooks the graphs, and these say what each tensor is
 used for.
 
 Whatever is not compiled in the end (between graph breaks, or by a backend that takes no gradients) gives the same hooks
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pkgutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from lightning_efficient.activation_compression.graph_codec import (
     RAW,
     RECTIFIED,
     SIGNS,
+    VERSION,
     decode,
     encode,
     group_of,
@@ -218,7 +217,7 @@ def _pack(x: Tensor, bits: int, group_size: int, overrides: Overrides) -> Any:
     if plan.way == RAW or not group:
         packed: Any = x
     else:
-        packed = encode(x, plan.way, plan.bits, group, zlib.crc32(graphs.node.name.encode()) >> 1)
+        packed = encode(x, plan.way, plan.bits, group)
         _unsettled.append((graphs, *graphs.names()))
     if outside is not None:
         outside.traced[id(graphs.node.graph), graphs.node.name] = _trace(x, packed, plan)
@@ -272,9 +271,7 @@ def graph_hooks(bits: int, group_size: int = 128, overrides: Overrides = ()) -> 
         group_size: Neighbours that share a scale.
         overrides: Bits by the name of a module in the compiled one, for all in it; the first that fits counts.
     """
-    # What torch keeps on disk under these hashes shall not outlive this code, which it does not look into.
-    source = b"".join(pkgutil.get_data(__package__, name) or b"" for name in ("compiled.py", "graph_codec.py"))
-    digest = hashlib.sha256(source + repr((bits, group_size, overrides)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((VERSION, bits, group_size, overrides)).encode()).hexdigest()
     return _hook(_pack, digest, bits, group_size, overrides), _hook(_unpack, digest)
 
 
@@ -324,9 +321,7 @@ class CompiledModules:
         """Around a call of a compiled module of this name."""
         classifier = self._classifier
         saved = classifier.saved
-        if (
-            classifier.rates.bound(("linear", name)) is not None
-        ):  # how many bits that takes is not known when the graph is made
+        if classifier.rates.bound(("linear", name)) is not None:  # no graph knows how many bits that takes
             hooks = torch.compiler.disable(saved.pack), torch.compiler.disable(saved.unpack)
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 yield

@@ -43,6 +43,7 @@ __all__ = [
     "dequantize",
     "dequantized_pieces",
     "pack_bits",
+    "payload_bytes",
     "quantize",
     "unpack_bits",
 ]
@@ -145,7 +146,7 @@ def quantize(
         if bits is None:
             return None
     rounding = "nearest" if bits == "fp8" else rounding
-    payload = torch.empty(_payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
+    payload = torch.empty(payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
     kernels = kernels_for(values)
     if kernels is not None:
         scale, minimum = kernels.encode(values, payload, bits, group_size, rounding, key, _factor(bits), _LEAST_SCALE)
@@ -411,7 +412,8 @@ def _filled(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _payload_bytes(numel: int, code: Code) -> int:
+def payload_bytes(numel: int, code: Code) -> int:
+    """Of the codes of so many numbers."""
     return _filled(numel) * _width(code) // 8
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient import ActivationCompressionPlugin
 from lightning_efficient.activation_compression import callback
+from lightning_efficient.activation_compression import graph_codec as codec
 from lightning_efficient.activation_compression.compiled import CompiledModules, graph_hooks
 from lightning_efficient.activation_compression.graph_codec import noise_key, seed_noise
 from lightning_efficient.demos.model import Block, ByteTransformer
@@ -46,6 +47,13 @@ def _nothing_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(params=["in the graph", "at once"])
+def _both_codecs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiler writes it out on GPUs, and as one operation, as on CPUs."""
+    if request.param == "in the graph":
+        monkeypatch.setattr(codec, "_AT_ONCE", frozenset[str]())
 
 
 # -- the codec ---------------------------------------------------------------------------------------------------------
@@ -81,6 +89,7 @@ def steps(x: Tensor, bits: int) -> Tensor:
     return scale.repeat_interleave(128)[: x.numel()].view(x.shape)
 
 
+@pytest.mark.usefixtures("_both_codecs")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(24, 128), (33, 47)], ids=str)
 @pytest.mark.parametrize("function", [made, turned])
@@ -91,12 +100,14 @@ def test_the_error_has_its_bound(bits: int, shape: tuple[int, int], function: An
     assert (error <= steps(x, bits) / 2 + x.abs() * 2.0**-20).all()
 
 
+@pytest.mark.usefixtures("_both_codecs")
 def test_bfloat16_has_it_too_and_its_own_rounding() -> None:
     x = torch.randn(24, 128).bfloat16()
     error = (passed_on(x, 8).double() - x.double()).abs()
     assert (error <= steps(x, 8) / 2 + x.double().abs() * 2.0**-7).all()
 
 
+@pytest.mark.usefixtures("_both_codecs")
 def test_the_error_is_zero_on_average_and_has_the_variance_of_dither() -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 128)
@@ -109,12 +120,28 @@ def test_the_error_is_zero_on_average_and_has_the_variance_of_dither() -> None:
     assert graphs() == 1  # another key is no other graph
 
 
+@pytest.mark.usefixtures("_both_codecs")
 def test_the_same_key_gives_the_same_noise_and_the_generators_are_left_alone() -> None:
     x = torch.randn(16, 128)
     before = torch.get_rng_state()
     assert torch.equal(passed_on(x, 4, key=3), passed_on(x, 4, key=3))
     assert not torch.equal(passed_on(x, 4, key=3), passed_on(x, 4, key=4))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_tensors_of_a_graph_have_noise_of_their_own() -> None:
+    def twice(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return (torch.flip(x, (0,)) * first).sum() + (torch.flip(x * 1, (0,)) * second).sum()
+
+    x = torch.randn(32, 128)
+    first, second = (torch.ones(32, 128, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(4)):
+        loss = torch.compile(twice, backend="aot_eager")(x, first, second)
+    loss.backward()
+    assert first.grad is not None
+    assert second.grad is not None
+    one, other = first.grad - x.flip(0), second.grad - x.flip(0)
+    assert abs(float((one * other).mean() / one.square().mean())) < 0.1
 
 
 def test_each_call_has_a_key_of_its_own() -> None:
@@ -124,6 +151,7 @@ def test_each_call_has_a_key_of_its_own() -> None:
     assert keys[0] == 5
 
 
+@pytest.mark.usefixtures("_both_codecs")
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, "all ones"])
 def test_what_is_not_finite_does_not_become_finite(bad: float | str) -> None:
     x = torch.randn(16, 128)
@@ -195,6 +223,7 @@ class WithLoss(nn.Module):
         return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
 
 
+@pytest.mark.usefixtures("_both_codecs")
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_a_transformer_with_its_loss(autocast: bool) -> None:
     model, _, batch = language_loss(dropout=0.1)
@@ -220,6 +249,7 @@ def test_a_transformer_with_its_loss(autocast: bool) -> None:
     assert rows["net.model.blocks.1.mlp.down", "linear", "4 bits, compiled"][0] == 128 * 256 * (2 if autocast else 4)
 
 
+@pytest.mark.usefixtures("_both_codecs")
 def test_batch_norm_relu_max_pooling_and_dropout() -> None:
     torch.manual_seed(0)
     model, images = ConvNet(), torch.randn(16, 3, 16, 16)
@@ -309,6 +339,7 @@ def test_a_backend_without_gradients_leaves_all_to_the_ordinary_hooks() -> None:
     assert all(way == "8 bits" for _, _, way in run.rows() if not way.startswith(("raw", "recomputed")))
 
 
+@pytest.mark.usefixtures("_both_codecs")
 def test_other_batch_sizes_need_one_more_graph_at_most() -> None:
     torch.manual_seed(0)
     run = Run(nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.Linear(160, 96)), 8)
@@ -370,6 +401,28 @@ def test_each_rate_has_one_pair_of_hooks_and_hashes_of_its_own() -> None:
     nodes = [node for rate in rates for hook in graph_hooks(*rate) for node in hook.graph.nodes]
     hashes = {node.meta["user_cache_hash"] for node in nodes if node.op == "call_function"}
     assert len(hashes) == 2 * len(rates)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_what_inductor_writes_out_holds_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_AT_ONCE", frozenset[str]())
+    x, same = torch.randn(64, 128), torch.eye(128)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return (torch.mm(x, same) * weight).sum()
+
+    for bits in (4, 8):
+        weight = torch.ones(64, 128, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(bits)):
+            loss = torch.compile(function, backend="inductor")(x, weight)
+        loss.backward()
+        assert weight.grad is not None
+        error = (weight.grad - x).abs()
+        assert (error > 0).double().mean() > 0.9
+        assert (error <= steps(x, bits) / 2 + 1e-6).all()
+        assert abs(float((weight.grad - x).mean())) < 5 * float(steps(x, bits).mean()) / (12 * x.numel()) ** 0.5
 
 
 @needs_compiler
