@@ -79,9 +79,9 @@ class Blocks:
         if name in self.recomputed and name not in self.impure and torch.is_grad_enabled():
             with self._operation.called("checkpoint"):
                 return checkpoint(forward, part, *args, use_reentrant=False, **kwargs)
-        before = [buffer._version for buffer in part.buffers()]
+        before = [(id(buffer), buffer._version) for buffer in part.buffers()]
         result = forward(part, *args, **kwargs)
-        if before != [buffer._version for buffer in part.buffers()]:
+        if before != [(id(buffer), buffer._version) for buffer in part.buffers()]:
             self.impure.add(name)
         return result
 

@@ -34,6 +34,7 @@ from lightning_efficient.activation_compression.graph_codec import (
     encode,
     group_of,
 )
+from lightning_efficient.activation_compression.layers import is_in
 from lightning_efficient.activation_compression.operations import Kind, kind_of
 from lightning_efficient.activation_compression.store import SavedTensors
 from lightning_efficient.core.torch_internals import (
@@ -105,7 +106,7 @@ def _plan(tensor: Tensor, graphs: GraphsOfSaved, bits: int, overrides: Overrides
     if kind == "loss":
         bits = max(bits, 8)
     for name, value in overrides:
-        if layer == name or layer.startswith(name + "."):
+        if is_in(layer, name):
             bits = value
             break
     way = RAW

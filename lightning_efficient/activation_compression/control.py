@@ -91,12 +91,13 @@ class AdaptiveControl:
         if self._first:
             self.adaptive.take_noise(self._first, samples)
             self._first = {}
-        elif measured:
+        else:
+            self._next = step + self.adaptive.every
+            if not measured:
+                return False
             self.adaptive.take(measured)
             self._predicted = self.choice.predicted if self.choice is not None else None
-            self._first, self._next = samples, step + self.adaptive.every
-        else:
-            return False
+            self._first = samples
         self._stale = True
         return True
 
@@ -176,6 +177,7 @@ class BudgetControl:
         budget: Bytes (int or whole float), or a part of what is saved without compression where ``is_part``.
         is_part: See there.
         group_size: See :func:`quantize`.
+        blocks: Modules that can be made again.
 
     Attributes:
         plan: For the batch that goes on; None: nothing is known yet.

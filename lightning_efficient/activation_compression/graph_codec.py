@@ -100,7 +100,6 @@ def _decode_groups(
     bits: int,
     group: int,
     dtype: torch.dtype,
-    first: int = 0,
 ) -> Tensor:
     """The inverse."""
     codes = codes.to(torch.int32)

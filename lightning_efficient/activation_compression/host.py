@@ -39,20 +39,20 @@ class OnHost(Record):
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         return dequantized_pieces(self._here())
 
-    def fetch(self) -> None:
-        """Begin to copy it to the device."""
+    def fetch(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begin to copy it to the device: the copy, and the event after which it is there."""
         if self._fetched is None:
             self._fetched = self._memory.back(self._encoded.payload, self._device)
+        return self._fetched
 
     def _here(self) -> Quantized:
-        self.fetch()
+        payload, event = self.fetch()
         record: OnHost | None = self
         for _ in range(_AHEAD):
             record = record.before() if record is not None and record.before is not None else None
             if record is not None:
                 record.fetch()
-        assert self._fetched is not None
-        (payload, event), self._fetched = self._fetched, None
+        self._fetched = None
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
             payload.record_stream(torch.cuda.current_stream(self._device))
@@ -98,7 +98,9 @@ class HostMemory:
     @contextlib.contextmanager
     def _copying(self, device: torch.device) -> Iterator[torch.cuda.Stream]:
         """The stream for copies, which begins after all that was asked of the device so far."""
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             yield stream

@@ -18,6 +18,7 @@ from lightning_efficient.activation_compression.adaptive import AdaptiveRates
 from lightning_efficient.activation_compression.bounds import step_variance
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.collect import Collector, LayerMeasurement
+from lightning_efficient.activation_compression.control import AdaptiveControl
 from lightning_efficient.activation_compression.layers import follow_modules
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.demos.model import ByteTransformer
@@ -256,6 +257,21 @@ def test_nothing_is_left_behind() -> None:
     assert not any(parameter._backward_hooks for parameter in model.parameters())
     assert plugin._classifier.saved.observer is None
     assert plugin._classifier.ledger.live_bytes == 0
+
+
+def test_where_nothing_can_be_measured_it_is_not_tried_at_every_step() -> None:
+    class Nothing:
+        calls = 0
+
+        def agree(self, found: Any) -> Any:
+            self.calls += 1
+            return found
+
+    control, nothing = AdaptiveControl(LayerRates(4), AdaptiveRates(every=10, target=0.1)), Nothing()
+    for step in range(20):
+        control.begin(step, classifier(4), lambda: lambda _: None)
+        control.end(step, classifier(4), nothing.agree)
+    assert nothing.calls == 2
 
 
 def test_layers_that_come_while_it_trains_are_measured() -> None:
