@@ -4,12 +4,14 @@ from lightning_efficient.activation_compression import ActivationCompressionPlug
 from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
 from lightning_efficient.monitoring import EfficiencyMonitor
+from lightning_efficient.offload import OffloadStrategy
 
 __all__ = [
     "ActivationCompressionPlugin",
     "AsyncCheckpointIO",
     "EfficiencyMonitor",
     "GrowAndUnshareCallback",
+    "OffloadStrategy",
     "load_grown",
 ]
 __version__ = "0.1.0.dev0"

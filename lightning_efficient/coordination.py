@@ -19,7 +19,9 @@ __all__ = [
     "ParameterChange",
     "ParameterListener",
     "SnapshotSource",
+    "StateHolder",
     "announce",
+    "announce_before",
     "find",
     "members",
 ]
@@ -50,6 +52,14 @@ class ParameterListener(Protocol):
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """Called after the change, at a safe point, on every rank."""
+
+
+@runtime_checkable
+class StateHolder(Protocol):
+    """Whoever keeps optimizer state elsewhere than in the optimizers."""
+
+    def before_parameters_change(self, trainer: pl.Trainer) -> None:
+        """Put it back, for parameters are about to come or go; :class:`ParameterListener` hears what did."""
 
 
 @runtime_checkable
@@ -103,6 +113,13 @@ def members(trainer: pl.Trainer) -> Iterator[object]:
         if id(callback) not in seen:
             seen.add(id(callback))
             yield callback
+
+
+def announce_before(trainer: pl.Trainer) -> None:
+    """Tell every :class:`StateHolder` of the run that parameters are about to change."""
+    for member in members(trainer):
+        if isinstance(member, StateHolder):
+            member.before_parameters_change(trainer)
 
 
 def announce(trainer: pl.Trainer, change: ParameterChange) -> None:

@@ -61,7 +61,9 @@ class TechniqueSetting:
         events: Other steps at which something happens that it says.
         volatile: Prefixes of logged tags that measure time or memory, and so differ from run to run.
         files: Glob patterns, below the Trainer's ``default_root_dir``, of files that it writes because it was asked to.
-        refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``.
+        refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``,
+            ``deferring`` (updates that wait for the next forward, in runs that cannot wait).
+        frees_gradients: Whether gradients are gone behind the step.
     """
 
     name: str
@@ -76,6 +78,7 @@ class TechniqueSetting:
     volatile: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
+    frees_gradients: bool = False
 
     def build(self) -> dict[str, Any]:
         """New objects for the Trainer's ``callbacks``, ``plugins`` and ``strategy``, as far as there are any."""
@@ -109,6 +112,20 @@ def _growth(name: str, *switches: int, refuses: Mapping[str, str] | None = None,
 _WIDTH_REFUSES = {"averaging": "Width growth cannot widen the averaged model of {callback}"}
 
 _ACTIVATIONS = "lightning_efficient.ActivationCompressionPlugin"
+
+_OFFLOAD = "lightning_efficient.OffloadStrategy"
+
+
+def _offload(name: str, *, refuses: Mapping[str, str] | None = None, **arguments: Any) -> TechniqueSetting:
+    return TechniqueSetting(
+        name=name,
+        yaml={"strategy": {"class_path": _OFFLOAD, "init_args": {"offload_dir": "swap", **arguments}}},
+        exact=True,
+        volatile=("offload/",),
+        refuses=refuses or {},
+        frees_gradients="schedule" not in arguments,
+    )
+
 
 SETTINGS = [
     _growth("stack", 3, 7, mode="stack", stages=[{"depth": 1, "until": 3}, {"depth": 2, "until": 7}, {"depth": 4}]),
@@ -209,6 +226,13 @@ SETTINGS = [
         events=(1,),
         refuses={"compiling": "adaptive needs to know which layer saves what"},
         volatile=("activations/encode_ms", "activations/decode_ms"),
+    ),
+    _offload("offload", place={"optimizer_state": "disk"}),
+    _offload(
+        "offload-under-forward",
+        place={"optimizer_state": "disk"},
+        schedule="under_forward",
+        refuses={"deferring": "schedule='under_forward' updates parameters in the next forward, which cannot be"},
     ),
 ]
 

@@ -40,6 +40,7 @@ pytestmark = [
 
 changes_parameters = every(lambda setting: setting.changes_parameters)
 compiles = every(lambda setting: "compiling" not in setting.refuses)
+waits = every(lambda setting: "deferring" not in setting.refuses)
 averages = every(lambda setting: "averaging" not in setting.refuses)
 
 
@@ -306,7 +307,8 @@ class GradientWatch(Callback):
 @pytest.mark.parametrize("batches", [10, 5], ids=["even-epochs", "odd-epochs"])
 def test_accumulates_gradients_g5_g8(setting: TechniqueSetting, tmp_path: Path, batches: int) -> None:
     data = setting.data(batches=batches)
-    run = fit(setting, data=data, root=tmp_path, accumulate_grad_batches=2, max_steps=12, after=[GradientWatch()])
+    watch = [] if setting.frees_gradients else [GradientWatch()]
+    run = fit(setting, data=data, root=tmp_path, accumulate_grad_batches=2, max_steps=12, after=watch)
     assert_trained(run)
     for batch in run.switched_at():
         assert run.batches[batch][1] % 2 == 0, "parameters changed while gradients accumulated"
@@ -331,7 +333,7 @@ def test_clips_gradients_g8(setting: TechniqueSetting, tmp_path: Path, algorithm
     assert clipped == pytest.approx([limit] * STEPS, rel=1e-3), "every step of this model is clipped"
 
 
-@every()
+@waits
 @pytest.mark.parametrize(
     "variant",
     [{}, {"optimizers": 2}, {"accumulate": 2}, {"optimizers": 2, "accumulate": 2}],
@@ -367,7 +369,7 @@ def half(scale: float) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
-@every()
+@waits
 def test_fp16_mixed_precision_with_a_scaler_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
     if setting.yaml.get("plugins"):
         pytest.skip("this setting brings a plugin of its own, and there is one place for a precision")
@@ -571,6 +573,15 @@ def fit_start(setting: TechniqueSetting) -> dict[str, Tensor]:
 
     fit(setting, module=setting.model(ScheduledModel), after=[First(), StopAt(1)], enable_checkpointing=False)
     return seen
+
+
+@every(lambda setting: "deferring" in setting.refuses)
+@pytest.mark.parametrize("why", ["manual", "scaler"])
+def test_refuses_to_defer_updates_by_name_x2(setting: TechniqueSetting, tmp_path: Path, why: str) -> None:
+    module = setting.model(ManualModel) if why == "manual" else setting.model()
+    scaled = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))] if why == "scaler" else None
+    with pytest.raises(MisconfigurationException, match=setting.refuses["deferring"]):
+        fit(setting, module=module, root=tmp_path, plugins=scaled)
 
 
 @every(lambda setting: "averaging" in setting.refuses)

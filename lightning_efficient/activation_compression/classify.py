@@ -26,6 +26,7 @@ from lightning_efficient.activation_compression.store import Demand, SavedTensor
 from lightning_efficient.activation_compression.streamed import streamed
 from lightning_efficient.core.quantization import Code, Quantized, Rounding, quantize
 from lightning_efficient.core.random import mix
+from lightning_efficient.core.saved_tensors import is_plain, parameter_of
 from lightning_efficient.core.torch_internals import without_torch_function
 
 __all__ = ["BOUNDED", "EXACT", "FP8", "Classifier", "Rates", "held_by"]
@@ -98,7 +99,7 @@ class Classifier:
         """
         self.end()
         held = list(held)
-        self._references = {tensor.untyped_storage()._cdata for tensor in held if _plain(tensor)}
+        self._references = {tensor.untyped_storage()._cdata for tensor in held if is_plain(tensor)}
         self._versions = {id(tensor): tensor._version for tensor in held if isinstance(tensor, nn.Parameter)}
         self._key, self._count = key, 0
         self.layers.clear()  # what an exception may have left
@@ -112,9 +113,9 @@ class Classifier:
     # -- for SavedTensors --------------------------------------------------------------------------------------------
 
     def by_reference(self, tensor: Tensor) -> Callable[[], Tensor] | Tensor | None:
-        if not _plain(tensor):
+        if not is_plain(tensor):
             return tensor.detach()
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        if parameter_of(tensor) is not None:
             return tensor.detach()
         if tensor.untyped_storage()._cdata in self._references:
             return tensor.detach()
@@ -219,13 +220,6 @@ def _code(level: float) -> Code | None:
     if level == FP8:
         return "fp8"
     return None if level == BOUNDED else int(level)
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Whether it is a view of a storage and nothing more."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return False
-    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
 
 
 def _may_overflow(encoded: Quantized) -> bool:

@@ -12,15 +12,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.storage import UntypedStorage
 
 from lightning_efficient.activation_compression.ledger import Ledger
 from lightning_efficient.activation_compression.records import Record
+from lightning_efficient.core.saved_tensors import changed_since, covers, elements_of, without_memory
 from lightning_efficient.core.torch_internals import WeakStorage, without_torch_function
 
 __all__ = ["Chooser", "Demand", "Handle", "Kept", "Observer", "SavedTensors", "Unit"]
@@ -109,7 +108,7 @@ class Kept:
         """All of them, ``[n]``, not to be changed."""
         storage = self._decoded.get() if self._decoded is not None else None
         if storage is not None:
-            return _flat(storage, self._dtype)
+            return elements_of(storage, self._dtype)
         numbers = self.record.decode()
         self._decoded, self._dtype = WeakStorage(numbers.untyped_storage()), numbers.dtype
         return numbers
@@ -143,7 +142,7 @@ class Handle:
         if isinstance(numbers, Tensor):
             self.witness = numbers
             return
-        self.witness = _witness(tensor)
+        self.witness = without_memory(tensor)
         self.stride, self.offset = geometry or (tensor.stride(), tensor.storage_offset())
         whole = tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
         self.in_order = tensor.is_contiguous() if geometry is not None else whole
@@ -155,11 +154,7 @@ class Handle:
             RuntimeError: If it was changed since, or if its gradient shall be differentiated and it is not exact.
         """
         if self.witness._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"{self.witness.dtype} tensor of shape {list(self.shape)} is at version {self.witness._version}; "
-                f"expected version {self.version} instead. Change it out of place, or a clone of it."
-            )
+            raise changed_since(self.witness, self.shape, self.version)
         if self.record is not None and not self.record.record.exact and torch.is_grad_enabled():
             raise RuntimeError(
                 f"A tensor of shape {list(self.shape)} is kept in few bits, and gradients of gradients (create_graph) "
@@ -291,7 +286,7 @@ class SavedTensors:
         if kept is not None and kept.level >= demand.least:
             return kept, geometry
         record, level, source = self._made_again(key, demand)
-        numbers = _flat(storage, tensor.dtype) if whole else None
+        numbers = elements_of(storage, tensor.dtype) if whole else None
         if record is None:
             numbers = _own_numbers(tensor) if numbers is None else numbers
             record = self._chooser.record(numbers, tensor, demand)
@@ -329,16 +324,12 @@ def _is_kept_whole(tensor: Tensor) -> bool:
     view of what an operation made and what covers it.
     """
     size = tensor.untyped_storage().nbytes()
-    if _covers(tensor, size):
+    if covers(tensor, size):
         return True
     base = tensor._base
-    if base is None or size > _WHOLE * tensor.nbytes or not base.requires_grad or not _covers(base, size):
+    if base is None or size > _WHOLE * tensor.nbytes or not base.requires_grad or not covers(base, size):
         return False
     return base.grad_fn is None or not base.grad_fn.name().endswith("CopySlices")  # of which parts were written
-
-
-def _covers(tensor: Tensor, size: int) -> bool:
-    return tensor.nbytes == size and 0 not in tensor.stride()
 
 
 def _each_once(tensor: Tensor) -> Tensor:
@@ -358,21 +349,3 @@ def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
     """With which those are it."""
     dense = torch.empty_like(_each_once(tensor), device="meta").stride()
     return tuple(step if stride else 0 for step, stride in zip(dense, tensor.stride(), strict=True))
-
-
-def _flat(storage: UntypedStorage, dtype: torch.dtype) -> Tensor:
-    """All of a storage as ``[n]``."""
-    flat = torch.empty(0, dtype=dtype, device=storage.device)
-    return flat.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))  # type: ignore[call-overload]
-
-
-def _witness(tensor: Tensor) -> Tensor:
-    """Sees whether ``tensor`` is changed, without keeping its memory: it shares its version counter."""
-    witness = tensor.detach()
-    witness.data = _nothing(tensor.dtype, tensor.device)
-    return witness
-
-
-@cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)

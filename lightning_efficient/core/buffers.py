@@ -6,17 +6,34 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 import threading
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["PAGE", "BufferPool", "HostBuffer", "round_up"]
+__all__ = ["PAGE", "BufferPool", "HostBuffer", "return_freed_memory", "round_up"]
 
 PAGE = mmap.PAGESIZE
 _PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 _TOUCH = 8 << 20  # bytes that are touched between two looks at whether others want the interpreter
+
+
+def return_freed_memory() -> None:
+    """Give the system what was freed, where the C library keeps it.
+
+    That of GNU does, and before version 2.38 it does not use freed aligned memory, as that of tensors, again either.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def round_up(nbytes: int) -> int:
@@ -49,15 +66,23 @@ class HostBuffer:
         self._process = os.getpid()
         self._pinned = False
         if pinned:
-            self.touch()  # else the driver does it, and holds everybody up meanwhile
-            if code := _register(self.address, self.nbytes):
-                raise RuntimeError(f"{self.nbytes} bytes could not be pinned: CUDA error {code}.")
-            self._pinned = True
+            self.pin()
 
     @property
     def pinned(self) -> bool:
         """Whether copies from a GPU need not block."""
         return self._pinned
+
+    def pin(self) -> None:
+        """Lock it for copies from an NVIDIA GPU; what was in it is lost.
+
+        Raises:
+            RuntimeError: If it cannot be locked.
+        """
+        self.touch()  # else the driver does it, and holds everybody up meanwhile
+        if code := _register(self.address, self.nbytes):
+            raise RuntimeError(f"{self.nbytes} bytes could not be pinned: CUDA error {code}.")
+        self._pinned = True
 
     def touch(self) -> None:
         """Make the system give all pages now, rather than in the first copy."""

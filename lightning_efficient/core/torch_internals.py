@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.storage import TypedStorage, UntypedStorage
 
@@ -20,13 +22,23 @@ __all__ = [
     "WeakStorage",
     "bytes_of",
     "compiled_entry",
+    "counting",
+    "global_step_hooks",
     "graph_hooks_are_shown_graphs",
     "graphs_of_saved",
+    "has_compatible_type",
+    "in_backward",
     "innermost_pack_hook",
+    "innermost_saved_tensors_hooks",
+    "is_of_checkpointing",
     "likely_size",
     "rebuild_tensor",
+    "shares_version",
     "storage_key",
+    "storage_use_count",
+    "tensor_version",
     "typed_storage_parts",
+    "unhooked_step",
     "without_mode",
     "without_torch_function",
 ]
@@ -41,6 +53,14 @@ def storage_key(storage: UntypedStorage) -> tuple[int, int]:
     return storage.data_ptr() or storage._cdata, storage.nbytes()
 
 
+def storage_use_count(storage: UntypedStorage) -> int:
+    """How many tensors, and other things outside of Python, hold a storage."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+has_compatible_type = torch._has_compatible_shallow_copy_type
+"""What modules ask to know whether a converted parameter can take the place of another; it looks at no numbers."""
+
 without_torch_function = torch._C.DisableTorchFunction
 """Within it no mode hears of the operations that are called."""
 
@@ -49,6 +69,22 @@ def innermost_pack_hook() -> Any:
     """The hook that an operation called now would give its saved tensors to, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks is not None else None
+
+
+def innermost_saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """Those that an operation called now would give its saved tensors to, and backward would get them from."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
+def is_of_checkpointing(pack: Any) -> bool:
+    """Whether a hook that packs saved tensors is that of ``torch.utils.checkpoint``, in forward or in backward."""
+    return getattr(pack, "__module__", None) == "torch.utils.checkpoint"
+
+
+def saved_tensors_hooks_are_allowed() -> bool:
+    """False within ``torch.func`` transforms and the like, which refuse them."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -181,3 +217,41 @@ def typed_storage_parts(storage: TypedStorage) -> tuple[UntypedStorage, torch.dt
     """Of the kind of storage that tensors are pickled with: memory, type, legacy class, number of elements."""
     kind = getattr(torch, storage._pickle_storage_type())
     return storage._untyped_storage, storage.dtype, kind, storage._size()
+
+
+def global_step_hooks() -> tuple[list[Any], list[Any]]:
+    """The hooks before and behind the steps of all optimizers, in the order in which they are called."""
+    from torch.optim import optimizer
+
+    return list(optimizer._global_optimizer_pre_hooks.values()), list(optimizer._global_optimizer_post_hooks.values())
+
+
+def unhooked_step(optimizer: Optimizer) -> None:
+    """Step without calling a hook."""
+    step: Any = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def in_backward() -> bool:
+    """Whether this thread is going through a graph backwards."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """Grows with each change in place; that of an inference tensor, which none can change, is -1."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+counting = threading.Lock()
+"""Held while :func:`shares_version` has changed a count; who finds one changed looks again with it."""
+
+
+def shares_version(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a change of one in place counts as a change of the other, so that they are the same memory's."""
+    with counting:
+        before, others = tensor._version, other._version
+        torch.autograd.graph.increment_version(tensor)
+        try:
+            return bool(other._version != others)
+        finally:
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (before,))

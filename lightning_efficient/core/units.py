@@ -1,10 +1,12 @@
-"""Amounts of memory as people write them."""
+"""Amounts of memory, and other numbers, as people write them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["parse_bytes"]
+__all__ = ["digits", "human_bytes", "parse_bytes"]
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _FACTORS |= {f"{prefix}i": 1024**power for power, prefix in enumerate("kmgt", start=1)}
@@ -33,3 +35,23 @@ def parse_bytes(amount: int | str, argument: str) -> int:
     if value <= 0:
         raise ValueError(f"{argument}={amount!r} must be more than nothing.")
     return value
+
+
+def human_bytes(value: float) -> str:
+    """``1.5 GiB`` and the like."""
+    power = 0
+    while abs(value) >= 1024 and power < len(_BINARY) - 1:
+        value /= 1024
+        power += 1
+    return f"{digits(value)} {_BINARY[power]}"
+
+
+def digits(value: float) -> str:
+    """At least three digits that matter, never an exponent for what a person can read without."""
+    if value == 0 or (float(value).is_integer() and abs(value) < 10_000):
+        return f"{value:.0f}"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    if abs(value) >= 0.001:
+        return f"{value:.3g}"
+    return f"{value:.2e}"

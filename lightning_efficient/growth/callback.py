@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_efficient import compat, telemetry
-from lightning_efficient.coordination import Offloader, ParameterChange, announce, find
+from lightning_efficient.coordination import Offloader, ParameterChange, announce, announce_before, find
 from lightning_efficient.growth.attachment import ModuleAttachment
 from lightning_efficient.growth.checks import check_layers_still_equal
 from lightning_efficient.growth.form import (
@@ -206,6 +206,7 @@ class GrowAndUnshareCallback(Callback):
         refuse_optimizers(trainer, progress)
         if progress.growing.arrangement:
             check_layers_still_equal(progress.growing.arrangement)
+        progress.growing.before_change = partial(announce_before, trainer)
         progress.growing.plan_optimizers(trainer.optimizers, self._attachment.names)
         progress.growing.mirror(compat.averaged_models(trainer))
         if self._loaded is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,9 @@ class Change:
 class GrowingModule:
     """Takes ``module`` back to a smaller form, and forward again.
 
+    Attributes:
+        before_change: Called before parameters and optimizer state change.
+
     Args:
         module: The full network.
         stacks: Its repeated layers; may be empty where only the width grows.
@@ -57,6 +60,7 @@ class GrowingModule:
     ) -> None:
         self.module = module
         self.twin = twin
+        self.before_change: Callable[[], None] = lambda: None
         self._arrangements = {"narrow": arrangement, "wide": wide} if twin else {"wide": arrangement}
         self._mirrors: list[LayerArrangement] = []
         self._plans: list[GroupPlan] = []
@@ -155,6 +159,7 @@ class GrowingModule:
         """
         if self.arrangement is None:
             raise ValueError("This module has no repeated layers to grow.")
+        self.before_change()
         before = dict(self.module.named_parameters())
         transfers = self.arrangement.arrange(leaders, source, summed_gradient=summed_gradient)
         for mirror in self._mirrors:
@@ -165,6 +170,7 @@ class GrowingModule:
         """Go from the narrow to the wide model, with values and optimizer state."""
         if self.twin is None:
             raise ValueError("This module has no narrow twin to grow from.")
+        self.before_change()
         leaders = self.leaders
         before = self.twin.show("wide")
         if self.arrangement:

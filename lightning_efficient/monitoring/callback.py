@@ -56,6 +56,8 @@ class EfficiencyMonitor(pl.Callback):
         ValueError: If a number is not positive.
     """
 
+    reads_gradients = False  # it counts their bytes, and takes what is there
+
     def __init__(
         self,
         *,

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lightning_efficient.monitoring.memory import MemoryMeter, nested_tensors, parameter_size, tensor_bytes
+from lightning_efficient.core.memory_meter import MemoryMeter
+from lightning_efficient.monitoring.memory import nested_tensors, parameter_size, tensor_bytes
 
 __all__ = ["Probe"]
 

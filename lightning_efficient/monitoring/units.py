@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from lightning_efficient.core.units import digits, human_bytes
+
 __all__ = ["human", "label_of", "technique_of", "unit_of"]
 
 _SUFFIXES = {
@@ -14,7 +16,6 @@ _SUFFIXES = {
     "_s": "s",
     "_percent": "%",
 }
-_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def technique_of(tag: str) -> str:
@@ -48,29 +49,21 @@ def human(value: float, unit: str = "") -> str:
     if not math.isfinite(value):
         return "not measured" if math.isnan(value) else f"{value:+}"
     if unit == "bytes":
-        return _binary(value)
+        return human_bytes(value)
     if unit == "ms":
         return _short(value, "ms") if abs(value) < 10_000 else _duration(value / 1e3)
     if unit == "s":
         return _duration(value)
     if unit == "%":
-        return f"{_digits(value)} %"
+        return f"{digits(value)} %"
     return _decimal(value) + ("/s" if unit == "per_s" else "")
-
-
-def _binary(value: float) -> str:
-    power = 0
-    while abs(value) >= 1024 and power < len(_BINARY) - 1:
-        value /= 1024
-        power += 1
-    return _short(value, _BINARY[power])
 
 
 def _decimal(value: float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return _short(value / (1e3 if letter == "k" else size), letter)
-    return f"{value:,.0f}" if float(value).is_integer() else _digits(value)
+    return f"{value:,.0f}" if float(value).is_integer() else digits(value)
 
 
 def _duration(seconds: float) -> str:
@@ -84,15 +77,4 @@ def _duration(seconds: float) -> str:
 
 
 def _short(value: float, unit: str) -> str:
-    return f"{_digits(value)} {unit}"
-
-
-def _digits(value: float) -> str:
-    """At least three digits that matter, never an exponent for what a person can read without."""
-    if value == 0 or (float(value).is_integer() and abs(value) < 10_000):
-        return f"{value:.0f}"
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    if abs(value) >= 0.001:
-        return f"{value:.3g}"
-    return f"{value:.2e}"
+    return f"{digits(value)} {unit}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.core.torch_internals import (
     WeakStorage,
@@ -15,9 +16,17 @@ from lightning_efficient.core.torch_internals import (
     compiled_entry,
     graph_hooks_are_shown_graphs,
     graphs_of_saved,
+    has_compatible_type,
+    in_backward,
     innermost_pack_hook,
+    innermost_saved_tensors_hooks,
+    is_of_checkpointing,
     rebuild_tensor,
+    saved_tensors_hooks_are_allowed,
+    shares_version,
     storage_key,
+    storage_use_count,
+    tensor_version,
     typed_storage_parts,
     without_mode,
     without_torch_function,
@@ -171,3 +180,76 @@ def test_hooks_that_are_graphs_are_shown_what_they_become_part_of() -> None:
     assert "aten.gelu_backward.default" in users
     assert {"0", "1"} <= layers
     torch.compiler.reset()
+
+
+def test_backward_is_known_to_be_going_on() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append(in_backward()))
+    assert not in_backward()
+    y.sum().backward()
+    assert seen == [True]
+    assert not in_backward()
+
+
+def test_who_shares_the_count_of_changes_is_known_and_the_count_stays() -> None:
+    x = torch.ones(4, requires_grad=True)
+    y = x * 2
+    for other, shared in ((y, True), (y.detach(), True), (y.view(2, 2)[1], True), (y.data, False), (x, False)):
+        assert shares_version(y, other) == shared
+        assert shares_version(other, y) == shared
+    assert (x._version, y._version) == (0, 0)
+    (y.exp() * y).sum().backward()
+
+
+def test_the_innermost_saved_tensors_hooks() -> None:
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    assert innermost_saved_tensors_hooks() is None
+    with torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        assert innermost_saved_tensors_hooks() == (pack, pack)
+        assert saved_tensors_hooks_are_allowed()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert not saved_tensors_hooks_are_allowed()
+
+
+def test_the_version_of_a_tensor_grows_with_changes_in_place() -> None:
+    tensor = torch.ones(2)
+    before = tensor_version(tensor)
+    tensor.add_(1)
+    assert tensor_version(tensor) > before
+    assert tensor_version(tensor) == tensor_version(tensor[:1])
+    with torch.inference_mode():
+        assert tensor_version(torch.ones(2)) == -1
+
+
+def test_the_holders_of_a_storage_are_counted() -> None:
+    parameter = nn.Parameter(torch.ones(4, 4))
+    storage = parameter.untyped_storage()
+    count = storage_use_count(storage)
+    view = parameter.t()
+    assert storage_use_count(storage) == count + 1
+    saved = nn.functional.linear(torch.ones(1, 4, requires_grad=True), parameter)  # its graph has a view
+    assert storage_use_count(storage) == count + 2
+    del view, saved
+    assert storage_use_count(storage) == count
+
+
+def test_what_modules_ask_before_they_exchange_parameters() -> None:
+    assert has_compatible_type(torch.ones(1), torch.ones(1))
+    assert not has_compatible_type(torch.ones(1), torch.ones(1).to_sparse())
+
+
+def test_hooks_of_activation_checkpointing_are_known() -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        hooks = innermost_saved_tensors_hooks()
+        seen.append(hooks is not None and is_of_checkpointing(hooks[0]))
+        return x.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]  # in forward, and anew in backward
+    assert not is_of_checkpointing(lambda tensor: tensor)

@@ -154,8 +154,9 @@ class StopAt(Callback):
 def optimizer_by_name(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, Any]:
     """State by parameter name, the names in each group, and the groups' options; all copied."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     return {
-        "state": {names[id(parameter)]: copy.deepcopy(state) for parameter, state in optimizer.state.items()},
+        "state": {order[place]: copy.deepcopy(state) for place, state in optimizer.state_dict()["state"].items()},
         "names": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
         "options": [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -218,6 +219,8 @@ def fit(
     module = module or (setting.model if setting else demo_model)()
     data = data or (setting.data if setting else demo_data)()
     run = Run(None, module, setting, own)  # type: ignore[arg-type]
+    if "strategy" in built:
+        built["strategy"].accelerator = None  # Lightning refuses the flag where an earlier Trainer has set this
     callbacks = [*before, *own, *after, Recorder(run, each_step)]
     if checkpoints is not None:
         when = checkpoints or {"every_n_train_steps": 1}

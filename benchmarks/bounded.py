@@ -1,0 +1,229 @@
+"""Offloading in processes of its own: within a bound of memory, and killed with -9 at random moments."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from benchmarks.harness import Table
+from lightning_efficient import AsyncCheckpointIO, OffloadStrategy
+from lightning_efficient.core.memory_meter import MemoryMeter
+from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
+from lightning_efficient.offload.tiers.spill_header import verify
+
+__all__ = ["Bounds", "Kills", "kills", "trains_in_bounds"]
+
+_ALLOWANCE = 64 << 20  # beside the budget: what torch, Lightning and a batch need
+_STACKS = 96 << 20  # of threads, which count as allocated though next to nothing of them is used
+
+
+class _Wide(pl.LightningModule):
+    """Linear layers, and so next to no activations."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layers(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5, fused=True)
+
+
+class _Within(pl.Callback):
+    """From the start of training on the process gets no more memory than the budget and a little."""
+
+    def __init__(self, base: dict[str, int], budget: int, meter: MemoryMeter) -> None:
+        self.base, self.budget, self.meter = base, budget, meter
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (self.base["data"] + self.budget + _ALLOWANCE + _STACKS,) * 2)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def _memory() -> dict[str, int]:
+    """Of this process: resident bytes, and those that ``RLIMIT_DATA`` counts."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("resident", "VmRSS"), ("data", "VmData"))}
+
+
+def _bounded_run(folder: Path, offloads: bool, width: int, layers: int, steps: int, budget: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(16 * steps, width))
+    base, meter = _memory(), MemoryMeter()
+    meter.start()
+    place = {"optimizer_state": "disk"}
+    strategy: Any = OffloadStrategy(memory_budget={"host": budget}, offload_dir=folder, place=place, staging="64MiB")
+    within = _Within(base, budget, meter)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, strategy=strategy if offloads else "auto", max_epochs=1, callbacks=[within],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    try:
+        trainer.fit(_Wide(width, layers), torch.utils.data.DataLoader(data, batch_size=16))
+    except (RuntimeError, MemoryError) as error:
+        found["error"] = str(error).splitlines()[0][:120]
+    found |= {"losses": within.losses, "grown": meter.peak_bytes() - base["resident"]}
+    (folder / f"{'ours' if offloads else 'plain'}.json").write_text(json.dumps(found))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Whether training kept to its bound of memory.
+
+    Attributes:
+        held: Whether it did, where AdamW alone got no memory.
+        table: For a person.
+    """
+
+    held: bool
+    table: Table
+
+
+def trains_in_bounds(folder: Path, *, quick: bool) -> Bounds:
+    """Train a model whose AdamW state does not fit into a budget, with and without offloading.
+
+    Args:
+        folder: For the disk tier and results.
+        quick: A smaller model, and fewer steps.
+    """
+    folder.mkdir(parents=True)
+    width, layers, steps = (1024, 48, 3) if quick else (2048, 16, 20)
+    parameters = 4 * width * width * layers
+    budget = 2 * parameters + (64 << 20)
+    rows, found = [], {}
+    for name, offloads in (("AdamW in memory", False), ("OffloadStrategy, state on a disk", True)):
+        process = multiprocessing.get_context("spawn").Process(
+            target=_bounded_run, args=(folder, offloads, width, layers, steps, budget)
+        )
+        process.start()
+        process.join()
+        found[name] = json.loads((folder / f"{'ours' if offloads else 'plain'}.json").read_text())
+        outcome = found[name].get("error", f"trained {len(found[name]['losses'])} steps")
+        rows.append((name, outcome, f"{found[name]['grown'] / 2**20:.0f}"))
+    plain, ours = found.values()
+    held = "error" in plain and "error" not in ours and ours["grown"] <= budget + _ALLOWANCE
+    title = (
+        f"{parameters / 2**20:.0f} MiB of parameters within {budget / 2**20:.0f} MiB and {_ALLOWANCE >> 20} MiB beside"
+    )
+    header = ("", "outcome", "resident memory grew at most by (MiB)")
+    note = "From the start of training the process may allocate no more (RLIMIT_DATA); files in memory are counted too."
+    return Bounds(held, Table(title, header, rows, note))
+
+
+# -- kills -------------------------------------------------------------------------------------------------------------
+
+
+def _killed_run(folder: Path, steps: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = ByteLanguageModel(layers=4, width=64, heads=4, context=32, learning_rate=1e-3, warmup_steps=4)
+    data = StdlibDataModule(context=32, batch_size=4, train_bytes=33 * 4 * 4096, validation_bytes=33 * 8)
+    saves = ModelCheckpoint(dirpath=folder / "checkpoints", every_n_train_steps=5, save_top_k=1, save_last="link")
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, limit_val_batches=0, logger=False,
+        strategy=OffloadStrategy(offload_dir=folder / "swap", place={"optimizer_state": "disk"}),
+        callbacks=[AsyncCheckpointIO(resume="auto"), saves],
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, data, ckpt_path=last if last.exists() else None)
+    torch.save(
+        {"weights": model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()["state"]}, folder / "end.pt"
+    )
+
+
+@dataclass(frozen=True)
+class Kills:
+    """What a series of kills came to.
+
+    Attributes:
+        number: Runs that were killed.
+        survived: Kills after which all was well.
+        table: For a person.
+    """
+
+    number: int
+    survived: int
+    table: Table
+
+
+def kills(folder: Path, *, number: int) -> Kills:
+    """Kill a run with -9 at ``number`` random moments, go on from its checkpoint each time, and compare the end.
+
+    Args:
+        folder: For everything.
+        number: Of kills.
+    """
+    steps = 60 * number  # more than the killed runs come to
+    chance = random.Random(0)
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["benchmarks.bounded"])
+    whole, killed = folder / "whole", folder / "killed"
+    for place in (whole, killed):
+        place.mkdir(parents=True)
+    process = fork.Process(target=_killed_run, args=(whole, steps))
+    process.start()
+    process.join()
+    survived, chunks = 0, 0
+    problems: list[str] = []
+    for kill in range(number):
+        process = fork.Process(target=_killed_run, args=(killed, steps))
+        process.start()
+        before = len(problems)
+        deadline = time.monotonic() + 60
+        while not list((killed / "swap").glob("*")) and time.monotonic() < deadline:  # it has begun to train
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.6))
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        for path in _spilled(killed):
+            report = verify(path)
+            chunks += len(report.accepted)
+            if report.torn:
+                problems.append(f"kill {kill}: {len(report.torn)} of {len(report.accepted)} accepted records are torn")
+        survived += len(problems) == before
+    process = fork.Process(target=_killed_run, args=(killed, steps))
+    process.start()
+    process.join()
+    if left := _spilled(killed):
+        problems.append(f"{len(left)} files stayed")
+    ends = [torch.load(place / "end.pt") for place in (whole, killed)]
+    same = all(torch.equal(ends[0]["weights"][name], value) for name, value in ends[1]["weights"].items())
+    same &= all(
+        torch.equal(ends[0]["optimizer"][p][key], value)
+        for p, state in ends[1]["optimizer"].items()
+        for key, value in state.items()
+    )
+    if not same:
+        problems.append("the end is not that of the run that was not killed")
+        survived = 0
+    row = (f"{survived} of {number}", f"{chunks}", "yes" if same else "no", "; ".join(problems[:3]) or "none")
+    header = ("kills survived", "accepted records looked at", "end bit-equal to the uninterrupted run", "problems")
+    return Kills(number, survived, Table("Killed with -9 at random moments", header, [row]))
+
+
+def _spilled(folder: Path) -> list[Path]:
+    return [path for path in (folder / "swap").glob(".*") if path.is_file()]

@@ -1,0 +1,336 @@
+"""What offloading costs: optimizer state on a disk against all in memory, and against how others put it there.
+
+Time: wall time of whole training steps (forward, backward, update), all arms in turn in each round, for that is what
+waiting for a disk costs; the CPU time of the process stands beside it. Exact: weights and state after whole runs,
+compared bit for bit. Bounds and kills: processes of their own (``benchmarks/bounded.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.bounded import kills, trains_in_bounds
+from benchmarks.harness import Options, Result, Table, spread
+from lightning_efficient.demos.model import ByteTransformer
+from lightning_efficient.offload.session import OffloadSession
+from lightning_efficient.offload.settings import parse_settings
+from lightning_efficient.offload.tiers.disk_bandwidth import measure_bandwidth
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT and a batch."""
+
+    layers: int
+    width: int
+    tokens: int
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers of width {self.width}, {self.tokens:,} tokens a step"
+
+
+HIDING = Size(8, 512, 1024, 5)  # enough tokens to hide the transfers
+BINDING = Size(8, 768, 16, 9)  # the disk is what there is to wait for
+QUICK = Size(2, 64, 32, 2)
+
+
+class Job:
+    """A model, its optimizer, and one batch."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        context = min(256, size.tokens)
+        heads = max(1, size.width // 64)
+        self.model = ByteTransformer(layers=size.layers, width=size.width, heads=heads, context=context)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.tokens, self.targets = torch.randint(0, 256, (2, size.tokens // context, context))
+        self.before: Callable[[], None] = lambda: None
+        self.after: Callable[[Tensor], None] = lambda loss: None
+
+    @property
+    def state_bytes(self) -> int:
+        return 2 * sum(parameter.numel() * 4 for parameter in self.model.parameters())
+
+    def step(self) -> None:
+        def closure() -> Tensor:
+            self.before()
+            loss = F.cross_entropy(self.model(self.tokens).flatten(0, 1), self.targets.flatten())
+            self.after(loss)
+            self.optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+
+
+Arm = Callable[[Job, Path], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def in_memory(job: Job, folder: Path) -> Iterator[None]:
+    yield
+
+
+def ours(schedule: str) -> Arm:
+    @contextlib.contextmanager
+    def build(job: Job, folder: Path) -> Iterator[None]:
+        settings = parse_settings(
+            memory_budget=None,
+            offload_dir=folder,
+            place={"optimizer_state": "disk"},
+            schedule=schedule,
+            staging="128MiB",
+            master_weights=False,
+        )
+        session = OffloadSession(
+            job.model,
+            [job.optimizer],
+            settings,
+            device=torch.device("cpu"),
+            directory=folder,
+            schedule=schedule,  # type: ignore[arg-type]
+            complete=lambda: True,
+        )
+        job.before = session.updates.before_forward
+        job.after = lambda loss: session.updates.after_forward([loss])
+        yield
+        session.close()
+
+    return build
+
+
+@contextlib.contextmanager
+def memory_mapped(job: Job, folder: Path) -> Iterator[None]:
+    """State in files that are mapped into memory (``torch.from_file``); the page cache decides what stays."""
+    job.step()
+    for number, (parameter, state) in enumerate(list(job.optimizer.state.items())):
+        for key, value in state.items():
+            if value.numel() > 1:
+                path = folder / f"{number}-{key}"
+                mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
+                state[key] = mapped.view_as(value).copy_(value)
+        assert parameter in job.optimizer.state
+    yield
+    job.optimizer.state.clear()
+
+
+@contextlib.contextmanager
+def buffered_files(job: Job, folder: Path) -> Iterator[None]:
+    """A file a parameter, read, updated and written in turn, as one writes it first; nothing overlaps.
+
+    With ``fdatasync`` and ``posix_fadvise``, so that the page cache does not keep all of it in memory after all.
+    """
+    import os
+
+    job.step()
+    paths: dict[Tensor, Path] = {}
+
+    def save(parameter: Tensor, state: dict[str, Any]) -> None:
+        path = paths.setdefault(parameter, folder / str(len(paths)))
+        with path.open("wb", buffering=0) as file:
+            for value in state.values():
+                if value.numel() > 1:
+                    file.write(memoryview(value.view(-1).numpy()).cast("B"))
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def load(parameter: Tensor, state: dict[str, Any]) -> None:
+        with paths[parameter].open("rb", buffering=0) as file:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.empty_like(parameter)
+                file.readinto(memoryview(state[key].view(-1).numpy()).cast("B"))
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    for parameter, state in job.optimizer.state.items():
+        save(parameter, state)
+        del state["exp_avg"], state["exp_avg_sq"]
+    plain = job.optimizer.step
+
+    def step(closure: Callable[[], Tensor]) -> None:
+        closure()
+        groups = job.optimizer.param_groups
+        for parameter in groups[0]["params"]:
+            state = job.optimizer.state[parameter]
+            load(parameter, state)
+            job.optimizer.param_groups = [{**groups[0], "params": [parameter]}]
+            plain()
+            save(parameter, state)
+            del state["exp_avg"], state["exp_avg_sq"]
+        job.optimizer.param_groups = groups
+
+    job.optimizer.step = step  # type: ignore[method-assign,assignment]
+    yield
+
+
+ARMS: dict[str, Arm] = {
+    "all in memory": in_memory,
+    "ours, in_backward": ours("in_backward"),
+    "ours, under_forward": ours("under_forward"),
+    "ours, after_backward": ours("after_backward"),
+    "memory-mapped files": memory_mapped,
+    "buffered files": buffered_files,
+}
+
+
+def _steps(size: Size, folder: Path) -> tuple[Table, dict[str, Any]]:
+    jobs = {name: Job(size) for name in ARMS}
+    wall: dict[str, list[float]] = {name: [] for name in ARMS}
+    cpu: dict[str, list[float]] = {name: [] for name in ARMS}
+    with contextlib.ExitStack() as stack:
+        for number, (name, build) in enumerate(ARMS.items()):
+            place = folder / str(number)
+            place.mkdir()
+            stack.enter_context(build(jobs[name], place))
+            for _ in range(2):  # warm-up, and what the first step learns
+                jobs[name].step()
+        for turn in range(size.rounds):
+            names = list(jobs)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                time.sleep(0.2)  # what the last arm has left to the disk
+                jobs[name].step()  # transfers that a run of steps would have begun before
+                begin, begin_cpu = time.perf_counter(), time.process_time()
+                jobs[name].step()
+                wall[name].append(time.perf_counter() - begin)
+                cpu[name].append(time.process_time() - begin_cpu)
+    base = "all in memory"
+    nbytes = jobs[base].state_bytes
+    bandwidth = measure_bandwidth(folder)
+    disk = nbytes / bandwidth.mixed_bytes_per_second * 2
+    limit = max(statistics.median(wall[base]), disk)
+    rows, found = [], {}
+    for name in ARMS:
+        ratios = [a / b for a, b in zip(wall[name], wall[base], strict=True)]
+        cpu_ratios = [a / b for a, b in zip(cpu[name], cpu[base], strict=True)]
+        fraction = limit / statistics.median(wall[name])
+        found[name] = {"wall": wall[name], "cpu": cpu[name], "ratios": ratios, "fraction": fraction}
+        milliseconds = f"{statistics.median(wall[name]) * 1e3:.0f}"
+        rows.append((name, milliseconds, spread(ratios, 2), spread(cpu_ratios, 2), f"{fraction:.2f}"))
+        print(f"{size}  " + "  ".join(rows[-1]), flush=True)
+    note = (
+        f"{nbytes / 1e6:.0f} MB of state. The limit is the larger of the step in memory and of the time that the disk "
+        f"needs to read and write the state ({disk * 1e3:.0f} ms at {bandwidth.mixed_bytes_per_second / 1e9:.2f} GB/s, "
+        "measured with the tier's own code behind the runs)."
+    )
+    header = ("", "step (ms)", "time / in memory", "CPU time / in memory", "fraction of the limit")
+    return Table(str(size), header, rows, note), {"arms": found, "limit_seconds": limit, "disk_seconds": disk}
+
+
+# -- exact -------------------------------------------------------------------------------------------------------------
+
+
+def _trained(size: Size, arm: Arm, folder: Path, steps: int, clip: float | None) -> tuple[Job, float]:
+    """A trained job, and the part of its steps that were clipped."""
+    job, clipped = Job(size), 0
+    generator = torch.Generator().manual_seed(1)
+    job.before, after = lambda: None, None
+    with arm(job, folder):
+        before, after = job.before, job.after
+        for _ in range(steps):
+            job.tokens, job.targets = torch.randint(0, 256, (2, *job.tokens.shape), generator=generator)
+
+            def closure() -> Tensor:
+                nonlocal clipped
+                before()
+                loss = F.cross_entropy(job.model(job.tokens).flatten(0, 1), job.targets.flatten())
+                after(loss)
+                job.optimizer.zero_grad()
+                loss.backward()
+                if clip is not None:
+                    clipped += float(nn.utils.clip_grad_norm_(job.model.parameters(), clip)) > clip
+                return loss
+
+            job.optimizer.step(closure)
+        job.saved = job.optimizer.state_dict()  # type: ignore[attr-defined]
+        job.saved["state"] = {p: {k: v.clone() for k, v in s.items()} for p, s in job.saved["state"].items()}  # type: ignore[attr-defined]
+        job.weights = {name: value.clone() for name, value in job.model.state_dict().items()}  # type: ignore[attr-defined]
+    return job, clipped / steps
+
+
+def _exact(folder: Path, steps: int) -> tuple[Table, bool, float]:
+    size = Size(2, 64, 64, 0)
+    rows, exact, clipped = [], True, 0.0
+    norms = []
+    probe = Job(size)
+    for _ in range(5):
+        probe.step()
+        norms.append(float(torch.stack([p.grad.norm() for p in probe.model.parameters() if p.grad is not None]).norm()))
+    for clip_name, clip in (("no clipping", None), ("clipping", statistics.median(norms) * 1.05)):
+        for number, schedule in enumerate(("after_backward", "in_backward", "under_forward")):
+            if clip is not None and schedule == "in_backward":
+                continue
+            place = folder / f"exact-{clip_name}-{number}".replace(" ", "-")
+            place.mkdir()
+            (plain, part), (job, _) = (_trained(size, arm, place, steps, clip) for arm in (in_memory, ours(schedule)))
+            weights = all(torch.equal(job.weights[n], v) for n, v in plain.weights.items())  # type: ignore[attr-defined]
+            state = all(
+                torch.equal(job.saved["state"][p][k], v)  # type: ignore[attr-defined]
+                for p, s in plain.saved["state"].items()  # type: ignore[attr-defined]
+                for k, v in s.items()
+            )
+            exact &= weights and state
+            clipped = max(clipped, part)
+            rows.append((schedule, clip_name, f"{part:.0%}", "yes" if weights else "no", "yes" if state else "no"))
+    header = ("schedule", "", "steps clipped", "weights bit-equal", "optimizer state bit-equal")
+    return Table(f"{steps} steps with the state on a disk, against AdamW alone", header, rows), exact, clipped
+
+
+def run(options: Options) -> Result:
+    """All of it; about ten minutes."""
+    torch.set_num_threads(options.threads)
+    folder = Path(tempfile.mkdtemp(prefix="offload-", dir="."))
+    try:
+        exact_table, exact, clipped = _exact(folder, 6 if options.quick else 50)
+        tables = [exact_table]
+        raw: dict[str, Any] = {"clipped": clipped}
+        sizes = (QUICK, QUICK) if options.quick else (HIDING, BINDING)
+        measured = []
+        for number, size in enumerate(sizes):
+            place = folder / f"steps-{number}"
+            place.mkdir()
+            table, values = _steps(size, place)
+            tables.append(table)
+            measured.append(values)
+            raw[f"{number}: {size}"] = values
+        bounds = trains_in_bounds(folder / "bounds", quick=options.quick)
+        tables.append(bounds.table)
+        killed = kills(folder / "kills", number=5 if options.quick else 50)
+        tables.append(killed.table)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    hiding, binding = (values["arms"] for values in measured)
+    best = ("ours, in_backward", "ours, under_forward")
+    return Result(
+        "offload",
+        {
+            "exact": int(exact),
+            "rss_bound": int(bounds.held),
+            "disk_step_ratio": max(statistics.median(hiding[name]["ratios"]) for name in best),
+            "disk_fraction_of_limit": min(binding[name]["fraction"] for name in best),
+            "mmap_fraction_of_limit": binding["memory-mapped files"]["fraction"],
+            "buffered_fraction_of_limit": binding["buffered files"]["fraction"],
+            "kills": f"{killed.survived}/{killed.number}",
+        },
+        tables,
+        raw=raw,
+        notes=[
+            "GPT (byte-level), AdamW (fused). Wall time of whole steps, one after another in each round; median and "
+            "range over the rounds of the ratio to the step in memory of the same round.",
+            "Memory-mapped files stay in the page cache where there is room, as there was here: their memory is not "
+            "bounded.",
+        ],
+    )

@@ -1,0 +1,1 @@
+"""Batches in parts, as memory demands."""

@@ -1,0 +1,217 @@
+"""Which tier each tensor of a training task belongs to: a pure function of what it is and when it is used.
+
+(Rajbhandari et al. 2021, "ZeRO-Infinity", 5 and 8: where a tensor lives follows from how often its bytes are moved in a
+step and how large the tiers are.)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_efficient.core.units import human_bytes
+
+__all__ = ["KINDS", "Attribute", "Kind", "Placement", "Room", "Row", "Rules", "keep_or_replan", "plan"]
+
+Kind = Literal["parameter", "gradient", "optimizer_state", "master_weight", "activation", "input_batch", "checkpoint"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Kind -> made or first used in, last used in, how often a step moves it if it lives away from where it is used.
+_USES: dict[Kind, tuple[str, str, int]] = {
+    "parameter": ("forward", "update", 3),  # in for forward and for backward, out behind the update
+    "gradient": ("backward", "update", 2),
+    "optimizer_state": ("update", "update", 2),
+    "master_weight": ("update", "update", 2),
+    "activation": ("forward", "backward", 2),
+    "input_batch": ("load", "forward", 1),
+    "checkpoint": ("save", "save", 1),
+}
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """What there is to know of a tensor, or of all tensors of a kind, before it is placed.
+
+    Attributes:
+        kind: The type of its data.
+        name: Of the parameter that it belongs to; ``*`` for all of the kind.
+        nbytes: Its size; 0 where it is not known yet.
+        position: Of its parameter in the order of forward.
+    """
+
+    kind: Kind
+    name: str
+    nbytes: int
+    position: int = 0
+
+    @property
+    def first_use(self) -> str:
+        """The phase of a step in which it is made or first read."""
+        return _USES[self.kind][0]
+
+    @property
+    def last_use(self) -> str:
+        """The phase behind which it is not needed, until the next step."""
+        return _USES[self.kind][1]
+
+    @property
+    def transfers(self) -> int:
+        """How often a step moves it, if it is not where it is used."""
+        return _USES[self.kind][2]
+
+
+@dataclass(frozen=True)
+class Room:
+    """A tier, as far as a plan needs to know it.
+
+    Attributes:
+        tier: Its name: ``device``, ``host``, ``disk`` or ``numa:N``.
+        nbytes: How much may be there; None: as much as one likes.
+    """
+
+    tier: str
+    nbytes: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a placement."""
+
+    attribute: Attribute
+    tier: str
+    why: str
+
+
+class Rules:
+    """Where the user wants what.
+
+    Args:
+        place: From a kind, a pattern of parameter names, or ``kind:pattern`` to the name of a tier. The most specific
+            one counts: ``kind:pattern``, then a kind, then a pattern.
+    """
+
+    def __init__(self, place: Mapping[str, str]) -> None:
+        self._place = dict(place)
+
+    def find(self, attribute: Attribute) -> tuple[str, str] | None:
+        """The rule that counts for it, and its tier; None if there is none."""
+        candidates = [
+            (rule, tier)
+            for rule, tier in self._place.items()
+            if ":" in rule and rule.split(":", 1)[0] == attribute.kind and _fits(rule.split(":", 1)[1], attribute.name)
+        ]
+        candidates += [(rule, tier) for rule, tier in self._place.items() if rule == attribute.kind]
+        candidates += [
+            (rule, tier)
+            for rule, tier in self._place.items()
+            if ":" not in rule and rule not in KINDS and _fits(rule, attribute.name)
+        ]
+        return candidates[0] if candidates else None
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """The rules whose pattern fits none of the parameters' ``names``."""
+        patterns = {rule: rule.split(":", 1)[-1] for rule in self._place if rule not in KINDS}
+        return [rule for rule, pattern in patterns.items() if not any(_fits(pattern, name) for name in names)]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether the name, or an end of it that begins with a whole part, fits."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes.
+
+    Attributes:
+        rows: One for each attribute.
+        rooms: The tiers, fastest first.
+    """
+
+    rows: tuple[Row, ...]
+    rooms: tuple[Room, ...]
+
+    def tier(self, kind: Kind, name: str) -> str | None:
+        """Where the tensor of this kind of a parameter goes; None if it was not asked for."""
+        return self._index.get((kind, name)) or self._index.get((kind, "*"))
+
+    @property
+    def _index(self) -> dict[tuple[str, str], str]:
+        if "_cached" not in self.__dict__:
+            self.__dict__["_cached"] = {(row.attribute.kind, row.attribute.name): row.tier for row in self.rows}
+        return self.__dict__["_cached"]
+
+    def used(self, tier: str) -> int:
+        """Bytes that go there."""
+        return sum(row.attribute.nbytes for row in self.rows if row.tier == tier)
+
+    def table(self) -> str:
+        """In Markdown, one line for the tensors of a kind that go to one tier for one reason."""
+        totals: dict[tuple[str, str, str, str], list[int]] = {}
+        for row in self.rows:
+            uses = f"{row.attribute.first_use} to {row.attribute.last_use}"
+            totals.setdefault((row.attribute.kind, uses, row.tier, row.why), []).append(row.attribute.nbytes)
+        lines = ["| kind | used from | tier | tensors | bytes | why |", "|---|---|---|---|---|---|"]
+        for (kind, uses, tier, why), sizes in totals.items():
+            amount = human_bytes(sum(sizes)) if any(sizes) else "not known yet"
+            lines.append(f"| {kind} | {uses} | {tier} | {len(sizes)} | {amount} | {why} |")
+        return "\n".join(lines)
+
+
+def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -> Placement:
+    """Place every tensor.
+
+    What a rule names goes where the rule says. The rest is taken in the order of what it would cost to have it
+    elsewhere, each to the fastest tier with room: first what a step moves most often, then optimizer state and
+    gradients, then the others, and of the same kind first what the forward uses first, whose update comes last in
+    backward and is needed soonest.
+
+    Args:
+        attributes: What there is.
+        rooms: The tiers, fastest first; the last one takes what fits nowhere else.
+        rules: Of the user.
+    """
+    left = {room.tier: room.nbytes for room in rooms}
+    placed: dict[int, Row] = {}
+    for index, attribute in enumerate(attributes):
+        if found := rules.find(attribute):
+            rule, tier = found
+            placed[index] = Row(attribute, tier, f"place[{rule!r}]")
+            if (free := left.get(tier)) is not None:
+                left[tier] = free - attribute.nbytes
+    rank = {"optimizer_state": 0, "gradient": 1, "master_weight": 2}
+    waiting = sorted(
+        (index for index in range(len(attributes)) if index not in placed),
+        key=lambda i: (-attributes[i].transfers, rank.get(attributes[i].kind, 3), attributes[i].position),
+    )
+    for index in waiting:
+        attribute = attributes[index]
+        for number, room in enumerate(rooms):
+            free = left[room.tier]
+            if free is None or attribute.nbytes <= free or number == len(rooms) - 1:
+                if free is not None:
+                    left[room.tier] = free - attribute.nbytes
+                why = "the fastest" if number == 0 else f"no room in {rooms[number - 1].tier}"
+                placed[index] = Row(attribute, room.tier, why)
+                break
+    return Placement(tuple(placed[index] for index in range(len(attributes))), tuple(rooms))
+
+
+def keep_or_replan(
+    current: Placement, attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules, *, slack: float = 0.1
+) -> Placement:
+    """A new placement when the room has changed, or the current one where that is not worth it.
+
+    It is replaced if it does not fit any more, or if more would fit into a faster tier with ``slack`` of its room left
+    free: so that memory that comes and goes a little moves nothing.
+    """
+    fast = rooms[:-1]
+    with_slack = [*(Room(r.tier, None if r.nbytes is None else int(r.nbytes * (1 - slack))) for r in fast), rooms[-1]]
+    better = plan(attributes, with_slack, rules)
+    over = any(room.nbytes is not None and current.used(room.tier) > room.nbytes for room in fast)
+    if over or any(better.used(room.tier) > current.used(room.tier) for room in fast[:1]):
+        return better
+    return current

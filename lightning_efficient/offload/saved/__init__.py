@@ -1,0 +1,1 @@
+"""What backward needs, and other tensors not in use, in other tiers."""

@@ -1,0 +1,353 @@
+"""One training run whose optimizer state is spread over tiers: what is where, when it moves, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.core.units import human_bytes
+from lightning_efficient.offload.batches.free_memory import free_bytes
+from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, keep_or_replan, plan
+from lightning_efficient.offload.settings import Settings
+from lightning_efficient.offload.tiers.disk import DiskTier
+from lightning_efficient.offload.tiers.host import HostTier
+from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.engine import UpdateEngine
+from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.layout import is_bulk
+from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, UnderForward, Updates
+from lightning_efficient.offload.updates.staging import Staging
+from lightning_efficient.offload.updates.subset_step import state_bytes_per_element
+
+__all__ = ["OffloadSession", "attributes_of"]
+
+_RESERVED = 0.2  # of the memory that is free at the start, where no budget is given: for activations and others
+Schedule = Literal["after_backward", "in_backward", "under_forward"]
+
+
+def attributes_of(
+    module: nn.Module, optimizers: Sequence[Optimizer], settings: Settings, *, gradients_stay: bool = True
+) -> list[Attribute]:
+    """What there is to place: of each parameter itself, its gradient and its optimizer state, and the rest by kind.
+
+    Args:
+        module: Whose parameters they are.
+        optimizers: Of its parameters.
+        settings: Of the user.
+        gradients_stay: Whether all gradients are alive at a time; else the largest one counts.
+    """
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    by_parameter = {id(p): (optimizer, group) for optimizer, group in groups for p in group["params"]}
+    ratios: dict[tuple[int, int], float] = {}
+    largest = 0
+    found = []
+    for position, (name, parameter) in enumerate(module.named_parameters()):
+        nbytes = parameter.numel() * parameter.element_size()
+        found.append(Attribute("parameter", name, nbytes, position))
+        if not parameter.requires_grad or id(parameter) not in by_parameter:
+            continue
+        if gradients_stay:
+            found.append(Attribute("gradient", name, nbytes, position))
+        largest = max(largest, nbytes)
+        optimizer, group = by_parameter[id(parameter)]
+        key = id(group), parameter.dim()
+        if key not in ratios:
+            ratios[key] = state_bytes_per_element(optimizer, group, parameter)
+        found.append(Attribute("optimizer_state", name, int(ratios[key] * parameter.numel()), position))
+        if settings.master_weights and parameter.element_size() < 4:
+            found.append(Attribute("master_weight", name, 4 * parameter.numel(), position))
+    if not gradients_stay:
+        found.append(Attribute("gradient", "*", largest))
+    found += [Attribute(kind, "*", 0) for kind in ("activation", "input_batch", "checkpoint")]
+    return found
+
+
+class OffloadSession:
+    """Everything that offloading sets up for one run, and takes down again.
+
+    Attributes:
+        placement: What is where.
+        updates: Who runs the optimizers' updates.
+        engine: Where their state is.
+
+    Args:
+        module: That is trained.
+        optimizers: Its optimizers, with any state that they have.
+        settings: Of the user.
+        device: On which the module is.
+        directory: For what goes to a disk.
+        schedule: When updates take place.
+        complete: Asked at each gradient whether it is complete.
+
+    Raises:
+        TierError: If there is no room.
+        ValueError: If a rule of ``place`` fits no parameter, or names what cannot be placed there.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        settings: Settings,
+        *,
+        device: torch.device,
+        directory: Path,
+        schedule: Schedule,
+        complete: Callable[[], bool],
+    ) -> None:
+        self._module, self._optimizers, self._settings = module, list(optimizers), settings
+        self._device, self._directory, self._schedule, self._complete = device, directory, schedule, complete
+        self._tiers: dict[str, DiskTier | HostTier] = {}
+        self._handles: list[RemovableHandle] = []
+        on_cpu = device.type == "cpu"  # where the device's memory is that of the host
+        place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
+        self._rules = Rules(place)
+        self._reserves: dict[str, int] = {}  # by device
+        self.gradients: GradientStore | None = None
+        self._accumulates_elsewhere = False
+        self._staging = Staging(settings.staging_bytes)
+        self.attributes = self._attributes()
+        try:
+            self.placement = plan(self.attributes, self._rooms(), self._rules)
+            self._begin()
+        except BaseException:
+            self._staging.close()
+            self._close_tiers()
+            raise
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.updates.finish()))
+            self._handles.append(optimizer.register_state_dict_post_hook(self._whole_state))
+            self._handles.append(optimizer.register_load_state_dict_post_hook(self.take_over))
+
+    # -- what changes while it runs ----------------------------------------------------------------------------------
+
+    def bring_back(self) -> None:
+        """Before parameters come or go: the optimizers have all their state, and step by themselves."""
+        self._let_go()
+        self.engine.bring_back()
+
+    def begin_again(self) -> None:
+        """After parameters came or went: everything is placed anew."""
+        self.attributes = self._attributes()
+        self.placement = plan(self.attributes, self._rooms(), self._rules)
+        self._begin()
+
+    def adapt(self) -> bool:
+        """Move state to where there is room now, if that is worth it; results stay the same bit for bit.
+
+        Returns:
+            Whether anything is placed differently now.
+        """
+        rooms = self._rooms()
+        stay = [row for row in self.placement.rows if row.attribute.kind != "optimizer_state"]
+        fixed = Placement(tuple(stay), tuple(rooms))
+        left = [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - fixed.used(r.tier))) for r in rooms]
+        states = [row for row in self.placement.rows if row.attribute.kind == "optimizer_state"]
+        current = Placement(tuple(states), tuple(left))
+        better = keep_or_replan(current, [row.attribute for row in states], left, self._rules)
+        if better is current:
+            return False
+        self.updates.finish()
+        self.placement = Placement((*stay, *better.rows), tuple(rooms))
+        return self.engine.move(self._tier_of)
+
+    def begin_batch(self) -> None:
+        """A batch begins, that may be tried again."""
+        self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether the step in progress can be done again: nothing has been updated, and no gradient mixed."""
+        return not (self.updates.begun or self.engine.updating or self._accumulates_elsewhere)
+
+    def give_up_attempt(self) -> None:
+        """The step is done again: what it has made so far is of no use."""
+        if self.gradients is not None:
+            self.gradients.clear()
+
+    def rest(self) -> None:
+        """Training has ended: no thread, file or hook in the module is left, and the state can still be read."""
+        self._let_go()
+        self.engine.rest()
+        while self._handles:
+            self._handles.pop().remove()
+        self._staging.close()
+        self._close_tiers()
+
+    def close(self) -> None:
+        """Take everything down; state that is not in the optimizers is gone."""
+        self._let_go()
+        while self._handles:
+            self._handles.pop().remove()
+        self._staging.close()
+        self._close_tiers()
+
+    # -- measurements ------------------------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """In a few words, what is where."""
+        parts = []
+        for room in self.placement.rooms:
+            kinds: dict[str, int] = {}
+            for row in self.placement.rows:
+                if row.tier == room.tier and row.attribute.nbytes:
+                    kinds[row.attribute.kind] = kinds.get(row.attribute.kind, 0) + row.attribute.nbytes
+            if kinds:
+                amounts = ", ".join(f"{kind} {human_bytes(amount)}" for kind, amount in kinds.items())
+                parts.append(f"{room.tier}: {amounts}")
+        return "; ".join(parts)
+
+    def measurements(self) -> dict[str, float]:
+        """By tag, without the technique's name."""
+        values = {
+            "moved_parameters": float(sum(len(unit.names) for unit in self.engine.units if unit.placed is not None)),
+            "staging_bytes": float(self._staging.held_bytes),
+            "wait_ms": self._staging.waited_seconds * 1e3,
+        }
+        for name, tier in self._tiers.items():
+            values |= {f"{name.replace(':', '_')}_{quantity}": value for quantity, value in _measured(tier).items()}
+        return values
+
+    # -- the state as a whole ----------------------------------------------------------------------------------------
+
+    def _whole_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What ``Optimizer.state_dict`` returns, with what is in the tiers."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        position = {id(parameter): index for index, parameter in enumerate(parameters)}
+        state = dict(state_dict["state"])
+        for unit in self.engine.units:
+            if unit.optimizer is optimizer and unit.placed is not None:
+                for parameter, whole in zip(unit.parameters, self.engine.states(unit), strict=True):
+                    if whole:
+                        state[position[id(parameter)]] = whole
+        return {**state_dict, "state": dict(sorted(state.items(), key=lambda item: str(item[0]).zfill(9)))}
+
+    def take_over(self, optimizer: Optimizer) -> None:
+        """The state that was loaded into an optimizer goes to its places, part by part."""
+        for unit in self.engine.units:
+            if unit.optimizer is optimizer:
+                self.engine.adopt(unit, [optimizer.state.get(parameter, {}) for parameter in unit.parameters])
+
+    def _let_go(self) -> None:
+        """Nothing is watched any more; updates that were begun are done, and gradients are with their parameters."""
+        self.updates.detach()
+        if self.gradients is not None:
+            self.gradients.detach()
+            self.gradients = None
+
+    def _attributes(self) -> list[Attribute]:
+        stay = self._schedule != "in_backward"
+        return attributes_of(self._module, self._optimizers, self._settings, gradients_stay=stay)
+
+    # -- tiers -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        self.gradients = self._gradient_store(names)
+        self.engine = UpdateEngine(
+            self._optimizers,
+            names,
+            self._tier_of,
+            self._staging,
+            master_weights=self._settings.master_weights,
+        )
+        if self._schedule == "in_backward":
+            self.updates: Updates = InBackward(self.engine, self._optimizers, self._complete, self.gradients)
+        elif self._schedule == "under_forward":
+            self.updates = UnderForward(self.engine, self._optimizers, self._module, self.gradients)
+        else:
+            self.updates = AfterBackward(self.engine, self._optimizers, self.gradients)
+
+    def _gradient_store(self, names: Mapping[int, str]) -> GradientStore | None:
+        tiers = {
+            parameter: self._tier(tier)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if (tier := self._elsewhere("gradient", names.get(id(parameter), ""))) is not None
+        }
+        if not tiers:
+            return None
+        return GradientStore(
+            tiers,
+            self._optimizers,
+            self._complete,
+            self._settings.staging_bytes // 4,
+            keep_complete=self._schedule == "in_backward",
+        )
+
+    def _tier_of(self, name: str) -> Tier | None:
+        """Where the optimizer state of a parameter goes; None: it stays in the optimizer."""
+        tier = self._elsewhere("optimizer_state", name)
+        return None if tier is None else self._tier(tier)
+
+    def _elsewhere(self, kind: Kind, name: str) -> str | None:
+        """The tier of a tensor; None: it stays where it is used."""
+        tier = self.placement.tier(kind, name)
+        return None if tier == self._fastest else tier
+
+    @property
+    def _fastest(self) -> str:
+        return "host" if self._device.type == "cpu" else "device"
+
+    def _tier(self, name: str) -> Tier:
+        if name not in self._tiers:
+            if name == "disk":
+                self._tiers[name] = DiskTier(self._directory)
+            else:
+                node = int(name.partition(":")[2]) if name.startswith("numa") else None
+                budget = self._settings.budgets.get(name) or free_bytes(torch.device("cpu"))
+                self._tiers[name] = HostTier(budget, pinned=self._device.type == "cuda", numa_node=node)
+        return self._tiers[name]
+
+    def _close_tiers(self) -> None:
+        for tier in self._tiers.values():
+            tier.close()
+        self._tiers.clear()
+
+    def _rooms(self) -> list[Room]:
+        """The tiers, fastest first, with what may be in them."""
+        budgets = dict(self._settings.budgets)
+        if (amount := budgets.pop("fastest", None)) is not None:
+            budgets.setdefault(self._fastest, amount)
+        if self._fastest == "host" and "device" in budgets:
+            budgets.setdefault("host", budgets.pop("device"))
+        host = torch.device("cpu")
+        rooms = []
+        if self._fastest == "device":
+            rooms.append(Room("device", budgets.get("device", self._auto_room(self._device))))
+        rooms.append(Room("host", budgets.get("host", self._auto_room(host))))
+        rooms += [Room(tier, amount) for tier, amount in budgets.items() if tier.startswith("numa")]
+        return [*rooms, Room("disk", budgets.get("disk"))]
+
+    def _auto_room(self, device: torch.device) -> int:
+        """What is free on a device, less a reserve, and what is placed there already."""
+        tensors: list[Tensor] = []
+        for parameter in self._module.parameters():
+            tensors += [parameter] if parameter.grad is None else [parameter, parameter.grad]
+        for optimizer in self._optimizers:
+            tensors += [v for state in optimizer.state.values() for v in state.values() if is_bulk(v)]
+        held = sum(t.numel() * t.element_size() for t in tensors if t.device.type == device.type)
+        free = free_bytes(device)
+        reserve = self._reserves.setdefault(device.type, int(_RESERVED * free))
+        return max(0, held + free - reserve)
+
+
+def _measured(tier: DiskTier | HostTier) -> dict[str, float]:
+    """By tag, without the tier's name."""
+    if isinstance(tier, HostTier):
+        return {"bytes": float(tier.reserved_bytes)}
+    found = tier.statistics()
+    return {
+        "bytes": float(found.file_bytes),
+        "read_bytes": float(found.read_bytes),
+        "written_bytes": float(found.written_bytes),
+        "read_gigabytes_per_second": found.read_bytes / max(found.read_seconds, 1e-9) / 1e9,
+        "write_gigabytes_per_second": found.written_bytes / max(found.write_seconds, 1e-9) / 1e9,
+    }

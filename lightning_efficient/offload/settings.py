@@ -1,0 +1,108 @@
+"""What a user may ask of the offload, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lightning_efficient.core.units import parse_bytes
+from lightning_efficient.offload.placement import KINDS, Rules
+
+__all__ = ["LossReduction", "ScheduleChoice", "Settings", "parse_settings"]
+
+LossReduction = Literal["mean", "sum"]
+ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See the arguments of :class:`~lightning_efficient.OffloadStrategy`.
+
+    Attributes:
+        budgets: Bytes by tier; a tier that is not named, or is ``auto``, takes what is free.
+        directory: For what goes to a disk; None: below the Trainer's ``default_root_dir``.
+        place: From a kind, a pattern of names, or both, to a tier.
+        schedule: When updates take place.
+        staging_bytes: For records on their way.
+        master_weights: Whether parameters of 16 bits have values in full precision beside them.
+        batch_feedback: Whether batches are split when memory is short.
+        loss_reduction: What the loss is over the samples of a batch.
+    """
+
+    budgets: Mapping[str, int]
+    directory: Path | None
+    place: Mapping[str, str]
+    schedule: ScheduleChoice
+    staging_bytes: int
+    master_weights: bool
+    batch_feedback: bool = False
+    loss_reduction: LossReduction = "mean"
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(self.place)
+
+    @property
+    def tiers(self) -> list[str]:
+        """The tiers that are named, each once."""
+        return list(dict.fromkeys((*self.budgets, *self.place.values())))
+
+
+def parse_settings(
+    *,
+    memory_budget: int | str | Mapping[str, int | str] | None,
+    offload_dir: str | Path | None,
+    place: Mapping[str, str] | None,
+    schedule: str,
+    staging: int | str,
+    master_weights: bool,
+    batch_feedback: bool = False,
+    loss_reduction: str = "mean",
+) -> Settings:
+    """Check and convert what the user gave.
+
+    Raises:
+        ValueError: Naming the argument, what was given, and what is allowed.
+    """
+    if schedule not in get_args(ScheduleChoice):
+        raise ValueError(f"schedule={schedule!r} is not allowed. Use one of {', '.join(get_args(ScheduleChoice))}.")
+    if loss_reduction not in get_args(LossReduction):
+        raise ValueError(f"loss_reduction={loss_reduction!r} is not allowed. Use 'mean' or 'sum'.")
+    place = dict(place or {})
+    for rule, tier in place.items():
+        _check_tier(tier, f"place[{rule!r}]")
+        kind = rule.split(":", 1)[0] if ":" in rule else None
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"place[{rule!r}]: {kind!r} is no kind of tensor. Use one of {', '.join(KINDS)}.")
+    return Settings(
+        budgets=_budgets(memory_budget),
+        directory=Path(offload_dir) if offload_dir is not None else None,
+        place=place,
+        schedule=schedule,  # type: ignore[arg-type]
+        staging_bytes=parse_bytes(staging, "staging"),
+        master_weights=bool(master_weights),
+        batch_feedback=bool(batch_feedback),
+        loss_reduction=loss_reduction,  # type: ignore[arg-type]
+    )
+
+
+def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int]:
+    if given is None or given == "auto":
+        return {}
+    if isinstance(given, int | str):  # of the fastest memory that can be full: known when the device is
+        return {"fastest": parse_bytes(given, "memory_budget")}
+    budgets = {}
+    for tier, amount in given.items():
+        _check_tier(tier, "memory_budget")
+        if amount != "auto":
+            budgets[tier] = parse_bytes(amount, f"memory_budget[{tier!r}]")
+    return budgets
+
+
+def _check_tier(tier: str, argument: str) -> None:
+    name, _, node = tier.partition(":")
+    if tier in ("device", "host", "disk") or (name == "numa" and node.isdigit()):
+        return
+    raise ValueError(f"{argument}: {tier!r} is no tier. Use device, host, disk, or numa:N with the number of a node.")

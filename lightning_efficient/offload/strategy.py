@@ -1,0 +1,341 @@
+"""The adapter: when the Trainer's lifecycle lets state leave memory, and when it must be back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_efficient import compat, telemetry
+from lightning_efficient.coordination import ParameterChange, members
+from lightning_efficient.offload.batches.batch_control import BatchController
+from lightning_efficient.offload.batches.feedback import BatchFeedback
+from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
+from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
+from lightning_efficient.offload.session import OffloadSession
+from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, parse_settings
+from lightning_efficient.offload.tiers.tier import TierError
+from lightning_efficient.offload.trainer import choose_schedule, clip_everywhere, reads_gradients
+from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
+
+__all__ = ["OffloadStrategy"]
+
+STATE_KEY = "lightning_efficient.offload"
+FORMAT = 1
+
+
+class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
+    """Trains what does not fit: device, host memory and disk as one memory, with results that are the same.
+
+    ``strategy="offload"`` stands for it after ``import lightning_efficient``.
+
+    Args:
+        memory_budget: How much may be in the fastest memory (bytes, or a text such as ``"6GiB"``), or an amount for
+            each tier: ``{"device": "auto", "host": "2GiB", "disk": "100GiB"}``. ``auto``, and a tier that is not
+            named, is what is free when training begins.
+        offload_dir: Folder for what goes to a disk; None: ``offload`` below the Trainer's ``default_root_dir``.
+        place: Where tensors go, whatever the plan would say: from a kind (``optimizer_state``, ``master_weight``), a
+            pattern of parameter names, or both (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or
+            ``numa:N``.
+        schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
+            each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
+            first that the run allows. All are exact.
+        staging: Memory for records on their way to and from a disk.
+        master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
+        batch_feedback: Split a batch into micro-batches within the step when memory is short, go back to the step's
+            beginning after an out-of-memory error, and merge them again when there is room; the batch that the
+            optimizer sees, the logged values and the loss are those of the whole.
+        loss_reduction: What the loss of ``training_step`` is over the samples of a batch, ``mean`` or ``sum``; batches
+            of other losses cannot be split.
+        enabled: False: begin when :meth:`enable_offload` is called, as
+            ``GrowAndUnshareCallback(offload_on_switch=True)`` does when the full model begins.
+
+    Raises:
+        ValueError: Naming the argument that is not allowed, and what is.
+    """
+
+    strategy_name = "offload"
+    parallel_devices: list[torch.device] | None = None  # Lightning fills it in; the first one is ours
+
+    def __init__(
+        self,
+        *,
+        memory_budget: int | str | dict[str, int | str] | None = None,
+        offload_dir: str | Path | None = None,
+        place: dict[str, str] | None = None,
+        schedule: ScheduleChoice = "auto",
+        staging: int | str = "256MiB",
+        master_weights: bool = False,
+        batch_feedback: bool = False,
+        loss_reduction: LossReduction = "mean",
+        enabled: bool = True,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        self.settings = parse_settings(
+            memory_budget=memory_budget,
+            offload_dir=offload_dir,
+            place=place,
+            schedule=schedule,
+            staging=staging,
+            master_weights=master_weights,
+            batch_feedback=batch_feedback,
+            loss_reduction=loss_reduction,
+        )
+        self.enabled = enabled
+        self._begun = enabled
+        self._session: OffloadSession | None = None
+        self._trainer: pl.Trainer | None = None
+        self._events: list[telemetry.Event] = []
+        self._undo = contextlib.ExitStack()
+        self._control: BatchController | None = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[0] if self.parallel_devices else torch.device("cpu")
+
+    # -- what a user asks --------------------------------------------------------------------------------------------
+
+    def placement(self) -> str:
+        """What is where, and why, as a table in Markdown; empty while nothing is offloaded."""
+        return self._session.placement.table() if self._session is not None else ""
+
+    def finish_updates(self) -> None:
+        """Until the weights are those behind the last step; for code that reads them past their modules."""
+        if self._session is not None:
+            self._session.updates.finish()
+
+    def measurements(self) -> Mapping[str, float]:
+        """Where bytes are, and what their ways cost."""
+        values = self._session.measurements() if self._session is not None else {}
+        if self._control is not None and self._control.limit is not None:
+            values["samples_per_part"] = float(self._control.limit)
+        return {f"offload/{name}": value for name, value in values.items()}
+
+    def events(self) -> Sequence[telemetry.Event]:
+        """What was placed anew."""
+        return tuple(self._events)
+
+    # -- the roles that it plays for other techniques ------------------------------------------------------------------
+
+    def enable_offload(self, trainer: pl.Trainer) -> None:
+        """Begin to offload, from the next step on."""
+        if not self._begun:
+            self._begun = True
+            self._start(trainer)
+
+    def before_parameters_change(self, trainer: pl.Trainer) -> None:
+        """All optimizer state is in the optimizers again."""
+        if self._session is not None:
+            self._session.bring_back()
+
+    def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
+        """Everything is placed anew."""
+        if self._session is not None:
+            self._session.begin_again()
+            self._follow_batches(trainer)
+            self._tell(trainer, change.reason)
+
+    # -- the Trainer's lifecycle -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        self._end()
+        self._events = []
+        self._begun = self.enabled
+        self._trainer = trainer
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        module = trainer.lightning_module
+        names = [name for name, _ in module.named_parameters()]
+        if unused := self.settings.rules.unused(names):
+            raise MisconfigurationException(
+                f"place[{unused[0]!r}] fits no parameter of {type(module).__name__}. Its parameters have names like "
+                f"{', '.join(map(repr, names[:3]))}; a pattern may be the end of a name, and contain '*'."
+            )
+        for member in members(trainer):
+            if getattr(member, "optimizer_in_backward", False):
+                raise MisconfigurationException(
+                    f"{type(member).__name__}(optimizer_in_backward=True) and OffloadStrategy both run the optimizer's "
+                    "updates. Leave optimizer_in_backward out: OffloadStrategy updates in backward where it can."
+                )
+        for optimizer in self.optimizers:
+            try:
+                check_parameter_by_parameter(optimizer)
+            except SubsetStepError as error:
+                raise MisconfigurationException(f"OffloadStrategy: {error}") from error
+        choose_schedule(trainer, self.settings.schedule)  # for its errors, before the first step
+        here = ("device", "host") if self.root_device.type == "cpu" else ("device",)
+        away = [rule for rule, tier in self.settings.place.items() if rule.startswith("gradient") and tier not in here]
+        if away and (why := reads_gradients(trainer)):
+            raise MisconfigurationException(
+                f"place[{away[0]!r}] moves gradients out as soon as they are there, and {why}. Leave them where they "
+                "are."
+            )
+        self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
+        self._follow_batches(trainer)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._loaded is not None and self._control is not None:
+            self._control.load_state_dict(dict(self._loaded["batches"]))
+        self._loaded = None
+        trainer = self._trainer
+        if trainer is not None and self._begun:
+            self._start(trainer)
+        own_memory(self.optimizers)
+
+    def part_training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._session is None:
+            return super().part_training_step(*args, **kwargs)
+        self._session.updates.before_forward()
+        output = super().part_training_step(*args, **kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        self._session.updates.after_forward(tensors)
+        return output
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        trainer = self._trainer
+        if self._session is None or trainer is None:
+            return
+        self._session.begin_batch()
+        if not telemetry.due(trainer):
+            return
+        if self._session.adapt():
+            self._tell(trainer, "the free memory changed")
+        telemetry.log(trainer, self.measurements())
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.finish_updates()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.finish_updates()
+
+    def teardown(self) -> None:
+        self.stop_batch_feedback()
+        self._undo.close()
+        if self._session is not None:
+            try:
+                self._session.rest()
+            except TierError as error:
+                self._end()
+                rank_zero_warn(
+                    f"OffloadStrategy: optimizer state that was offloaded is lost ({error}). The last checkpoint is "
+                    "the last good state of this run."
+                )
+        super().teardown()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self.finish_updates()
+        return super().lightning_module_state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self.finish_updates()
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._control is not None:
+            checkpoint[STATE_KEY] = {"format": FORMAT, "batches": self._control.state_dict()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = None
+        if type(self.checkpoint_io) is TorchCheckpointIO:
+            checkpoint = load_mapped(checkpoint_path, weights_only)
+        if checkpoint is None:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        self._loaded = checkpoint.get(STATE_KEY)
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            settle_state(optimizer, state, full_precision=self.settings.master_weights)
+            if self._session is not None:
+                self._session.take_over(optimizer)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _start(self, trainer: pl.Trainer) -> None:
+        module = trainer.lightning_module
+        directory = self.settings.directory or Path(trainer.default_root_dir) / "offload"
+        schedule, why = choose_schedule(trainer, self.settings.schedule)
+        settings = self.settings
+        if reads_gradients(trainer):
+            settings = replace(settings, place={"gradient": "device", **settings.place})
+        self._session = OffloadSession(
+            module,
+            self.optimizers,
+            settings,
+            device=self.root_device,
+            directory=directory,
+            schedule=schedule,
+            complete=lambda: not compat.accumulating(trainer) and self.in_last_micro_batch,
+        )
+        if self._session.gradients is not None:
+            self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
+        rank_zero_info(f"OffloadStrategy: {self._session.summary()} ({schedule}: {why})")
+
+    def _follow_batches(self, trainer: pl.Trainer) -> None:
+        if self._control is None:
+            return
+
+        def session_allows() -> bool:
+            return self._session is None or self._session.may_retry
+
+        def give_up() -> None:
+            if self._session is not None:
+                self._session.give_up_attempt()
+
+        try:
+            self.start_batch_feedback(
+                trainer,
+                BatchFeedback(
+                    self._control,
+                    loss_reduction=self.settings.loss_reduction,
+                    may_retry=session_allows,
+                    abandoned=give_up,
+                ),
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"OffloadStrategy(batch_feedback=True): {error}") from error
+
+    def _tell(self, trainer: pl.Trainer, why: str) -> None:
+        if self._session is None:
+            return
+        text = f"{self._session.summary()} ({why})"
+        self._events.append(telemetry.Event(compat.log_step(trainer), "offload", text))
+        rank_zero_info(f"OffloadStrategy, placed anew: {text}")
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._undo.close()
+            self._session.close()
+            self._session = None
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register(cls.strategy_name, cls, description="Device, host memory and disk as one memory")
+
+
+if OffloadStrategy.strategy_name not in StrategyRegistry:
+    OffloadStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,1 @@
+"""Parameters that are fetched before they are used, and leave afterwards."""

@@ -1,0 +1,64 @@
+"""How the memory of parameters gets a place in a tier, and how they are given it back."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_efficient.offload.streaming.residency import Residency
+from lightning_efficient.offload.streaming.slots import Slot, record_of
+
+__all__ = ["give_back", "place", "promote"]
+
+
+def place(slot: Slot, device: torch.device, residency: Residency) -> None:
+    """Move it to a tier; from now on it is on ``device`` when it is used.
+
+    Raises:
+        TierError: If there is no room.
+    """
+    slot.record = slot.tier.reserve([slot.nbytes], versioned=slot.trained)[0]
+    if slot.storage.device != device:
+        slot.tier.write(slot.record, slot.bytes.cpu()).wait()
+        slot.move_to(torch.empty(slot.nbytes, dtype=torch.uint8, device=device))
+        slot.mark_kept()
+    residency.adopt(slot)
+    slot.guard()
+
+
+def promote(slot: Slot, residency: Residency) -> bool:
+    """Give it a versioned record, if it is trained and has none; whether that was so.
+
+    Raises:
+        TierError: If there is no room.
+    """
+    if slot.record is None or slot.record.versioned or not slot.trained:
+        return False
+    residency.settle(slot)
+    old, data = slot.record, torch.empty(slot.nbytes, dtype=torch.uint8)
+    slot.tier.read(old, data).wait()
+    new = slot.tier.reserve([slot.nbytes], versioned=True)[0]
+    slot.tier.write(new, data).wait()
+    slot.record = new
+    slot.tier.release([old])
+    return True
+
+
+def give_back(slot: Slot, device: torch.device, residency: Residency) -> None:
+    """Have its parameters on ``device``, as ordinary ones; its record is released.
+
+    Raises:
+        TierError: If its value cannot be read.
+    """
+    if slot.record is None:
+        return
+    if device == slot.storage.device:
+        residency.restore(slot)
+    else:
+        if slot.resident:
+            residency.free(slot)
+        residency.settle(slot)
+        data = torch.empty(slot.nbytes, dtype=torch.uint8)
+        slot.tier.read(record_of(slot), data).wait()
+        slot.move_to(data.to(device))
+    slot.tier.release([slot.record])
+    slot.leave()

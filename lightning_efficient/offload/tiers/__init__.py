@@ -1,0 +1,1 @@
+"""Where bytes can be: host memory, a disk, a NUMA node; and how they get there."""

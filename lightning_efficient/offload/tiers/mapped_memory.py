@@ -1,0 +1,107 @@
+"""Tensors on memory that somebody else owns: a part of a file, or of a slab; and when nobody uses them any more."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_efficient.core.buffers import round_up
+from lightning_efficient.offload.tiers.direct_file import DirectFile
+from lightning_efficient.offload.tiers.tier import TierError
+
+__all__ = ["FileMapping", "MappedMemory", "drop_pages"]
+
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class MappedMemory:
+    """Lives as long as any tensor on it does.
+
+    Args:
+        address: Of its first byte.
+        nbytes: Its size.
+        owner: Kept alive with it.
+    """
+
+    def __init__(self, address: int, nbytes: int, owner: Any) -> None:
+        self.address, self.nbytes, self.owner = address, nbytes, owner
+
+    def tensor(self) -> Tensor:
+        """It as uint8 ``[nbytes]``."""
+        array = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
+        array.memory = self  # type: ignore[attr-defined]  # the tensor keeps the array, and the array this
+        return torch.frombuffer(array, dtype=torch.uint8)
+
+
+class FileMapping(MappedMemory):
+    """A part of a file as memory that can only be read: writing to it ends the process; unless it is ``writable``.
+
+    Args:
+        file: That it is a part of.
+        offset: Of the part, a multiple of the page size.
+        nbytes: Of the part.
+        writable: What is written to it goes to the file, where nobody else uses it any more.
+
+    Raises:
+        TierError: If it cannot be mapped.
+    """
+
+    def __init__(self, file: DirectFile, offset: int, nbytes: int, *, writable: bool = False) -> None:
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc().mmap(None, nbytes, access, mmap.MAP_SHARED, file.descriptor, offset)
+        if address in (None, _FAILED):
+            code = ctypes.get_errno()
+            raise TierError(code, f"{nbytes:,} bytes of the offload file cannot be mapped ({os.strerror(code)}). Raise "
+                            "vm.max_map_count, or offload larger pieces", str(file.path))  # fmt: skip
+        super().__init__(address, nbytes, file)
+        self._offset = offset
+        self._unmap = weakref.finalize(self, _libc().munmap, ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+        self._unmap.atexit = False
+        _mapped[address] = self
+
+    def drop(self) -> None:
+        """Give back the memory that reading has filled; it is read from the disk again when it is needed."""
+        _libc().madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(round_up(self.nbytes)), _DONTNEED)
+        self.owner.forget(self._offset, round_up(self.nbytes))
+
+
+_DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
+_mapped: weakref.WeakValueDictionary[int, FileMapping] = weakref.WeakValueDictionary()
+
+
+def drop_pages(tensor: Tensor) -> int:
+    """Give back the memory that reading a mapped record has filled, of the process and of the page cache.
+
+    Args:
+        tensor: What a tier's ``mapped`` returned, or a view of it; any other tensor is left alone.
+
+    Returns:
+        Bytes of the record; 0 if the tensor is not one.
+    """
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return 0
+    memory = _mapped.get(tensor.untyped_storage().data_ptr())
+    if memory is None:
+        return 0
+    memory.drop()
+    return memory.nbytes
+
+
+_library: list[Any] = []
+
+
+def _libc() -> Any:
+    if not _library:
+        library = ctypes.CDLL(None, use_errno=True)
+        library.mmap.restype = ctypes.c_void_p
+        library.mmap.argtypes = [
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
+        ]  # fmt: skip
+        _library.append(library)
+    return _library[0]

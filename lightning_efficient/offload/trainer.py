@@ -1,0 +1,129 @@
+"""What the run asks of the schedule of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_efficient import compat
+from lightning_efficient.offload.session import OffloadSession
+from lightning_efficient.offload.settings import ScheduleChoice
+from lightning_efficient.offload.updates.clipping import clip_norm_, clip_value_
+from lightning_efficient.offload.updates.gradients import GradientStore
+
+__all__ = ["choose_schedule", "reads_gradients"]
+
+Schedule = Literal["after_backward", "in_backward", "under_forward"]
+
+
+def choose_schedule(trainer: pl.Trainer, wanted: ScheduleChoice) -> tuple[Schedule, str]:
+    """The schedule of a run, and why.
+
+    Raises:
+        MisconfigurationException: If the one that is wanted cannot be.
+    """
+    never_later = _needs_the_update_at_once(trainer)
+    never_earlier = never_later or _needs_all_gradients(trainer)
+    if wanted == "auto":
+        if never_later:
+            return "after_backward", never_later
+        if never_earlier:
+            return "under_forward", never_earlier
+        return "in_backward", "nothing needs all gradients together"
+    if wanted == "in_backward" and never_earlier:
+        raise MisconfigurationException(
+            f"schedule='in_backward' updates each parameter as soon as its gradient is there, which cannot be: "
+            f"{never_earlier}. Use schedule='auto'."
+        )
+    if wanted == "under_forward" and never_later:
+        raise MisconfigurationException(
+            f"schedule='under_forward' updates parameters in the next forward, which cannot be: {never_later}. Use "
+            "schedule='auto'."
+        )
+    return wanted, "as asked for"
+
+
+def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
+    """Why updates cannot wait for the next forward; empty if they can."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        return "the LightningModule optimizes manually"
+    if compat.step_is_compiled(module):
+        return "the training step is compiled as a whole, and does not show when it uses which weights"
+    if is_overridden("optimizer_zero_grad", module):
+        return "optimizer_zero_grad is overridden, and may want the gradients of earlier steps"
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        return "the gradient scaler decides about each step"
+    return ""
+
+
+def reads_gradients(trainer: pl.Trainer) -> str:
+    """Why gradients must be with their parameters when backward has ended; empty if nobody looks at them."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        return "the LightningModule optimizes manually"
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        return "the gradient scaler unscales gradients"
+    for hook in ("configure_gradient_clipping", "on_before_optimizer_step", "on_after_backward", "optimizer_step"):
+        if is_overridden(hook, module):
+            return f"the LightningModule has its own {hook}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for hook in ("on_before_optimizer_step", "on_after_backward"):
+            if getattr(type(callback), hook) is not getattr(pl.Callback, hook) and getattr(
+                callback, "reads_gradients", True
+            ):
+                return f"{type(callback).__name__} has {hook}"
+    return ""
+
+
+def _needs_all_gradients(trainer: pl.Trainer) -> str:
+    """Why updates cannot begin before backward has ended; empty if they can."""
+    return "gradients are clipped" if trainer.gradient_clip_val else reads_gradients(trainer)
+
+
+def clip_everywhere(plugin: Precision, session: Callable[[], OffloadSession | None]) -> Callable[[], None]:
+    """Let ``plugin`` clip gradients that are not with their parameters too.
+
+    Args:
+        plugin: Changed on the instance only.
+        session: Asked at each clipping where they are.
+
+    Returns:
+        What undoes it.
+    """
+    by_norm, by_value = plugin.clip_grad_by_norm, plugin.clip_grad_by_value
+
+    def store() -> GradientStore | None:
+        running = session()
+        return running.gradients if running is not None else None
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
+        gradients = store()
+        if gradients is None:
+            by_norm(optimizer, clip_val)
+        elif clip_val > 0:
+            clip_norm_(plugin.main_params(optimizer), float(clip_val), gradients)
+
+    def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
+        gradients = store()
+        if gradients is None:
+            by_value(optimizer, clip_val)
+        elif clip_val > 0:
+            clip_value_(plugin.main_params(optimizer), float(clip_val), gradients)
+
+    plugin.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    plugin.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+
+    def undo() -> None:
+        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+            plugin.__dict__.pop(name, None)
+
+    return undo

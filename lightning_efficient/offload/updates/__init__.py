@@ -1,0 +1,1 @@
+"""Optimizer state and gradients that are elsewhere, and the updates that bring them together."""

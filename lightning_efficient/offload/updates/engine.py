@@ -1,0 +1,271 @@
+"""The updates of parameters whose optimizer state is not in the optimizer, but in records of a tier.
+
+For the time of a unit's update its state is put into the user's own optimizer object, which is then stepped for these
+parameters alone; for any optimizer that updates parameter by parameter that is, bit for bit, what one step for all
+does. (Rajbhandari et al. 2021, "ZeRO-Infinity", 5.2: optimizer states are brought in chunk by chunk, and the read of
+the next overlaps with the write of the last.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.layout import Layout, is_bulk
+from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
+from lightning_efficient.offload.updates.subset_step import step_subset
+from lightning_efficient.offload.updates.units import Unit, make_units
+
+__all__ = ["MASTER", "UpdateEngine"]
+
+MASTER = "master_weight"
+"""The key, beside the optimizer's own, of a parameter's value in full precision."""
+
+
+class UpdateEngine:
+    """Keeps the state of optimizers in tiers, and updates their parameters unit by unit.
+
+    Attributes:
+        units: All, in the order of the optimizers and their groups.
+        updating: Whether an update has begun and not ended; also if it failed, and weights may be half new.
+
+    Args:
+        optimizers: The user's, of classes that :func:`~.subset_step.check_parameter_by_parameter` admits.
+        names: The name of each parameter by ``id``.
+        tier_of: Where the state of a parameter goes, by its name; None: it stays in the optimizer.
+        staging: For records on their way.
+        together_bytes: See :func:`~.units.make_units`.
+        master_weights: Keep parameters of fewer than 32 bits in float32 too, and update those.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        names: Mapping[int, str],
+        tier_of: Callable[[str], Tier | None],
+        staging: Staging,
+        *,
+        together_bytes: int = 4 << 20,
+        master_weights: bool = False,
+    ) -> None:
+        self._staging = staging
+        self._master_weights = master_weights
+        self.units = [
+            unit for optimizer in optimizers for unit in make_units(optimizer, names, tier_of, together_bytes)
+        ]
+        self.unit_of = {parameter: unit for unit in self.units for parameter in unit.parameters}
+        self.updating = False
+        for unit in self.units:
+            self._move_out(unit)
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """That hold records, each once."""
+        return list(dict.fromkeys(unit.tier for unit in self.units if unit.tier is not None))
+
+    def commit(self) -> None:
+        """What has been written is the state to go back to."""
+        self._staging.flush()
+        for tier in self.tiers:
+            tier.commit()
+
+    def expect(self, units: Iterable[Unit]) -> None:
+        """These are updated next, in this order."""
+        self._staging.expect(unit.placed for unit in units if unit.placed is not None)
+
+    def update(self, unit: Unit, group: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> None:
+        """Step the optimizer for the parameters of ``unit`` that have a gradient.
+
+        Args:
+            unit: One of :attr:`units`.
+            group: The hyperparameters, as in ``param_groups``.
+            gradients: One for each of its parameters.
+
+        Raises:
+            SubsetStepError: If the optimizer turns out to need all parameters together.
+            TierError: If the state cannot be read, or earlier states could not be written.
+            MemoryError: If the state of the unit is larger than the memory for records on their way.
+        """
+        self.updating = True
+        optimizer = unit.optimizer
+        with torch.no_grad():
+            lease = self._staging.read(unit.placed) if unit.placed is not None else None
+            bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
+            turns = [
+                _Turn(parameter, gradient, held)
+                for parameter, gradient, held in zip(unit.parameters, gradients, bulk, strict=True)
+            ]
+            stepping = [turn for turn in turns if turn.gradient is not None]
+            if not stepping:
+                if lease is not None:
+                    self._staging.drop(lease)
+                self.updating = False
+                return
+            try:
+                for turn in stepping:
+                    turn.show(optimizer, in_full=self._master_weights)
+                step_subset(optimizer, group, [turn.shown for turn in stepping], [turn.parameter for turn in stepping])
+            finally:
+                for turn in stepping:
+                    turn.hide(optimizer, resident=unit.tier is None)
+            if unit.tier is not None:
+                self._keep(unit, lease, [turn.state for turn in turns])
+        self.updating = False
+
+    def states(self, unit: Unit) -> list[dict[str, Any]]:
+        """The whole state of each parameter, to be read only, without taking memory for what is on a disk."""
+        if unit.placed is None:
+            return [dict(unit.optimizer.state.get(parameter, {})) for parameter in unit.parameters]
+        return self._states_on(unit, unit.placed.tier.mapped(unit.placed.record))
+
+    @staticmethod
+    def _states_on(unit: Unit, record: Tensor) -> list[dict[str, Any]]:
+        small = [unit.optimizer.state.get(parameter, {}) for parameter in unit.parameters]
+        merged = []
+        for state, bulk, keys in zip(small, unit.layout.views(record, len(small)), unit.keys, strict=True):
+            whole = {**state, **bulk}
+            merged.append({key: whole[key] for key in dict.fromkeys((*keys, *whole)) if key in whole})
+        return merged
+
+    def rest(self) -> None:
+        """The tiers can be closed: all state is in the optimizers, on memory that what was on a disk need not take."""
+        self._staging.flush()
+        for unit in self.units:
+            if unit.placed is not None:
+                self._put(unit, self._states_on(unit, unit.placed.tier.keep(unit.placed.record)))
+                unit.placed, unit.tier = None, None
+
+    def adopt(self, unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take ``states``, one for each parameter, for the state of the unit."""
+        self._staging.flush()
+        self._staging.forget()
+        self._put(unit, states)
+        if unit.tier is not None:
+            if not any(is_bulk(value) for state in states for value in state.values()):
+                self._release(unit)
+            self._move_out(unit)
+
+    def move(self, tier_of: Callable[[str], Tier | None]) -> bool:
+        """Put each unit's state where ``tier_of`` says now, one after another; returns whether any moved.
+
+        A unit stays together: it goes where most of it is to be.
+        """
+        moved = False
+        for unit in self.units:
+            votes: dict[Tier | None, int] = {}
+            for name, parameter in zip(unit.names, unit.parameters, strict=True):
+                votes[tier_of(name)] = votes.get(tier_of(name), 0) + parameter.numel()
+            tier = max(votes, key=votes.__getitem__)
+            if tier is not unit.tier:
+                self._bring_back(unit)
+                unit.tier = tier
+                self._move_out(unit)
+                moved = True
+        return moved
+
+    def bring_back(self) -> None:
+        """All state is in the optimizers, as if nothing had ever been moved; records are given back."""
+        for unit in self.units:
+            self._bring_back(unit)
+
+    def _bring_back(self, unit: Unit) -> None:
+        if unit.placed is not None:
+            self._staging.flush()
+            self._staging.forget()
+            self._put(
+                unit,
+                [
+                    {
+                        key: value.to(parameter.device, copy=True) if is_bulk(value) else value
+                        for key, value in s.items()
+                    }
+                    for parameter, s in zip(unit.parameters, self.states(unit), strict=True)
+                ],
+            )
+            self._release(unit)
+
+    def _move_out(self, unit: Unit) -> None:
+        """From the optimizer to the record; the optimizer keeps what is small."""
+        states = [dict(unit.optimizer.state.get(parameter, {})) for parameter in unit.parameters]
+        if unit.tier is not None and any(is_bulk(value) for state in states for value in state.values()):
+            self._put(unit, [{k: v for k, v in state.items() if not is_bulk(v)} for state in states])
+            self._keep(unit, None, states)
+
+    @staticmethod
+    def _put(unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
+        """Into the optimizer."""
+        for parameter, state in zip(unit.parameters, states, strict=True):
+            if state:
+                unit.optimizer.state[parameter] = dict(state)
+            else:
+                unit.optimizer.state.pop(parameter, None)
+
+    @staticmethod
+    def _release(unit: Unit) -> None:
+        if unit.placed is not None:
+            unit.placed.tier.release([unit.placed.record])
+            unit.placed, unit.layout = None, Layout((), 0)
+
+    def _keep(self, unit: Unit, lease: Lease | None, states: Sequence[Mapping[str, Any]]) -> None:
+        """Write the bulk of ``states``, which may lie in ``lease``, to the unit's record."""
+        layout, tier = Layout.of(states), unit.tier
+        if tier is None or not layout.nbytes:  # an optimizer without state, or one that keeps numbers only
+            return
+        keys = unit.keys or [[] for _ in states]
+        unit.keys = [list(state) if len(state) >= len(old) else old for state, old in zip(states, keys, strict=True)]
+        if lease is not None and layout != unit.layout:  # state came that there was not before
+            states = [
+                {key: value.clone() if is_bulk(value) else value for key, value in state.items()} for state in states
+            ]
+            self._staging.drop(lease)
+            lease = None
+        if lease is None:
+            lease = self._staging.room(layout.nbytes)
+            if unit.placed is not None and unit.placed.record.nbytes != layout.nbytes:
+                self._release(unit)
+            if unit.placed is None:
+                unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=True)[0])
+            unit.layout = layout
+        layout.fill(lease.data, states)
+        self._staging.write(lease, unit.placed)
+
+
+class _Turn:
+    """One parameter in the update of its unit.
+
+    Attributes:
+        shown: What the optimizer takes for the parameter: itself, or its value in full precision.
+        state: All of its state that is known; the bulk alone, while it has not been shown.
+    """
+
+    def __init__(self, parameter: nn.Parameter, gradient: Tensor | None, bulk: dict[str, Any]) -> None:
+        self.parameter, self.gradient, self.state = parameter, gradient, bulk
+        self.shown: Tensor = parameter
+        self._own_gradient = parameter.grad
+
+    def show(self, optimizer: Optimizer, *, in_full: bool) -> None:
+        """The optimizer finds the state and the gradient where it looks for them."""
+        state = {**optimizer.state.get(self.parameter, {}), **self.state}
+        master = state.pop(MASTER, None)
+        if in_full and self.parameter.dtype in (torch.bfloat16, torch.float16):
+            self.shown = self.parameter.detach().float() if master is None else master
+        if state:
+            optimizer.state[self.shown] = state
+        self.shown.grad = self.gradient if self.gradient is None else self.gradient.to(self.shown.dtype)
+
+    def hide(self, optimizer: Optimizer, *, resident: bool) -> None:
+        """The optimizer keeps what is small, or all if it is ``resident``, under the parameter itself."""
+        self.state = dict(optimizer.state.get(self.shown, {}))
+        self.shown.grad = None
+        self.parameter.grad = self._own_gradient
+        if self.shown is not self.parameter:
+            optimizer.state.pop(self.shown, None)
+            self.parameter.copy_(self.shown)
+            self.state[MASTER] = self.shown
+        kept = self.state if resident else {key: value for key, value in self.state.items() if not is_bulk(value)}
+        optimizer.state[self.parameter] = dict(kept)

@@ -1,0 +1,196 @@
+"""Gradients that leave memory as soon as they are there, and come back for the update of their parameter.
+
+(Rajbhandari et al. 2021, "ZeRO-Infinity", 5.2: gradients are moved out while the rest of backward runs.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.core.torch_internals import bytes_of
+from lightning_efficient.offload.tiers.tier import Pending, Record, Tier
+
+__all__ = ["GradientClaim", "GradientStore"]
+
+Clip = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientClaim:
+    """A gradient that somebody will want, whatever is cleared meanwhile; until the next backward.
+
+    Attributes:
+        parameter: Whose it is.
+        tier: Where it is.
+        record: Its place there.
+        dtype: Of its elements.
+        clips: What is still to be done to it, in place.
+    """
+
+    parameter: nn.Parameter
+    tier: Tier
+    record: Record
+    dtype: torch.dtype
+    clips: tuple[Clip, ...]
+
+    def take(self) -> Tensor:
+        """The gradient, in memory."""
+        gradient = _read(self.parameter, self.tier, self.record, self.dtype)
+        for clip in self.clips:
+            clip(gradient)
+        return gradient
+
+
+class GradientStore:
+    """Keeps the gradients of some parameters in tiers.
+
+    A gradient is written when backward has made it; one that more micro-batches add to is read again for each of them.
+    In memory are at any time the gradients that are being written, up to a cap.
+
+    Args:
+        tiers: Where the gradient of each parameter goes.
+        optimizers: Whose ``zero_grad`` clears them too.
+        complete: Asked at each gradient whether it is complete, or more micro-batches will add to it.
+        cap_bytes: Of gradients that are being written.
+        keep_complete: Complete gradients stay in memory, where they are used at once.
+    """
+
+    def __init__(
+        self,
+        tiers: Mapping[nn.Parameter, Tier],
+        optimizers: Sequence[Optimizer],
+        complete: Callable[[], bool],
+        cap_bytes: int,
+        *,
+        keep_complete: bool = False,
+    ) -> None:
+        self._keep_complete = keep_complete
+        self._tiers = dict(tiers)
+        self._optimizers = list(optimizers)
+        self._complete = complete
+        self._cap_bytes = cap_bytes
+        self._records: dict[nn.Parameter, Record] = {}
+        self._stored: dict[nn.Parameter, Tensor] = {}  # what is there, and its norm once it is complete
+        self._leaving: deque[tuple[Tensor, Pending]] = deque()
+        self._leaving_bytes = 0
+        self._clips: list[Clip] = []
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(self._came) for parameter in tiers if parameter.requires_grad
+        ]
+        for optimizer in self._optimizers:
+            self._clear_with(optimizer)
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether there is a gradient of ``parameter`` here."""
+        return parameter in self._stored
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no gradient here."""
+        return not self._stored
+
+    def claim(self, parameter: nn.Parameter) -> GradientClaim | None:
+        """The gradient of ``parameter``, which is not here any more; None if there is none."""
+        stored = self._stored.pop(parameter, None)
+        if stored is None:
+            return None
+        return GradientClaim(
+            parameter, self._tiers[parameter], self._records[parameter], stored.dtype, tuple(self._clips)
+        )
+
+    def norm(self, parameter: nn.Parameter) -> Tensor:
+        """The 2-norm of a complete gradient, a scalar, as ``torch.linalg.vector_norm`` gives it."""
+        return self._stored[parameter]
+
+    def clip(self, clip: Clip) -> None:
+        """Change each gradient that is here so, in place, when it is taken."""
+        self._clips.append(clip)
+
+    def clear(self) -> None:
+        """There are no gradients."""
+        self._stored.clear()
+        self._clips.clear()
+
+    def detach(self) -> None:
+        """Gradients stay in memory from now on; those that are here come back."""
+        while self._handles:
+            self._handles.pop().remove()
+        for parameter in list(self._stored):
+            if (claim := self.claim(parameter)) is not None:
+                parameter.grad = claim.take()
+        self.clear()
+        self._wait(0)
+        for optimizer in self._optimizers:
+            optimizer.__dict__.pop("zero_grad", None)
+        for parameter, record in self._records.items():
+            self._tiers[parameter].release([record])
+        self._records.clear()
+
+    def _came(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient.layout != torch.strided:
+            return  # a sparse one is small, and stays
+        if parameter in self._stored:  # of earlier micro-batches
+            earlier = _read(parameter, self._tiers[parameter], self._records[parameter], gradient.dtype)
+            gradient = earlier.add_(gradient)
+        complete = self._complete()
+        if complete and self._keep_complete:
+            self._stored.pop(parameter, None)
+            parameter.grad = gradient
+            return
+        place = torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False)
+        if gradient.stride() != place.stride():
+            gradient = place.copy_(gradient)
+        nbytes = gradient.numel() * gradient.element_size()
+        tier = self._tiers[parameter]
+        record = self._records.get(parameter)
+        if record is None or record.nbytes != nbytes:
+            if record is not None:
+                tier.release([record])
+            record = self._records[parameter] = tier.reserve([nbytes], versioned=False)[0]
+        self._wait(max(0, self._cap_bytes - nbytes))
+        self._leaving.append((gradient, tier.write(record, _bytes(gradient))))
+        self._leaving_bytes += nbytes
+        self._stored[parameter] = torch.linalg.vector_norm(gradient) if complete else gradient.new_zeros(())
+        parameter.grad = None
+
+    def _wait(self, most_bytes: int) -> None:
+        """Until so much is being written at most."""
+        while self._leaving and self._leaving_bytes > most_bytes:
+            gradient, pending = self._leaving.popleft()
+            pending.wait()
+            self._leaving_bytes -= gradient.numel() * gradient.element_size()
+
+    def _clear_with(self, optimizer: Optimizer) -> None:
+        """On the instance: torch has no hook for it."""
+        own = optimizer.zero_grad
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            own(set_to_none=set_to_none)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._stored.pop(parameter, None)
+            self._clips.clear()
+
+        optimizer.__dict__["zero_grad"] = zero_grad
+
+
+def _read(parameter: nn.Parameter, tier: Tier, record: Record, dtype: torch.dtype) -> Tensor:
+    gradient = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    tier.read(record, _bytes(gradient)).wait()
+    return gradient
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor without gaps, in the order in which they lie."""
+    whole = bytes_of(tensor.untyped_storage())
+    start = tensor.storage_offset() * tensor.element_size()
+    return whole[start : start + tensor.numel() * tensor.element_size()]

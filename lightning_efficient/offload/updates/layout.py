@@ -1,0 +1,91 @@
+"""How the optimizer state of a few parameters lies in one record, byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Entry", "Layout", "is_bulk"]
+
+ALIGNMENT = 64  # bytes: a cache line, and what vectorized kernels like best
+
+
+def is_bulk(value: Any) -> bool:
+    """Whether a value of an optimizer's state is moved with the record; step counters and the like stay resident."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.numel() > 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the state of one parameter.
+
+    Attributes:
+        parameter: Its index in the unit.
+        key: Its name in the optimizer's state.
+        dtype: Of its elements.
+        size: Its shape.
+        stride: In elements; its elements fill its place without gaps.
+        offset: Of its first byte in the record.
+        nbytes: Its size.
+    """
+
+    parameter: int
+    key: str
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor, on the bytes of ``buffer``: uint8 ``[at least offset + nbytes]``."""
+        return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).as_strided(self.size, self.stride)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of a record.
+
+    Attributes:
+        entries: In the order of their places.
+        nbytes: Of the record.
+    """
+
+    entries: tuple[Entry, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, states: Sequence[Mapping[str, Any]]) -> Layout:
+        """The layout for the bulk of ``states``, one for each parameter of a unit."""
+        entries, offset = [], 0
+        for index, state in enumerate(states):
+            for key, value in state.items():
+                if is_bulk(value):
+                    nbytes = value.numel() * value.element_size()
+                    size, stride = tuple(value.shape), _dense_stride(value)
+                    entries.append(Entry(index, key, value.dtype, size, stride, offset, nbytes))
+                    offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(entries), offset)
+
+    def views(self, buffer: Tensor, parameters: int) -> list[dict[str, Tensor]]:
+        """The tensors in ``buffer``, uint8 ``[nbytes]``, by key, for each of so many parameters."""
+        found: list[dict[str, Tensor]] = [{} for _ in range(parameters)]
+        for entry in self.entries:
+            found[entry.parameter][entry.key] = entry.view(buffer)
+        return found
+
+    def fill(self, buffer: Tensor, states: Sequence[Mapping[str, Any]]) -> None:
+        """Copy the bulk of ``states`` into ``buffer``; a tensor that lies there already is left alone."""
+        for entry in self.entries:
+            place, value = entry.view(buffer), states[entry.parameter][entry.key]
+            if place.data_ptr() != value.data_ptr():
+                place.copy_(value)
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides that ``torch.empty_like`` gives: the tensor's own where it has no gaps."""
+    return torch.empty_like(tensor, device="meta").stride()

@@ -1,0 +1,124 @@
+"""A step of the user's own optimizer for some of its parameters, and whether that is the same as one step for all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.core.torch_internals import global_step_hooks, unhooked_step
+
+__all__ = ["SubsetStepError", "check_parameter_by_parameter", "state_bytes_per_element", "step_subset"]
+
+
+class SubsetStepError(ValueError):
+    """The optimizer cannot be stepped for some of its parameters alone."""
+
+
+def step_subset(
+    optimizer: Optimizer, group: Mapping[str, Any], shown: Sequence[Tensor], changed: Sequence[Tensor] = ()
+) -> None:
+    """Let ``optimizer`` update ``shown``, whose state and gradients it finds as always.
+
+    Hooks that are registered for all optimizers are called, as before and after each update; those of this optimizer
+    are not, for they expect one call a step.
+
+    Args:
+        optimizer: Of any class that updates parameter by parameter.
+        group: The hyperparameters, as in ``param_groups``.
+        shown: What it takes for the parameters of the group.
+        changed: The model's parameters that will change, where they are not what is shown.
+
+    Raises:
+        SubsetStepError: If the step changed hyperparameters: the optimizer keeps a state in its groups.
+    """
+    before, after = global_step_hooks()
+    as_known = {**group, "params": list(changed or shown)}
+    for hook in before:
+        _with_group(optimizer, as_known, hook, optimizer, (optimizer,), {})
+    _step_alone(optimizer, group, shown)
+    for hook in after:
+        _with_group(optimizer, as_known, hook, optimizer, (optimizer,), {})
+
+
+def _step_alone(optimizer: Optimizer, group: Mapping[str, Any], shown: Sequence[Tensor]) -> None:
+    alone = {**group, "params": list(shown)}
+    _with_group(optimizer, alone, unhooked_step, optimizer)
+    touched = [key for key, value in alone.items() if key != "params" and value is not group.get(key)]
+    if touched:
+        raise SubsetStepError(
+            f"{type(optimizer).__name__} changes {touched} of its parameter groups in each step, and so cannot be "
+            "stepped for a part of its parameters at a time, which offloading needs. Use an optimizer that keeps its "
+            "state for each parameter, such as AdamW, SGD, Adafactor or Muon."
+        )
+
+
+def _with_group(optimizer: Optimizer, group: dict[str, Any], call: Callable[..., Any], *args: Any) -> None:
+    """Call while ``group`` is all that the optimizer has."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group]
+    try:
+        call(*args)
+    finally:
+        optimizer.param_groups = groups
+
+
+def check_parameter_by_parameter(optimizer: Optimizer) -> None:
+    """Try on small stand-ins whether steps for single parameters are, bit for bit, one step for all.
+
+    Raises:
+        SubsetStepError: If they are not, or if it wants a closure.
+    """
+    for group in optimizer.param_groups:
+        for dimensions in sorted({parameter.dim() for parameter in group["params"]}):
+            together, apart = (_stand_ins(group, dimensions) for _ in range(2))
+            probe, single = _probe(optimizer), _probe(optimizer)
+            for turn in range(2):
+                for index, parameter in enumerate((*together, *apart)):
+                    generator = torch.Generator().manual_seed(100 * turn + index % len(together))
+                    parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                try:
+                    _step_alone(probe, group, together)
+                    for parameter in apart:
+                        _step_alone(single, group, [parameter])
+                except TypeError as error:
+                    raise SubsetStepError(
+                        f"{type(optimizer).__name__} cannot be stepped without a closure ({error}), which offloading "
+                        "needs. Use an optimizer such as AdamW, SGD, Adafactor or Muon."
+                    ) from error
+            if not all(torch.equal(one, other) for one, other in zip(together, apart, strict=True)):
+                raise SubsetStepError(
+                    f"{type(optimizer).__name__} does not update parameter by parameter: the update of one depends on "
+                    "others, so that it cannot be offloaded. Use an optimizer such as AdamW, SGD, Adafactor or Muon."
+                )
+
+
+def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> float:
+    """About how many bytes of state the optimizer keeps for each element of ``parameter``."""
+    stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size=16)[0]
+    stand_in.grad = torch.ones_like(stand_in)
+    probe = _probe(optimizer)
+    _step_alone(probe, group, [stand_in])
+    state = probe.state[stand_in]
+    nbytes = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+    return nbytes / stand_in.numel()
+
+
+def _probe(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer with another state."""
+    probe = object.__new__(type(optimizer))  # copying would leave out what it does not pickle
+    probe.__dict__.update(optimizer.__dict__)
+    probe.state = defaultdict(dict)
+    return probe
+
+
+def _stand_ins(group: Mapping[str, Any], dimensions: int, size: int = 4) -> list[nn.Parameter]:
+    """Three small parameters of different values, of the dtype that those of the group with these dimensions have."""
+    dtype = next(parameter.dtype for parameter in group["params"] if parameter.dim() == dimensions)
+    generator = torch.Generator().manual_seed(1)
+    shape = (size,) * dimensions
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for _ in range(3)]

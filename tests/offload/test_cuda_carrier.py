@@ -1,0 +1,147 @@
+"""The logic of copies between a GPU and tiers, with streams that only note what is asked of them; no GPU is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_efficient.offload.saved import stash, swapped
+from lightning_efficient.offload.saved.activations import SavedTensorOffload
+from lightning_efficient.offload.saved.swapped import Swapped
+from lightning_efficient.offload.tiers import cuda_carrier
+from lightning_efficient.offload.tiers.cuda_carrier import CudaCarrier
+from lightning_efficient.offload.tiers.tier import Pending, Record
+from tests.offload.file_tier import FileTier
+from tests.offload.memory_tier import MemoryTier
+from tests.offload.saving import CASES, gradients
+
+
+class Event:
+    """Has happened when it is asked for the third time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.asked > 2
+
+    def synchronize(self) -> None:
+        self.asked = 3
+
+
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.waits: list[Any] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append(other)
+
+    def wait_event(self, event: Event) -> None:
+        self.waits.append(event)
+
+    def record_event(self) -> Event:
+        return Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+pinned: set[int] = set()
+
+
+class OfTheHost(FileTier):
+    """Takes nothing but pinned memory."""
+
+    def write(self, record: Record, data: Tensor) -> Pending:
+        if data.data_ptr() not in pinned:
+            raise ValueError("not memory of the host")
+        return super().write(record, data)
+
+    def read(self, record: Record, into: Tensor) -> Pending:
+        if into.data_ptr() not in pinned:
+            raise ValueError("not memory of the host")
+        return super().read(record, into)
+
+
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
+    """The stream that computes; tensors of the CPU are moved as if they were a GPU's."""
+    current = Stream()
+
+    def empty(*size: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        made = torch.empty(*size, **kwargs)
+        if pin_memory:
+            pinned.add(made.data_ptr())
+        return made
+
+    cuda = SimpleNamespace(
+        Stream=Stream, Event=Event, current_stream=lambda device: current, stream=lambda one: contextlib.nullcontext()
+    )
+    fake = SimpleNamespace(cuda=cuda, empty=empty, uint8=torch.uint8, device=torch.device)
+    monkeypatch.setattr(cuda_carrier, "torch", fake)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None, raising=False)
+    for module in (stash, swapped):
+        monkeypatch.setattr(module, "carrier_for", lambda device, staging_bytes: CudaCarrier(staging_bytes))
+    yield current
+    pinned.clear()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("staging_bytes", [20_000, 1 << 20])
+@pytest.mark.parametrize("name", ["mlp", "gpt with dropout", "checkpoint"])
+def test_what_goes_through_streams_comes_back(computing: Stream, name: str, staging_bytes: int, direct: bool) -> None:
+    model, loss, batch = CASES[name]()
+    exact = gradients(model, loss, None)
+    tier: Any = MemoryTier(early=True) if direct else OfTheHost()
+    held = list(model.parameters())
+    chosen = SavedTensorOffload(tier, staging_bytes=staging_bytes, minimum_bytes=1024, held=lambda: held)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model, loss, chosen, *batch), exact, strict=True))
+    assert any(isinstance(one, Event) for one in computing.waits), "what is computed waits for what comes"
+    gc.collect()
+    assert chosen.statistics().stash.tier_bytes == 0
+    chosen.close()
+    tier.close()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_tensors_are_swapped_through_streams(computing: Stream, direct: bool) -> None:
+    tier: Any = MemoryTier(early=True) if direct else OfTheHost()
+    held = [torch.randn(1000), torch.randn(300)]
+    wanted = [one.clone() for one in held]
+    swapped = Swapped(held, tier, staging_bytes=4000)
+    for _ in range(2):
+        swapped.out()
+        swapped.wait()
+        assert swapped.away_bytes == 5200
+        swapped.back()
+        swapped.wait()
+        assert all(torch.equal(one, value) for one, value in zip(held, wanted, strict=True))
+    swapped.close()
+    tier.close()
+
+
+def test_saving_does_not_make_the_host_wait_where_the_tier_takes_device_memory(computing: Stream) -> None:
+    class Busy(Event):
+        def synchronize(self) -> None:
+            raise AssertionError("the host must not wait")
+
+    Stream.record_event, before = lambda self: Busy(), Stream.record_event  # type: ignore[method-assign,assignment]
+    try:
+        tier = MemoryTier(early=True)
+        x = torch.randn(1000, requires_grad=True)
+        chosen = SavedTensorOffload(tier, staging_bytes=4000, minimum_bytes=1024)
+        with chosen.saving(x):
+            value = x.sin().sin().sin().sin().sum()
+        value.backward()
+    finally:
+        Stream.record_event = before  # type: ignore[method-assign]
+    assert x.grad is not None

@@ -1,0 +1,88 @@
+"""Where tensors go: a pure function (O1, O2, O3, O5)."""
+
+from __future__ import annotations
+
+from lightning_efficient.offload.placement import KINDS, Attribute, Room, Rules, keep_or_replan, plan
+
+FREE = Rules({})
+
+
+def attributes(sizes: dict[str, int], *, layers: int = 3) -> list[Attribute]:
+    return [
+        Attribute(kind, f"blocks.{layer}.weight", nbytes, position=layer)  # type: ignore[arg-type]
+        for kind, nbytes in sizes.items()
+        for layer in range(layers)
+    ]
+
+
+def test_every_kind_says_when_it_is_used_o1() -> None:
+    uses = {kind: (Attribute(kind, "w", 1).first_use, Attribute(kind, "w", 1).last_use) for kind in KINDS}
+    assert uses["parameter"] == ("forward", "update")
+    assert uses["gradient"] == ("backward", "update")
+    assert uses["optimizer_state"] == ("update", "update")
+    assert uses["activation"] == ("forward", "backward")
+    assert uses["input_batch"] == ("load", "forward")
+    assert uses["checkpoint"] == ("save", "save")
+
+
+def test_all_fits_all_stays_o2() -> None:
+    found = plan(attributes(dict.fromkeys(KINDS, 10)), [Room("host", None), Room("disk", None)], FREE)
+    assert {row.tier for row in found.rows} == {"host"}
+
+
+def test_what_moves_most_stays_then_state_and_gradients_o5() -> None:
+    rooms = [Room("device", 90), Room("host", 60), Room("disk", None)]
+    found = plan(attributes({"activation": 10, "optimizer_state": 20, "gradient": 10, "parameter": 10}), rooms, FREE)
+    tiers = {(row.attribute.kind, row.attribute.position): row.tier for row in found.rows}
+    assert {tiers["parameter", layer] for layer in range(3)} == {"device"}
+    assert {tiers["optimizer_state", layer] for layer in range(3)} == {"device"}
+    assert {tiers["gradient", layer] for layer in range(3)} == {"host"}
+    assert {tiers["activation", layer] for layer in range(3)} == {"host"}
+
+
+def test_the_first_layers_state_stays_o5() -> None:
+    found = plan(attributes({"optimizer_state": 10}), [Room("host", 20), Room("disk", None)], FREE)
+    assert [row.tier for row in found.rows] == ["host", "host", "disk"]
+    assert found.rows[2].why == "no room in host"
+
+
+def test_rules_the_most_specific_counts_o2() -> None:
+    rules = Rules({"blocks.*": "host", "optimizer_state": "disk", "optimizer_state:blocks.1.*": "numa:0"})
+    found = plan(
+        attributes({"optimizer_state": 10, "parameter": 10}), [Room("device", None), Room("host", None)], rules
+    )
+    tiers = {(row.attribute.kind, row.attribute.position): row.tier for row in found.rows}
+    assert [tiers["optimizer_state", layer] for layer in range(3)] == ["disk", "numa:0", "disk"]
+    assert [tiers["parameter", layer] for layer in range(3)] == ["host"] * 3
+    assert found.rows[1].why == "place['optimizer_state:blocks.1.*']"
+
+
+def test_a_pattern_may_be_the_end_of_a_name() -> None:
+    assert Rules({"blocks.*": "disk"}).unused(["model.blocks.0.weight"]) == []
+    assert Rules({"block.*": "disk", "gradient": "disk"}).unused(["model.blocks.0.weight"]) == ["block.*"]
+
+
+def test_room_that_a_rule_takes_is_taken_o2() -> None:
+    items = [*attributes({"parameter": 10}, layers=1), *attributes({"optimizer_state": 10}, layers=1)]
+    found = plan(items, [Room("host", 10), Room("disk", None)], Rules({"optimizer_state": "host"}))
+    assert [row.tier for row in found.rows] == ["disk", "host"]
+
+
+def test_a_plan_is_kept_until_it_does_not_fit_or_much_is_gained_o5() -> None:
+    items = attributes({"optimizer_state": 10}, layers=10)
+    rooms = [Room("host", 50), Room("disk", None)]
+    first = plan(items, rooms, FREE)
+    assert first.used("host") == 50
+    assert keep_or_replan(first, items, [Room("host", 62), rooms[1]], FREE, slack=0.2) is first
+    grown = keep_or_replan(first, items, [Room("host", 80), rooms[1]], FREE, slack=0.2)
+    assert grown.used("host") == 60
+    shrunk = keep_or_replan(first, items, [Room("host", 49), rooms[1]], FREE)
+    assert shrunk.used("host") == 40
+
+
+def test_the_table_says_what_is_where_and_why_o1_o3() -> None:
+    items = [*attributes({"parameter": 1024, "optimizer_state": 2048}), Attribute("activation", "*", 0)]
+    table = plan(items, [Room("host", 3072), Room("disk", None)], Rules({"activation": "host"})).table()
+    assert "| parameter | forward to update | host | 3 | 3 KiB | the fastest |" in table
+    assert "| optimizer_state | update to update | disk | 3 | 6 KiB | no room in host |" in table
+    assert "| activation | forward to backward | host | 1 | not known yet | place['activation'] |" in table

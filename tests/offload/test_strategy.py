@@ -1,0 +1,366 @@
+"""The strategy in a Trainer: what is the same as without it, what it says, and what it refuses (O1-O5, G6)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback, OffloadStrategy
+from lightning_efficient.offload import session as offload_session
+from lightning_efficient.offload.tiers.direct_file import SystemCalls
+from lightning_efficient.offload.tiers.disk import DiskTier
+from tests.helpers.fitting import Run, assert_same_tree, fit
+from tests.technique_settings import demo_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+
+DISK = {"optimizer_state": "disk"}
+CLIPS: list[dict[str, Any]] = [
+    {"gradient_clip_val": 0.3},
+    {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+]
+
+
+def offload(**arguments: Any) -> dict[str, Any]:
+    return {"strategy": OffloadStrategy(**({"offload_dir": "swap", "place": DISK} | arguments))}
+
+
+def same(one: Run, other: Run) -> None:
+    assert one.losses == other.losses
+    assert_same_tree(one.weights, other.weights, "weights")
+    assert_same_tree(one.optimizers, other.optimizers, "optimizers")
+
+
+@pytest.mark.parametrize("schedule", ["auto", "after_backward", "in_backward", "under_forward"])
+def test_a_run_is_the_same_bit_for_bit_o3(schedule: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 3, "each_step": True}
+    ours, plain = fit(None, build=offload(schedule=schedule), **arguments), fit(None, **arguments)
+    same(ours, plain)
+    assert_same_tree(ours.weights_at, plain.weights_at, "weights at each step")
+
+
+def test_the_string_stands_for_it() -> None:
+    run = fit(None, strategy="offload")
+    assert isinstance(run.trainer.strategy, OffloadStrategy)
+    same(run, fit(None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule"),
+    [
+        ({}, "in_backward: nothing needs all gradients together"),
+        ({"gradient_clip_val": 0.5}, "under_forward: gradients are clipped"),
+        ({"precision": "16-mixed"}, "after_backward: the gradient scaler"),
+    ],
+)
+def test_auto_takes_the_first_schedule_that_the_run_allows(
+    arguments: dict[str, Any], schedule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "precision" in arguments:
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        arguments = {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+    with caplog.at_level("INFO"):
+        fit(None, build=offload(), max_steps=2, **arguments)
+    assert schedule in caplog.text
+
+
+class SeesGradients(pl.Callback):
+    """Wants all gradients before the step."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append(all(p.grad is not None for p in pl_module.parameters()))
+
+
+def test_whoever_looks_at_gradients_sees_them() -> None:
+    watch = SeesGradients()
+    same(fit(None, build=offload(), after=[watch]), fit(None))
+    assert all(watch.seen)
+    with pytest.raises(MisconfigurationException, match="SeesGradients has on_before_optimizer_step"):
+        fit(None, build=offload(schedule="in_backward"), after=[SeesGradients()])
+
+
+def test_clipping_needs_all_gradients() -> None:
+    with pytest.raises(MisconfigurationException, match=r"schedule='in_backward' .*gradients are clipped"):
+        fit(None, build=offload(schedule="in_backward"), gradient_clip_val=1.0)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_clipped_runs_are_the_same_o3(clip: dict[str, Any]) -> None:
+    same(fit(None, build=offload(), **clip), fit(None, **clip))
+
+
+@pytest.mark.parametrize(
+    "clip", [{}, {"gradient_clip_val": 0.3}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}]
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradients_on_the_disk_o3_o4(clip: dict[str, Any], accumulate: int) -> None:
+    arguments = {**clip, "accumulate_grad_batches": accumulate, "max_steps": 5}
+    place = {"optimizer_state": "disk", "gradient": "disk"}
+    same(fit(None, build=offload(place=place), **arguments), fit(None, **arguments))
+
+
+def test_gradients_that_others_look_at_stay() -> None:
+    with pytest.raises(MisconfigurationException, match=r"place\['gradient'\] moves gradients out .*SeesGradients"):
+        fit(None, build=offload(place={"gradient": "disk"}), after=[SeesGradients()])
+    run = fit(None, build=offload(place=None, memory_budget="1KiB"), after=[SeesGradients()], max_steps=2)
+    assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
+
+
+# -- placement -------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_goes_to_the_disk_o2_o5() -> None:
+    run = fit(None, build=offload(place=None, memory_budget={"host": "600KiB"}), max_steps=3)
+    table = run.trainer.strategy.placement()
+    assert "| optimizer_state | update to update | disk |" in table
+    assert "| parameter | forward to update | host | 68 |" in table
+    same(run, fit(None, max_steps=3))
+
+
+def test_one_amount_is_of_the_fastest_memory_o5() -> None:
+    run = fit(None, build=offload(place=None, memory_budget="600KiB"), max_steps=2)
+    assert "no room in host" in run.trainer.strategy.placement()
+
+
+def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
+    monkeypatch.setattr(offload_session, "free_bytes", lambda device: next(free))
+    run = fit(None, build=offload(place=None))
+    texts = [event.text for event in run.events]
+    assert len(texts) >= 2
+    assert "disk: " in texts[0]
+    assert "disk: " not in texts[-1]
+    same(run, fit(None))
+
+
+def test_measurements_are_logged_o4() -> None:
+    run = fit(None, build=offload(), max_steps=4)
+    tags = set().union(*(metrics for _, metrics in run.logged))
+    assert {"offload/wait_ms", "offload/disk_bytes", "offload/disk_read_gigabytes_per_second"} <= tags
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["in_backward", "under_forward"])
+def test_checkpoints_are_plain_both_ways_o3(schedule: str, tmp_path: Path) -> None:
+    ours = fit(None, build=offload(schedule=schedule), root=tmp_path / "ours", checkpoints={"every_n_train_steps": 4})
+    plain = fit(None, root=tmp_path / "plain", checkpoints={"every_n_train_steps": 4})
+    for step in (4, 8):
+        one, other = (torch.load(run.checkpoints[step], weights_only=True) for run in (ours, plain))
+        assert_same_tree(one["state_dict"], other["state_dict"], "state_dict")
+        assert_same_tree(one["optimizer_states"], other["optimizer_states"], "optimizer_states")
+        from_plain = fit(None, build=offload(schedule=schedule), ckpt_path=plain.checkpoints[step])
+        same(from_plain, fit(None, ckpt_path=ours.checkpoints[step]))
+
+
+def test_beside_asynchronous_checkpoints_x2(tmp_path: Path) -> None:
+    build = lambda: {**offload(), "callbacks": [AsyncCheckpointIO(verify="checksum", in_memory=1)]}  # noqa: E731
+    ours = fit(None, build=build(), root=tmp_path, checkpoints={})
+    plain = fit(None, root=tmp_path / "plain", checkpoints={})
+    for step in (1, 5, 16):
+        one, other = (torch.load(run.checkpoints[step], weights_only=True) for run in (ours, plain))
+        assert_same_tree(one["optimizer_states"], other["optimizer_states"], "optimizer_states")
+        assert_same_tree(one["state_dict"], other["state_dict"], "state_dict")
+    same(fit(None, build=build(), ckpt_path=ours.checkpoints[5]), fit(None, ckpt_path=plain.checkpoints[5]))
+
+
+def test_two_that_step_in_backward_are_refused_x2() -> None:
+    build = {**offload(), "callbacks": [AsyncCheckpointIO(optimizer_in_backward=True)]}
+    with pytest.raises(MisconfigurationException, match=r"AsyncCheckpointIO\(optimizer_in_backward=True\) and Offload"):
+        fit(None, build=build)
+
+
+def test_saved_after_training_has_ended_o3(tmp_path: Path) -> None:
+    ours, plain = fit(None, build=offload(), root=tmp_path), fit(None, root=tmp_path)
+    for name, run in (("ours", ours), ("plain", plain)):
+        run.trainer.save_checkpoint(tmp_path / name)
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("ours", "plain"))
+    assert_same_tree(one["optimizer_states"], other["optimizer_states"], "optimizer_states")
+
+
+def test_the_optimizer_is_an_ordinary_one_after_training_o3() -> None:
+    ours, plain = fit(None, build=offload()), fit(None)
+    for run in (ours, plain):
+        for parameter in run.module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        run.trainer.optimizers[0].step()
+    assert_same_tree(dict(ours.module.state_dict()), dict(plain.module.state_dict()), "weights")
+
+
+def test_the_state_is_loaded_while_it_runs_o3(tmp_path: Path) -> None:
+    """As a spike guard does: back to an earlier state."""
+
+    class GoBack(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 5 and not hasattr(self, "state"):
+                self.state = {
+                    "state_dict": {k: v.clone() for k, v in trainer.strategy.lightning_module_state_dict().items()},
+                    "optimizer_states": [trainer.strategy.optimizer_state(trainer.optimizers[0])],
+                }
+                self.state = torch.load(_saved(self.state, tmp_path / "state"), weights_only=True)
+            if trainer.global_step == 9:
+                trainer.strategy.load_model_state_dict(self.state)
+                trainer.strategy.load_optimizer_state_dict(self.state)
+
+    same(fit(None, build=offload(), after=[GoBack()]), fit(None, after=[GoBack()]))
+
+
+def _saved(state: Any, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+# -- with growth -----------------------------------------------------------------------------------------------------
+
+
+def grow(**arguments: Any) -> GrowAndUnshareCallback:
+    return GrowAndUnshareCallback(mode="stack", stages=[{"depth": 2, "until": 5}, {"depth": 4}], **arguments)
+
+
+def test_begins_at_the_switch_and_keeps_state_g6(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        ours = fit(None, build={**offload(enabled=False), "callbacks": [grow(offload_on_switch=True)]})
+    same(ours, fit(None, build={"callbacks": [grow()]}))
+    told = caplog.text
+    assert told.index("2 layers -> 4 layers") < told.index("OffloadStrategy:")
+
+
+def test_growth_while_offloaded_keeps_state_g6() -> None:
+    ours = fit(None, build={**offload(), "callbacks": [grow()]})
+    same(ours, fit(None, build={"callbacks": [grow()]}))
+    assert len([event for event in ours.events if event.technique == "offload"]) == 1
+
+
+# -- full precision --------------------------------------------------------------------------------------------------
+
+
+def test_full_precision_beside_weights_of_16_bits_o3(tmp_path: Path) -> None:
+    run = fit(None, build=offload(master_weights=True), precision="bf16-true", root=tmp_path, checkpoints={})
+    plain = fit(None, precision="bf16-true")
+    assert sum(run.losses[-4:]) <= sum(plain.losses[-4:]) + 0.05
+    saved = torch.load(run.checkpoints[8], weights_only=True)["optimizer_states"][0]["state"][0]
+    assert saved["master_weight"].dtype == saved["exp_avg"].dtype == torch.float32
+    resumed = fit(None, build=offload(master_weights=True), precision="bf16-true", ckpt_path=run.checkpoints[8])
+    assert resumed.losses == run.losses[8:]
+    assert_same_tree(resumed.weights, run.weights, "weights")
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedule": "later"}, "schedule='later' is not allowed. Use one of auto, after_backward"),
+        ({"place": {"optimizer_state": "cloud"}}, r"place\['optimizer_state'\]: 'cloud' is no tier"),
+        ({"place": {"state:blocks.*": "disk"}}, r"'state' is no kind of tensor. Use one of parameter, gradient"),
+        ({"memory_budget": {"gpu": 1}}, "memory_budget: 'gpu' is no tier"),
+        ({"memory_budget": {"host": "much"}}, r"memory_budget\['host'\]='much' is no amount of memory"),
+        ({"memory_budget": 0}, "memory_budget=0 must be more than nothing"),
+        ({"staging": "none"}, "staging='none' is no amount of memory"),
+    ],
+)
+def test_what_is_not_allowed_is_said_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OffloadStrategy(**arguments)
+
+
+def test_a_pattern_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"place\['layer.\*'\] fits no parameter of ByteLanguageModel"):
+        fit(None, build=offload(place={"layer.*": "disk"}))
+
+
+class LbfgsModel(type(demo_model())):  # type: ignore[misc]
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+def test_an_optimizer_that_needs_all_parameters_is_refused_by_name() -> None:
+    with pytest.raises(MisconfigurationException, match="OffloadStrategy: LBFGS cannot be stepped without a closure"):
+        fit(None, build=offload(), module=demo_model(LbfgsModel))
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="no file to offload to can be made in this folder"):
+        fit(None, build=offload(offload_dir=tmp_path / "file" / "swap"))
+
+
+def test_a_disk_that_dies_stops_the_run_and_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = itertools.count()
+
+    def pwritev(*arguments: Any) -> int:
+        if next(writes) > 60:
+            raise OSError(5, "Input/output error")
+        return os.pwritev(*arguments)
+
+    dying = SystemCalls(pwritev=pwritev)
+    monkeypatch.setattr(offload_session, "DiskTier", lambda directory: DiskTier(directory, system=dying))
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    with pytest.raises(OSError, match="Input/output error"):
+        fit(None, build=offload(), after=[checkpoint], enable_checkpointing=True)
+    last = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    step = int(last.stem.partition("=")[2])
+    resumed = fit(None, ckpt_path=last)
+    assert resumed.losses == fit(None).losses[step:]
+    assert not list((tmp_path / "swap").glob(".*"))
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+class OutOfMemoryOnce(pl.Callback):
+    """The device has no room for the whole batch, once."""
+
+    def __init__(self, step: int, module: torch.nn.Module) -> None:
+        self.step, self.failed, self.now = step, 0, 0
+        module.model.head.register_forward_hook(self.fail)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.now = trainer.global_step
+
+    def fail(self, module: Any, args: Any, output: Tensor) -> None:
+        if self.now == self.step and output.shape[0] == 4 and torch.is_grad_enabled():
+            self.failed += 1
+            raise torch.OutOfMemoryError("made for this test")
+
+
+@pytest.mark.parametrize("schedule", ["in_backward", "under_forward", "after_backward"])
+def test_a_step_without_room_is_done_again_in_parts_o7(schedule: str, tmp_path: Path) -> None:
+    module = demo_model()
+    short = OutOfMemoryOnce(6, module)
+    arguments = {"batch_feedback": True, "schedule": schedule}
+    ours = fit(None, build=offload(**arguments), module=module, before=[short], root=tmp_path, checkpoints={})
+    plain = fit(None)
+    assert short.failed == 1
+    assert ours.losses[:6] == plain.losses[:6]
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert ours.trainer.strategy.measurements()["offload/samples_per_part"] == 2
+    resumed = fit(None, build=offload(**arguments), ckpt_path=ours.checkpoints[9])
+    assert resumed.losses == ours.losses[9:]
+    assert_same_tree(resumed.weights, ours.weights, "weights")
+
+
+def test_batches_that_cannot_be_split_are_refused_by_name() -> None:
+    class Normalized(type(demo_model())):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.extra = torch.nn.BatchNorm1d(3)
+
+    with pytest.raises(ValueError, match=r"Batches cannot be split: extra \(BatchNorm1d\)"):
+        fit(None, build=offload(batch_feedback=True), module=demo_model(Normalized))
