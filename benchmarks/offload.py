@@ -106,8 +106,11 @@ def ours(schedule: str) -> Arm:
             schedule=schedule,  # type: ignore[arg-type]
             complete=lambda: True,
         )
-        job.before = session.updates.before_forward
-        job.after = lambda loss: session.updates.after_forward([loss])
+        session.start()
+        updates = session.updates
+        assert updates is not None
+        job.before = updates.before_forward
+        job.after = lambda loss: updates.after_forward([loss])
         yield
         session.close()
 

@@ -13,10 +13,13 @@ from typing import Literal, get_args
 
 from lightning_efficient.core.units import human_bytes
 
-__all__ = ["KINDS", "Attribute", "Kind", "Placement", "Room", "Row", "Rules", "keep_or_replan", "plan"]
+__all__ = ["KINDS", "SMALL", "Attribute", "Kind", "Placement", "Room", "Row", "Rules", "keep_or_replan", "plan"]
 
 Kind = Literal["parameter", "gradient", "optimizer_state", "master_weight", "activation", "input_batch", "checkpoint"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+SMALL = 64 << 10
+"""Bytes of a parameter below which only a rule moves it: fetching it takes longer than computing with it."""
 
 # Kind -> made or first used in, last used in, how often a step moves it if it lives away from where it is used.
 _USES: dict[Kind, tuple[str, str, int]] = {
@@ -189,6 +192,9 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
     )
     for index in waiting:
         attribute = attributes[index]
+        if attribute.kind == "parameter" and 0 < attribute.nbytes < SMALL:
+            placed[index] = Row(attribute, rooms[0].tier, "too small to be worth its way")
+            continue
         for number, room in enumerate(rooms):
             free = left[room.tier]
             if free is None or attribute.nbytes <= free or number == len(rooms) - 1:

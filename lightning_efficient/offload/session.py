@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.core.units import human_bytes
 from lightning_efficient.offload.batches.free_memory import free_bytes
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, keep_or_replan, plan
+from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
+from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
 from lightning_efficient.offload.tiers.tier import Tier
@@ -27,6 +30,8 @@ from lightning_efficient.offload.updates.subset_step import state_bytes_per_elem
 
 __all__ = ["OffloadSession", "attributes_of"]
 
+_TOGETHER = 4 << 20  # bytes of parameters that are updated in one go, for records that are worth a disk's while
+_SAVED = 1 << 20  # bytes of a saved tensor below which it stays
 _RESERVED = 0.2  # of the memory that is free at the start, where no budget is given: for activations and others
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
 
@@ -71,23 +76,28 @@ def attributes_of(
 class OffloadSession:
     """Everything that offloading sets up for one run, and takes down again.
 
+    Parameters are placed at once; what belongs to training follows with :meth:`start`.
+
     Attributes:
         placement: What is where.
-        updates: Who runs the optimizers' updates.
-        engine: Where their state is.
+        stream: Has the parameters that are elsewhere; None if there are none.
+        saved: Has what backward needs, if it is elsewhere.
+        gradients: Has the gradients that are elsewhere.
+        engine: Has the optimizers' state.
+        updates: Runs the optimizers' updates; None until training starts.
 
     Args:
-        module: That is trained.
-        optimizers: Its optimizers, with any state that they have.
+        module: That is trained, or evaluated.
+        optimizers: Its optimizers.
         settings: Of the user.
-        device: On which the module is.
+        device: On which it computes.
         directory: For what goes to a disk.
         schedule: When updates take place.
         complete: Asked at each gradient whether it is complete.
 
     Raises:
         TierError: If there is no room.
-        ValueError: If a rule of ``place`` fits no parameter, or names what cannot be placed there.
+        ValueError: If parameters cannot be streamed, or a budget is too small for the largest part of the model.
     """
 
     def __init__(
@@ -109,34 +119,88 @@ class OffloadSession:
         place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
         self._rules = Rules(place)
         self._reserves: dict[str, int] = {}  # by device
+        self.updates: Updates | None = None
         self.gradients: GradientStore | None = None
+        self.stream: ParameterStream | None = None
+        self.saved: SavedTensorOffload | None = None
+        self._staging: Staging | None = None
         self._accumulates_elsewhere = False
-        self._staging = Staging(settings.staging_bytes)
-        self.attributes = self._attributes()
+        self.placement = Placement((), ())
         try:
-            self.placement = plan(self.attributes, self._rooms(), self._rules)
-            self._begin()
+            self._place()
         except BaseException:
-            self._staging.close()
             self._close_tiers()
             raise
+
+    def start(self) -> None:
+        """Training starts: the optimizers' state, as it is now, goes to its places, and updates are taken over."""
+        self._staging = Staging(self._settings.staging_bytes, pinned=self._device.type == "cuda")
+        self._begin()
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.updates.finish()))
+            self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
             self._handles.append(optimizer.register_state_dict_post_hook(self._whole_state))
             self._handles.append(optimizer.register_load_state_dict_post_hook(self.take_over))
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def begin_batch(self, *, gradients: bool) -> None:
+        """A batch begins: parameters leave that the last one has fetched, and those that come first are fetched.
+
+        Args:
+            gradients: Whether it will have a backward.
+        """
+        self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
+        if self.stream is not None:
+            self.stream.end_step()
+            self.stream.begin_step(gradients=gradients)
+
+    @contextlib.contextmanager
+    def forward(self, *batch: Tensor) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+        """Around a forward that is followed by a backward; to be told its results.
+
+        Args:
+            *batch: Tensors that stay in memory until after backward.
+        """
+        if self.updates is None:
+            yield lambda results: None
+            return
+        self.updates.before_forward()
+        with self.saved.saving(*batch) if self.saved is not None else contextlib.nullcontext():
+            yield self.updates.after_forward
+
+    def finish_updates(self) -> None:
+        """The weights may be read."""
+        if self.updates is not None:
+            self.updates.finish()
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether the step in progress can be done again: nothing has been updated, and no gradient mixed."""
+        begun = self.updates is not None and (self.updates.begun or self.engine.updating)
+        return not (begun or self._accumulates_elsewhere)
+
+    def give_up_attempt(self) -> None:
+        """The step is done again: what it has made so far is of no use."""
+        if self.gradients is not None:
+            self.gradients.clear()
 
     # -- what changes while it runs ----------------------------------------------------------------------------------
 
     def bring_back(self) -> None:
-        """Before parameters come or go: the optimizers have all their state, and step by themselves."""
+        """Before parameters come or go: all are ordinary ones, and the optimizers have their state and step alone."""
         self._let_go()
-        self.engine.bring_back()
+        if self.updates is not None:
+            self.engine.bring_back()
+        if self.stream is not None:
+            self.stream.end_step()
+            self.stream.detach()
+            self.stream = None
 
     def begin_again(self) -> None:
         """After parameters came or went: everything is placed anew."""
-        self.attributes = self._attributes()
-        self.placement = plan(self.attributes, self._rooms(), self._rules)
-        self._begin()
+        self._place()
+        if self.updates is not None:
+            self._begin()
 
     def adapt(self) -> bool:
         """Move state to where there is room now, if that is worth it; results stay the same bit for bit.
@@ -144,6 +208,8 @@ class OffloadSession:
         Returns:
             Whether anything is placed differently now.
         """
+        if self.updates is None:
+            return False
         rooms = self._rooms()
         stay = [row for row in self.placement.rows if row.attribute.kind != "optimizer_state"]
         fixed = Placement(tuple(stay), tuple(rooms))
@@ -153,39 +219,30 @@ class OffloadSession:
         better = keep_or_replan(current, [row.attribute for row in states], left, self._rules)
         if better is current:
             return False
-        self.updates.finish()
+        self.finish_updates()
         self.placement = Placement((*stay, *better.rows), tuple(rooms))
         return self.engine.move(self._tier_of)
 
-    def begin_batch(self) -> None:
-        """A batch begins, that may be tried again."""
-        self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
-
-    @property
-    def may_retry(self) -> bool:
-        """Whether the step in progress can be done again: nothing has been updated, and no gradient mixed."""
-        return not (self.updates.begun or self.engine.updating or self._accumulates_elsewhere)
-
-    def give_up_attempt(self) -> None:
-        """The step is done again: what it has made so far is of no use."""
-        if self.gradients is not None:
-            self.gradients.clear()
-
     def rest(self) -> None:
-        """Training has ended: no thread, file or hook in the module is left, and the state can still be read."""
+        """No thread, file or hook is left; parameters and state are ordinary, those on a disk mapped from there."""
         self._let_go()
-        self.engine.rest()
-        while self._handles:
-            self._handles.pop().remove()
-        self._staging.close()
-        self._close_tiers()
+        if self.updates is not None:
+            self.engine.rest()
+        if self.stream is not None:
+            self.stream.end_step()
+            self.stream.rest()
+            self.stream = None
+        self.close()
 
     def close(self) -> None:
-        """Take everything down; state that is not in the optimizers is gone."""
+        """Take everything down; what is only in the tiers is gone."""
         self._let_go()
+        self.updates = None
         while self._handles:
             self._handles.pop().remove()
-        self._staging.close()
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
         self._close_tiers()
 
     # -- measurements ------------------------------------------------------------------------------------------------
@@ -205,11 +262,21 @@ class OffloadSession:
 
     def measurements(self) -> dict[str, float]:
         """By tag, without the technique's name."""
-        values = {
-            "moved_parameters": float(sum(len(unit.names) for unit in self.engine.units if unit.placed is not None)),
-            "staging_bytes": float(self._staging.held_bytes),
-            "wait_ms": self._staging.waited_seconds * 1e3,
-        }
+        values: dict[str, float] = {}
+        if self.updates is not None and self._staging is not None:
+            away = [unit for unit in self.engine.units if unit.placed is not None]
+            values["states_elsewhere"] = float(sum(len(unit.names) for unit in away))
+            values["staging_bytes"] = float(self._staging.held_bytes)
+            values["wait_ms"] = self._staging.waited_seconds * 1e3
+        if self.stream is not None:
+            streamed = self.stream.statistics
+            values["parameter_wait_ms"] = streamed.wait_seconds * 1e3
+            values["parameter_resident_bytes"] = float(streamed.resident_bytes)
+            values["parameter_fetches"] = float(streamed.fetches)
+        if self.saved is not None:
+            stash = self.saved.statistics().stash
+            values["activation_wait_ms"] = (stash.wait_seconds + stash.back_pressure_seconds) * 1e3
+            values["activation_resident_bytes"] = float(stash.peak_resident_bytes)
         for name, tier in self._tiers.items():
             values |= {f"{name.replace(':', '_')}_{quantity}": value for quantity, value in _measured(tier).items()}
         return values
@@ -229,17 +296,46 @@ class OffloadSession:
         return {**state_dict, "state": dict(sorted(state.items(), key=lambda item: str(item[0]).zfill(9)))}
 
     def take_over(self, optimizer: Optimizer) -> None:
-        """The state that was loaded into an optimizer goes to its places, part by part."""
+        """The state that was loaded into an optimizer goes to its places; before :meth:`start` it waits."""
+        if self.updates is None:
+            return
         for unit in self.engine.units:
             if unit.optimizer is optimizer:
                 self.engine.adopt(unit, [optimizer.state.get(parameter, {}) for parameter in unit.parameters])
 
     def _let_go(self) -> None:
         """Nothing is watched any more; updates that were begun are done, and gradients are with their parameters."""
-        self.updates.detach()
+        if self.updates is not None:
+            self.updates.detach()
         if self.gradients is not None:
             self.gradients.detach()
             self.gradients = None
+        if self.saved is not None:
+            self.saved.close()
+            self.saved = None
+
+    # -- placing -----------------------------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Plan, and give each parameter its place."""
+        self.attributes = self._attributes()
+        self.placement = plan(self.attributes, self._rooms(), self._rules)
+        placed = {
+            name: self._tier(tier)
+            for name, _ in self._module.named_parameters()
+            if (tier := self._elsewhere("parameter", name)) is not None
+        }
+        if self._device.type != "cpu":
+            _to_device(self._module, self._device, placed)
+        if placed:
+            room = self.placement.rooms[0]
+            left = sum(a.nbytes for a in self.attributes if a.kind == "parameter" and a.name in placed)
+            if room.nbytes is not None:
+                left = min(left, room.nbytes - self.placement.used(room.tier))
+            self._stream_bytes = max(left, 1)
+            self.stream = ParameterStream(self._module, placed, budget_bytes=self._stream_bytes, device=self._device)
+            for used in self._tiers.values():
+                used.commit()
 
     def _attributes(self) -> list[Attribute]:
         stay = self._schedule != "in_backward"
@@ -248,6 +344,8 @@ class OffloadSession:
     # -- tiers -------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        if self._staging is None:
+            raise RuntimeError("start() comes first.")
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self.gradients = self._gradient_store(names)
         self.engine = UpdateEngine(
@@ -256,9 +354,17 @@ class OffloadSession:
             self._tier_of,
             self._staging,
             master_weights=self._settings.master_weights,
+            stream=self.stream,
+            together_bytes=min(_TOGETHER, self._stream_bytes // 4) if self.stream is not None else _TOGETHER,
         )
+        if (tier := self._elsewhere("activation", "*")) is not None:
+            held = [*self._module.parameters(), *self._module.buffers()]
+            staged = self._settings.staging_bytes // 2
+            self.saved = SavedTensorOffload(
+                self._tier(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
+            )
         if self._schedule == "in_backward":
-            self.updates: Updates = InBackward(self.engine, self._optimizers, self._complete, self.gradients)
+            self.updates = InBackward(self.engine, self._optimizers, self._complete, self.gradients)
         elif self._schedule == "under_forward":
             self.updates = UnderForward(self.engine, self._optimizers, self._module, self.gradients)
         else:
@@ -351,3 +457,14 @@ def _measured(tier: DiskTier | HostTier) -> dict[str, float]:
         "read_gigabytes_per_second": found.read_bytes / max(found.read_seconds, 1e-9) / 1e9,
         "write_gigabytes_per_second": found.written_bytes / max(found.write_seconds, 1e-9) / 1e9,
     }
+
+
+def _to_device(module: nn.Module, device: torch.device, without: Collection[str]) -> None:
+    """Everything of ``module`` but the parameters ``without``, which stay the same objects."""
+    for name, parameter in module.named_parameters():
+        if name not in without:
+            parameter.data = parameter.data.to(device)
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)

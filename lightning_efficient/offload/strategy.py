@@ -27,7 +27,7 @@ from lightning_efficient.offload.checkpoint import load_mapped, own_memory, sett
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, parse_settings
 from lightning_efficient.offload.tiers.tier import TierError
-from lightning_efficient.offload.trainer import choose_schedule, clip_everywhere, reads_gradients
+from lightning_efficient.offload.trainer import Schedule, choose_schedule, clip_everywhere, reads_gradients
 from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
 
 __all__ = ["OffloadStrategy"]
@@ -103,6 +103,7 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
         self._events: list[telemetry.Event] = []
         self._undo = contextlib.ExitStack()
         self._control: BatchController | None = None
+        self._schedule, self._why = "after_backward", ""
         self._loaded: Mapping[str, Any] | None = None
 
     @property
@@ -118,7 +119,7 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
     def finish_updates(self) -> None:
         """Until the weights are those behind the last step; for code that reads them past their modules."""
         if self._session is not None:
-            self._session.updates.finish()
+            self._session.finish_updates()
 
     def measurements(self) -> Mapping[str, float]:
         """Where bytes are, and what their ways cost."""
@@ -137,6 +138,7 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
         """Begin to offload, from the next step on."""
         if not self._begun:
             self._begun = True
+            self._open(trainer)
             self._start(trainer)
 
     def before_parameters_change(self, trainer: pl.Trainer) -> None:
@@ -160,6 +162,8 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
         self._trainer = trainer
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
+            if self._begun:
+                self._open(trainer)
             return
         module = trainer.lightning_module
         names = [name for name, _ in module.named_parameters()]
@@ -189,24 +193,24 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
             )
         self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
         self._follow_batches(trainer)
+        if self._begun:
+            self._open(trainer)
 
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._loaded is not None and self._control is not None:
             self._control.load_state_dict(dict(self._loaded["batches"]))
         self._loaded = None
-        trainer = self._trainer
-        if trainer is not None and self._begun:
-            self._start(trainer)
         own_memory(self.optimizers)
+        if self._trainer is not None and self._begun:
+            self._start(self._trainer)
 
     def part_training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._session is None:
             return super().part_training_step(*args, **kwargs)
-        self._session.updates.before_forward()
-        output = super().part_training_step(*args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        self._session.updates.after_forward(tensors)
+        with self._session.forward(*_tensors_of(args)) as told:
+            output = super().part_training_step(*args, **kwargs)
+            told(_tensors_of(output))
         return output
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -214,12 +218,27 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
         trainer = self._trainer
         if self._session is None or trainer is None:
             return
-        self._session.begin_batch()
-        if not telemetry.due(trainer):
-            return
-        if self._session.adapt():
-            self._tell(trainer, "the free memory changed")
-        telemetry.log(trainer, self.measurements())
+        self._session.begin_batch(gradients=True)
+        if telemetry.due(trainer):
+            if self._session.adapt():
+                self._tell(trainer, "the free memory changed")
+            telemetry.log(trainer, self.measurements())
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_evaluation()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_evaluation()
+        return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_evaluation()
+        return super().predict_step(*args, **kwargs)
+
+    def _begin_evaluation(self) -> None:
+        if self._session is not None:
+            self._session.begin_batch(gradients=False)
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -275,25 +294,34 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _start(self, trainer: pl.Trainer) -> None:
-        module = trainer.lightning_module
-        directory = self.settings.directory or Path(trainer.default_root_dir) / "offload"
-        schedule, why = choose_schedule(trainer, self.settings.schedule)
+    def _open(self, trainer: pl.Trainer) -> None:
+        """Place the parameters."""
         settings = self.settings
-        if reads_gradients(trainer):
-            settings = replace(settings, place={"gradient": "device", **settings.place})
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        schedule: Schedule = "after_backward"
+        if fitting:
+            schedule, self._why = choose_schedule(trainer, settings.schedule)
+            if reads_gradients(trainer):
+                settings = replace(settings, place={"gradient": "device", **settings.place})
+        self._schedule = schedule
         self._session = OffloadSession(
-            module,
-            self.optimizers,
+            trainer.lightning_module,
+            self.optimizers if fitting else (),
             settings,
             device=self.root_device,
-            directory=directory,
+            directory=settings.directory or Path(trainer.default_root_dir) / "offload",
             schedule=schedule,
             complete=lambda: not compat.accumulating(trainer) and self.in_last_micro_batch,
         )
+
+    def _start(self, trainer: pl.Trainer) -> None:
+        """Place what belongs to training, and take over the updates."""
+        if self._session is None:
+            return
+        self._session.start()
         if self._session.gradients is not None:
             self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
-        rank_zero_info(f"OffloadStrategy: {self._session.summary()} ({schedule}: {why})")
+        rank_zero_info(f"OffloadStrategy: {self._session.summary()} ({self._schedule}: {self._why})")
 
     def _follow_batches(self, trainer: pl.Trainer) -> None:
         if self._control is None:
@@ -332,9 +360,17 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
             self._session.close()
             self._session = None
 
+    def model_to_device(self) -> None:
+        if not self._begun or self.root_device.type == "cpu":
+            super().model_to_device()  # else each parameter goes to its place, past the device
+
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register(cls.strategy_name, cls, description="Device, host memory and disk as one memory")
+
+
+def _tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 if OffloadStrategy.strategy_name not in StrategyRegistry:

@@ -17,7 +17,7 @@ from lightning_efficient.offload.settings import ScheduleChoice
 from lightning_efficient.offload.updates.clipping import clip_norm_, clip_value_
 from lightning_efficient.offload.updates.gradients import GradientStore
 
-__all__ = ["choose_schedule", "reads_gradients"]
+__all__ = ["Schedule", "choose_schedule", "reads_gradients"]
 
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
 

@@ -18,8 +18,8 @@ from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback, Offlo
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
-from tests.helpers.fitting import Run, assert_same_tree, fit
-from tests.technique_settings import demo_model
+from tests.helpers.fitting import Run, assert_same_tree, fit, make_trainer
+from tests.technique_settings import demo_data, demo_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 
@@ -116,6 +116,50 @@ def test_gradients_that_others_look_at_stay() -> None:
         fit(None, build=offload(place={"gradient": "disk"}), after=[SeesGradients()])
     run = fit(None, build=offload(place=None, memory_budget="1KiB"), after=[SeesGradients()], max_steps=2)
     assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
+
+
+EVERYTHING = dict.fromkeys(("parameter", "optimizer_state", "gradient", "activation"), "disk")
+
+
+@pytest.mark.parametrize("clip", [{}, CLIPS[0]])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_everything_on_the_disk_o3_o6_o8(
+    clip: dict[str, Any], accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload_session, "_SAVED", 1024)
+    arguments = {**clip, "accumulate_grad_batches": accumulate, "max_steps": 5, "limit_val_batches": 1}
+    arguments |= {"val_check_interval": 3}
+    ours = fit(None, build=offload(place=EVERYTHING), root=tmp_path, checkpoints={}, **arguments)
+    plain = fit(None, root=tmp_path / "plain", checkpoints={}, **arguments)
+    same(ours, plain)
+    tags = {tag for _, metrics in ours.logged for tag in metrics}
+    assert {"offload/parameter_fetches", "offload/activation_wait_ms"} <= tags
+    for step in (2, 5):
+        one, other = (torch.load(run.checkpoints[step], weights_only=True) for run in (ours, plain))
+        assert_same_tree(one["state_dict"], other["state_dict"], "state_dict")
+        assert_same_tree(one["optimizer_states"], other["optimizer_states"], "optimizer_states")
+    resumed = fit(None, build=offload(place=EVERYTHING), ckpt_path=plain.checkpoints[2], **arguments)
+    same(resumed, fit(None, ckpt_path=ours.checkpoints[2], **arguments))
+    assert not any((tmp_path / "swap").glob(".*"))
+
+
+def test_a_model_that_is_larger_than_the_budget_o6(tmp_path: Path) -> None:
+    place = {"parameter": "disk", "optimizer_state": "disk"}
+    run = fit(None, build=offload(place=place, memory_budget={"host": "150KiB"}), max_steps=4)
+    same(run, fit(None, max_steps=4))
+    peak = max(m["offload/parameter_resident_bytes"] for _, m in run.logged if "offload/parameter_resident_bytes" in m)
+    assert 0 < peak <= 150 * 1024
+    with pytest.raises(ValueError, match="budget"):
+        fit(None, build=offload(place=place, memory_budget={"host": "10KiB"}), max_steps=1)
+
+
+def test_evaluated_with_parameters_elsewhere_o6(tmp_path: Path) -> None:
+    module, plain = demo_model(), demo_model()
+    strategy = OffloadStrategy(offload_dir="swap", place={"parameter": "disk"})
+    one, other = (make_trainer(limit_val_batches=2, **extra) for extra in ({"strategy": strategy}, {}))
+    found = [t.validate(m, demo_data(), verbose=False) for t, m in ((one, module), (other, plain))]
+    assert found[0] == found[1]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
 
 
 # -- placement -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from lightning_efficient.offload.streaming.residency import Residency
 from lightning_efficient.offload.streaming.slots import Slot, record_of
 
-__all__ = ["give_back", "place", "promote"]
+__all__ = ["give_back", "keep", "place", "promote"]
 
 
 def place(slot: Slot, device: torch.device, residency: Residency) -> None:
@@ -41,6 +41,21 @@ def promote(slot: Slot, residency: Residency) -> bool:
     slot.record = new
     slot.tier.release([old])
     return True
+
+
+def keep(slot: Slot, residency: Residency) -> None:
+    """Have its parameters as ordinary ones on the memory of its record, whose tier is about to be closed.
+
+    Raises:
+        TierError: If its value cannot be written or mapped.
+    """
+    if slot.record is None:
+        return
+    if slot.resident:
+        residency.free(slot)
+    residency.settle(slot)
+    slot.move_to(slot.tier.keep(slot.record))
+    slot.leave()
 
 
 def give_back(slot: Slot, device: torch.device, residency: Residency) -> None:

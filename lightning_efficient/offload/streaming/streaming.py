@@ -26,7 +26,7 @@ from lightning_efficient.offload.streaming.instance_methods import InstanceMetho
 from lightning_efficient.offload.streaming.placed_parameters import find_slots
 from lightning_efficient.offload.streaming.residency import Residency
 from lightning_efficient.offload.streaming.saved_parameters import SavedParameters
-from lightning_efficient.offload.streaming.slot_records import give_back, place, promote
+from lightning_efficient.offload.streaming.slot_records import give_back, keep, place, promote
 from lightning_efficient.offload.streaming.slots import Slot
 from lightning_efficient.offload.streaming.stream_state import StreamState
 from lightning_efficient.offload.streaming.stream_statistics import StreamStatistics
@@ -188,6 +188,21 @@ class ParameterStream:
                 self._methods.pop().remove()
             for slot in self._slots:
                 give_back(slot, self._device if device is None else _with_index(device), self._residency)
+            self._residency.close()
+
+    def rest(self) -> None:
+        """Leave the module as it was, its parameters on memory of their tiers, which can be closed then.
+
+        Of what is on a disk memory is taken only where it is read or changed. The parameters are on the host.
+
+        Raises:
+            TierError: If a value cannot be written or mapped.
+        """
+        with self._lock:
+            while self._methods:
+                self._methods.pop().remove()
+            for slot in self._slots:
+                keep(slot, self._residency)
             self._residency.close()
 
     def slot_at(self, address: int) -> Slot | None:

@@ -8,6 +8,7 @@ the next overlaps with the write of the last.)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.layout import Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
@@ -41,6 +43,7 @@ class UpdateEngine:
         staging: For records on their way.
         together_bytes: See :func:`~.units.make_units`.
         master_weights: Keep parameters of fewer than 32 bits in float32 too, and update those.
+        stream: Has the parameters that are elsewhere; None: all are where they are used.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class UpdateEngine:
         *,
         together_bytes: int = 4 << 20,
         master_weights: bool = False,
+        stream: ParameterStream | None = None,
     ) -> None:
+        self._stream = stream
         self._staging = staging
         self._master_weights = master_weights
         self.units = [
@@ -93,7 +98,7 @@ class UpdateEngine:
         """
         self.updating = True
         optimizer = unit.optimizer
-        with torch.no_grad():
+        with torch.no_grad(), self._stream.ensure(unit.parameters) if self._stream else contextlib.nullcontext():
             lease = self._staging.read(unit.placed) if unit.placed is not None else None
             bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
             turns = [
@@ -113,6 +118,9 @@ class UpdateEngine:
             finally:
                 for turn in stepping:
                     turn.hide(optimizer, resident=unit.tier is None)
+            if self._stream is not None:
+                for turn in stepping:
+                    self._stream.changed(turn.parameter)
             if unit.tier is not None:
                 self._keep(unit, lease, [turn.state for turn in turns])
         self.updating = False
@@ -250,7 +258,9 @@ class _Turn:
 
     def show(self, optimizer: Optimizer, *, in_full: bool) -> None:
         """The optimizer finds the state and the gradient where it looks for them."""
-        state = {**optimizer.state.get(self.parameter, {}), **self.state}
+        device = self.parameter.device  # what is in a record is on the host
+        bulk = {key: value.to(device, non_blocking=True) for key, value in self.state.items()}
+        state = {**optimizer.state.get(self.parameter, {}), **bulk}
         master = state.pop(MASTER, None)
         if in_full and self.parameter.dtype in (torch.bfloat16, torch.float16):
             self.shown = self.parameter.detach().float() if master is None else master
