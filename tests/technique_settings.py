@@ -229,6 +229,13 @@ SETTINGS = [
     ),
     _offload("offload", place={"optimizer_state": "disk"}),
     _offload(
+        "offload-everything",
+        place=dict.fromkeys(("parameter", "optimizer_state", "activation"), "disk"),
+        refuses={
+            "compiling the step": "parameters that are elsewhere cannot be fetched within a compiled training step"
+        },
+    ),
+    _offload(
         "offload-under-forward",
         place={"optimizer_state": "disk"},
         schedule="under_forward",

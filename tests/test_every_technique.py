@@ -412,6 +412,10 @@ def dynamo() -> Iterator[None]:
 @pytest.mark.usefixtures("dynamo")
 def test_compiled_x2(setting: TechniqueSetting, tmp_path: Path, backend: str, what: str) -> None:
     plain = fit(setting, root=tmp_path)
+    if what == "module" and (message := setting.refuses.get("compiling the step")):
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(setting, compiled=torch.compile(setting.model(SilentModel), backend=backend), root=tmp_path)
+        return
     if what == "network":
         run = fit(setting, module=setting.model(CompiledModel, backend=backend), root=tmp_path, checkpoints={})
     else:

@@ -82,6 +82,8 @@ class ActivationCompressionPlugin(Callback):
         MisconfigurationException: In ``setup``, if a pattern fits no module.
     """
 
+    keeps_saved_tensors = True  # so that nobody else does
+
     def __init__(
         self,
         *,

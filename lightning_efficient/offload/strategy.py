@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from lightning_efficient.offload.checkpoint import load_mapped, own_memory, sett
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, parse_settings
 from lightning_efficient.offload.tiers.tier import TierError
-from lightning_efficient.offload.trainer import Schedule, choose_schedule, clip_everywhere, reads_gradients
+from lightning_efficient.offload.trainer import Schedule, allowed_settings, choose_schedule, clip_everywhere
 from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
 
 __all__ = ["OffloadStrategy"]
@@ -184,13 +183,7 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
             except SubsetStepError as error:
                 raise MisconfigurationException(f"OffloadStrategy: {error}") from error
         choose_schedule(trainer, self.settings.schedule)  # for its errors, before the first step
-        here = ("device", "host") if self.root_device.type == "cpu" else ("device",)
-        away = [rule for rule, tier in self.settings.place.items() if rule.startswith("gradient") and tier not in here]
-        if away and (why := reads_gradients(trainer)):
-            raise MisconfigurationException(
-                f"place[{away[0]!r}] moves gradients out as soon as they are there, and {why}. Leave them where they "
-                "are."
-            )
+        allowed_settings(trainer, self.settings, self.root_device)
         self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
         self._follow_batches(trainer)
         if self._begun:
@@ -301,8 +294,7 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
         schedule: Schedule = "after_backward"
         if fitting:
             schedule, self._why = choose_schedule(trainer, settings.schedule)
-            if reads_gradients(trainer):
-                settings = replace(settings, place={"gradient": "device", **settings.place})
+            settings = allowed_settings(trainer, settings, self.root_device)
         self._schedule = schedule
         self._session = OffloadSession(
             trainer.lightning_module,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_efficient import compat
+from lightning_efficient.coordination import members
+from lightning_efficient.offload.placement import Kind
 from lightning_efficient.offload.session import OffloadSession
-from lightning_efficient.offload.settings import ScheduleChoice
+from lightning_efficient.offload.settings import ScheduleChoice, Settings
 from lightning_efficient.offload.updates.clipping import clip_norm_, clip_value_
 from lightning_efficient.offload.updates.gradients import GradientStore
 
-__all__ = ["Schedule", "choose_schedule", "reads_gradients"]
+__all__ = ["Schedule", "allowed_settings", "choose_schedule", "clip_everywhere"]
 
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
 
@@ -62,6 +66,27 @@ def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return "the gradient scaler decides about each step"
     return ""
+
+
+def allowed_settings(trainer: pl.Trainer, settings: Settings, device: torch.device) -> Settings:
+    """The settings, with that left where it is used which this run needs there.
+
+    Raises:
+        MisconfigurationException: If a rule of the user moves it.
+    """
+    needed: dict[Kind, str] = {}
+    if why := reads_gradients(trainer):
+        needed["gradient"] = f"gradients leave as soon as they are there, and {why}"
+    if compat.step_is_compiled(trainer.lightning_module):
+        needed["parameter"] = "parameters that are elsewhere cannot be fetched within a compiled training step"
+    if keeper := next((m for m in members(trainer) if getattr(m, "keeps_saved_tensors", False)), None):
+        needed["activation"] = f"{type(keeper).__name__} decides itself how what backward needs is kept"
+    here = ("device", "host") if device.type == "cpu" else ("device",)
+    for kind, reason in needed.items():
+        for rule, tier in settings.place.items():
+            if rule.split(":", 1)[0] == kind and tier not in here:
+                raise MisconfigurationException(f"place[{rule!r}]={tier!r} cannot be: {reason}. Leave this rule out.")
+    return replace(settings, place={**dict.fromkeys(needed, "device"), **settings.place})
 
 
 def reads_gradients(trainer: pl.Trainer) -> str:

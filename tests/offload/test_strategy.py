@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback, OffloadStrategy
+from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, GrowAndUnshareCallback, OffloadStrategy
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
@@ -112,7 +112,9 @@ def test_gradients_on_the_disk_o3_o4(clip: dict[str, Any], accumulate: int) -> N
 
 
 def test_gradients_that_others_look_at_stay() -> None:
-    with pytest.raises(MisconfigurationException, match=r"place\['gradient'\] moves gradients out .*SeesGradients"):
+    with pytest.raises(
+        MisconfigurationException, match=r"place\['gradient'\]='disk' cannot be: gradients leave .*Sees"
+    ):
         fit(None, build=offload(place={"gradient": "disk"}), after=[SeesGradients()])
     run = fit(None, build=offload(place=None, memory_budget="1KiB"), after=[SeesGradients()], max_steps=2)
     assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
@@ -160,6 +162,12 @@ def test_evaluated_with_parameters_elsewhere_o6(tmp_path: Path) -> None:
     found = [t.validate(m, demo_data(), verbose=False) for t, m in ((one, module), (other, plain))]
     assert found[0] == found[1]
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+
+
+def test_two_that_keep_what_backward_needs_are_refused_x2() -> None:
+    build = {**offload(place={"activation": "disk"}), "callbacks": [ActivationCompressionPlugin(bits=4)]}
+    with pytest.raises(MisconfigurationException, match="ActivationCompressionPlugin decides itself"):
+        fit(None, build=build)
 
 
 # -- placement -------------------------------------------------------------------------------------------------------

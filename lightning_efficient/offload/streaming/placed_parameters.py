@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_efficient.core.torch_internals import storage_key
 from lightning_efficient.offload.streaming.guarded import Guarded
 from lightning_efficient.offload.streaming.slots import Slot
+from lightning_efficient.offload.tiers.mapped_memory import is_of_a_record
 from lightning_efficient.offload.tiers.tier import Tier
 
 __all__ = ["find_slots"]
@@ -72,7 +73,7 @@ def _check_kind(name: str, parameter: nn.Parameter) -> None:
             f"placed: '{name}' is in memory shared between processes (share_memory_), which cannot be given back. "
             "Leave it on the device."
         )
-    if not parameter.untyped_storage().resizable():
+    if not parameter.untyped_storage().resizable() and not is_of_a_record(parameter):
         raise ValueError(
             f"placed: '{name}' lies in memory that torch did not allocate (of numpy, or a mapped file), which cannot "
             "be given back. Replace it by a clone of itself."

@@ -17,7 +17,7 @@ def place(slot: Slot, device: torch.device, residency: Residency) -> None:
         TierError: If there is no room.
     """
     slot.record = slot.tier.reserve([slot.nbytes], versioned=slot.trained)[0]
-    if slot.storage.device != device:
+    if slot.storage.device != device or not slot.storage.resizable():  # it was left on a record's memory
         slot.tier.write(slot.record, slot.bytes.cpu()).wait()
         slot.move_to(torch.empty(slot.nbytes, dtype=torch.uint8, device=device))
         slot.mark_kept()
