@@ -26,6 +26,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks growth
 	$(BIN)/python -m benchmarks checkpoint
 	$(BIN)/python -m benchmarks activation
+	$(BIN)/python -m benchmarks offload
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "lightning_efficient/growth/README.md": "techniques/growth.md",
+    "lightning_efficient/offload/README.md": "techniques/offload.md",
     "lightning_efficient/monitoring/README.md": "techniques/monitoring.md",
     "docs/architecture.md": "architecture.md",
     "docs/growth-recipe.md": "growth-recipe.md",

@@ -14,7 +14,15 @@ from tests.technique_settings import TechniqueSetting, every, named
 STEPS = 48
 """More than elsewhere, so that there is time to be killed."""
 
-SEEDS = {"stack": 1, "share-by-correlation": 7, "stack-and-width": 3, "monitor": 4, "checkpoint": 5}
+SEEDS = {
+    "stack": 1,
+    "share-by-correlation": 7,
+    "stack-and-width": 3,
+    "monitor": 4,
+    "checkpoint": 5,
+    "offload": 6,
+    "offload-everything": 8,
+}
 """Of the moments at which each is killed."""
 
 

@@ -1,41 +1,22 @@
-"""The adapter: when the Trainer's lifecycle lets state leave memory, and when it must be back."""
+"""The adapter for one device."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from lightning_efficient import compat, telemetry
-from lightning_efficient.coordination import ParameterChange, members
-from lightning_efficient.offload.batches.batch_control import BatchController
-from lightning_efficient.offload.batches.feedback import BatchFeedback
-from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
-from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
-from lightning_efficient.offload.session import OffloadSession
-from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, parse_settings
-from lightning_efficient.offload.tiers.tier import TierError
-from lightning_efficient.offload.trainer import Schedule, allowed_settings, choose_schedule, clip_everywhere
-from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
+from lightning_efficient.offload.common import OffloadMixin
+from lightning_efficient.offload.settings import LossReduction, ScheduleChoice
 
 __all__ = ["OffloadStrategy"]
 
-STATE_KEY = "lightning_efficient.offload"
-FORMAT = 1
 
-
-class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
+class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
     """Trains what does not fit: device, host memory and disk as one memory, with results that are the same.
 
     ``strategy="offload"`` stands for it after ``import lightning_efficient``.
@@ -85,7 +66,7 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
         precision_plugin: Any = None,
     ) -> None:
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
-        self.settings = parse_settings(
+        self._configure(
             memory_budget=memory_budget,
             offload_dir=offload_dir,
             place=place,
@@ -94,263 +75,20 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
             master_weights=master_weights,
             batch_feedback=batch_feedback,
             loss_reduction=loss_reduction,
+            enabled=enabled,
         )
-        self.enabled = enabled
-        self._begun = enabled
-        self._session: OffloadSession | None = None
-        self._trainer: pl.Trainer | None = None
-        self._events: list[telemetry.Event] = []
-        self._undo = contextlib.ExitStack()
-        self._control: BatchController | None = None
-        self._schedule, self._why = "after_backward", ""
-        self._loaded: Mapping[str, Any] | None = None
 
     @property
     def root_device(self) -> torch.device:
         return self.parallel_devices[0] if self.parallel_devices else torch.device("cpu")
 
-    # -- what a user asks --------------------------------------------------------------------------------------------
-
-    def placement(self) -> str:
-        """What is where, and why, as a table in Markdown; empty while nothing is offloaded."""
-        return self._session.placement.table() if self._session is not None else ""
-
-    def finish_updates(self) -> None:
-        """Until the weights are those behind the last step; for code that reads them past their modules."""
-        if self._session is not None:
-            self._session.finish_updates()
-
-    def measurements(self) -> Mapping[str, float]:
-        """Where bytes are, and what their ways cost."""
-        values = self._session.measurements() if self._session is not None else {}
-        if self._control is not None and self._control.limit is not None:
-            values["samples_per_part"] = float(self._control.limit)
-        return {f"offload/{name}": value for name, value in values.items()}
-
-    def events(self) -> Sequence[telemetry.Event]:
-        """What was placed anew."""
-        return tuple(self._events)
-
-    # -- the roles that it plays for other techniques ------------------------------------------------------------------
-
-    def enable_offload(self, trainer: pl.Trainer) -> None:
-        """Begin to offload, from the next step on."""
-        if not self._begun:
-            self._begun = True
-            self._open(trainer)
-            self._start(trainer)
-
-    def before_parameters_change(self, trainer: pl.Trainer) -> None:
-        """All optimizer state is in the optimizers again."""
-        if self._session is not None:
-            self._session.bring_back()
-
-    def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
-        """Everything is placed anew."""
-        if self._session is not None:
-            self._session.begin_again()
-            self._follow_batches(trainer)
-            self._tell(trainer, change.reason)
-
-    # -- the Trainer's lifecycle -------------------------------------------------------------------------------------
-
     def setup(self, trainer: pl.Trainer) -> None:
-        self._end()
-        self._events = []
-        self._begun = self.enabled
-        self._trainer = trainer
-        super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING:
-            if self._begun:
-                self._open(trainer)
-            return
-        module = trainer.lightning_module
-        names = [name for name, _ in module.named_parameters()]
-        if unused := self.settings.rules.unused(names):
+        if self.parallel_devices is not None and len(self.parallel_devices) > 1:
             raise MisconfigurationException(
-                f"place[{unused[0]!r}] fits no parameter of {type(module).__name__}. Its parameters have names like "
-                f"{', '.join(map(repr, names[:3]))}; a pattern may be the end of a name, and contain '*'."
+                f"OffloadStrategy trains on one device, and the Trainer has {len(self.parallel_devices)}. Use "
+                "strategy='offload_ddp', or devices=1."
             )
-        for member in members(trainer):
-            if getattr(member, "optimizer_in_backward", False):
-                raise MisconfigurationException(
-                    f"{type(member).__name__}(optimizer_in_backward=True) and OffloadStrategy both run the optimizer's "
-                    "updates. Leave optimizer_in_backward out: OffloadStrategy updates in backward where it can."
-                )
-        for optimizer in self.optimizers:
-            try:
-                check_parameter_by_parameter(optimizer)
-            except SubsetStepError as error:
-                raise MisconfigurationException(f"OffloadStrategy: {error}") from error
-        choose_schedule(trainer, self.settings.schedule)  # for its errors, before the first step
-        allowed_settings(trainer, self.settings, self.root_device)
-        self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
-        self._follow_batches(trainer)
-        if self._begun:
-            self._open(trainer)
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        if self._loaded is not None and self._control is not None:
-            self._control.load_state_dict(dict(self._loaded["batches"]))
-        self._loaded = None
-        own_memory(self.optimizers)
-        if self._trainer is not None and self._begun:
-            self._start(self._trainer)
-
-    def part_training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._session is None:
-            return super().part_training_step(*args, **kwargs)
-        with self._session.forward(*_tensors_of(args)) as told:
-            output = super().part_training_step(*args, **kwargs)
-            told(_tensors_of(output))
-        return output
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        trainer = self._trainer
-        if self._session is None or trainer is None:
-            return
-        self._session.begin_batch(gradients=True)
-        if telemetry.due(trainer):
-            if self._session.adapt():
-                self._tell(trainer, "the free memory changed")
-            telemetry.log(trainer, self.measurements())
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_evaluation()
-        return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_evaluation()
-        return super().test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_evaluation()
-        return super().predict_step(*args, **kwargs)
-
-    def _begin_evaluation(self) -> None:
-        if self._session is not None:
-            self._session.begin_batch(gradients=False)
-
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self.finish_updates()
-
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        self.finish_updates()
-
-    def teardown(self) -> None:
-        self.stop_batch_feedback()
-        self._undo.close()
-        if self._session is not None:
-            try:
-                self._session.rest()
-            except TierError as error:
-                self._end()
-                rank_zero_warn(
-                    f"OffloadStrategy: optimizer state that was offloaded is lost ({error}). The last checkpoint is "
-                    "the last good state of this run."
-                )
-        super().teardown()
-
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        self.finish_updates()
-        return super().lightning_module_state_dict()
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self.finish_updates()
-        super().load_model_state_dict(checkpoint, strict=strict)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._control is not None:
-            checkpoint[STATE_KEY] = {"format": FORMAT, "batches": self._control.state_dict()}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = None
-        if type(self.checkpoint_io) is TorchCheckpointIO:
-            checkpoint = load_mapped(checkpoint_path, weights_only)
-        if checkpoint is None:
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        self._loaded = checkpoint.get(STATE_KEY)
-        return checkpoint
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            settle_state(optimizer, state, full_precision=self.settings.master_weights)
-            if self._session is not None:
-                self._session.take_over(optimizer)
-
-    # -- inside ------------------------------------------------------------------------------------------------------
-
-    def _open(self, trainer: pl.Trainer) -> None:
-        """Place the parameters."""
-        settings = self.settings
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        schedule: Schedule = "after_backward"
-        if fitting:
-            schedule, self._why = choose_schedule(trainer, settings.schedule)
-            settings = allowed_settings(trainer, settings, self.root_device)
-        self._schedule = schedule
-        self._session = OffloadSession(
-            trainer.lightning_module,
-            self.optimizers if fitting else (),
-            settings,
-            device=self.root_device,
-            directory=settings.directory or Path(trainer.default_root_dir) / "offload",
-            schedule=schedule,
-            complete=lambda: not compat.accumulating(trainer) and self.in_last_micro_batch,
-        )
-
-    def _start(self, trainer: pl.Trainer) -> None:
-        """Place what belongs to training, and take over the updates."""
-        if self._session is None:
-            return
-        self._session.start()
-        if self._session.gradients is not None:
-            self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
-        rank_zero_info(f"OffloadStrategy: {self._session.summary()} ({self._schedule}: {self._why})")
-
-    def _follow_batches(self, trainer: pl.Trainer) -> None:
-        if self._control is None:
-            return
-
-        def session_allows() -> bool:
-            return self._session is None or self._session.may_retry
-
-        def give_up() -> None:
-            if self._session is not None:
-                self._session.give_up_attempt()
-
-        try:
-            self.start_batch_feedback(
-                trainer,
-                BatchFeedback(
-                    self._control,
-                    loss_reduction=self.settings.loss_reduction,
-                    may_retry=session_allows,
-                    abandoned=give_up,
-                ),
-            )
-        except ValueError as error:
-            raise MisconfigurationException(f"OffloadStrategy(batch_feedback=True): {error}") from error
-
-    def _tell(self, trainer: pl.Trainer, why: str) -> None:
-        if self._session is None:
-            return
-        text = f"{self._session.summary()} ({why})"
-        self._events.append(telemetry.Event(compat.log_step(trainer), "offload", text))
-        rank_zero_info(f"OffloadStrategy, placed anew: {text}")
-
-    def _end(self) -> None:
-        if self._session is not None:
-            self._undo.close()
-            self._session.close()
-            self._session = None
+        super().setup(trainer)
 
     def model_to_device(self) -> None:
         if not self._begun or self.root_device.type == "cpu":
@@ -359,10 +97,6 @@ class OffloadStrategy(MicroBatchMixin, SingleDeviceStrategy):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register(cls.strategy_name, cls, description="Device, host memory and disk as one memory")
-
-
-def _tensors_of(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 if OffloadStrategy.strategy_name not in StrategyRegistry:

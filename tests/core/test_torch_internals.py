@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,7 @@ from lightning_efficient.core.torch_internals import (
     WeakStorage,
     bytes_of,
     compiled_entry,
+    global_step_hooks,
     graph_hooks_are_shown_graphs,
     graphs_of_saved,
     has_compatible_type,
@@ -28,6 +30,7 @@ from lightning_efficient.core.torch_internals import (
     storage_use_count,
     tensor_version,
     typed_storage_parts,
+    unhooked_step,
     without_mode,
     without_torch_function,
 )
@@ -253,3 +256,25 @@ def test_hooks_of_activation_checkpointing_are_known() -> None:
     checkpoint(function, x, use_reentrant=False).sum().backward()
     assert seen == [True, True]  # in forward, and anew in backward
     assert not is_of_checkpointing(lambda tensor: tensor)
+
+
+def test_hooks_of_all_optimizers_and_a_step_without_any() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    calls: list[str] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("behind")),
+        optimizer.register_step_pre_hook(lambda *_: calls.append("own")),
+    ]
+    try:
+        unhooked_step(optimizer)
+        assert not calls
+        assert torch.equal(optimizer.param_groups[0]["params"][0], torch.zeros(2))
+        before, behind = global_step_hooks()
+        before[-1](optimizer, (optimizer,), {})
+        behind[-1](optimizer, (optimizer,), {})
+        assert calls == ["before", "behind"]
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -18,6 +18,7 @@ from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, 
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
+from lightning_efficient.offload.tiers.host import HostTier
 from tests.helpers.fitting import Run, assert_same_tree, fit, make_trainer
 from tests.technique_settings import demo_data, demo_model
 
@@ -416,3 +417,21 @@ def test_batches_that_cannot_be_split_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match=r"Batches cannot be split: extra \(BatchNorm1d\)"):
         fit(None, build=offload(batch_feedback=True), module=demo_model(Normalized))
+
+
+# -- coherent memory ---------------------------------------------------------------------------------------------------
+
+
+def test_state_on_a_numa_node_o9() -> None:
+    try:
+        HostTier(1 << 20, numa_node=0).reserve([4096], versioned=False)
+    except OSError as error:
+        pytest.skip(f"this machine does not let memory be bound to a node: {error}")
+    run = fit(None, build=offload(place={"optimizer_state": "numa:0"}))
+    assert "| optimizer_state | update to update | numa:0 |" in run.trainer.strategy.placement()
+    same(run, fit(None))
+
+
+def test_a_node_that_there_is_not_is_said_before_the_first_step_o9() -> None:
+    with pytest.raises((OSError, ValueError), match="node"):
+        fit(None, build=offload(place={"optimizer_state": "numa:77"}))
