@@ -94,7 +94,7 @@ def ours(schedule: str) -> Arm:
             offload_dir=folder,
             place={"optimizer_state": "disk"},
             schedule=schedule,
-            staging="128MiB",
+            staging="256MiB",
             master_weights=False,
         )
         session = OffloadSession(

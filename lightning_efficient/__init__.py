@@ -4,13 +4,14 @@ from lightning_efficient.activation_compression import ActivationCompressionPlug
 from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
 from lightning_efficient.monitoring import EfficiencyMonitor
-from lightning_efficient.offload import OffloadStrategy
+from lightning_efficient.offload import OffloadDDPStrategy, OffloadStrategy
 
 __all__ = [
     "ActivationCompressionPlugin",
     "AsyncCheckpointIO",
     "EfficiencyMonitor",
     "GrowAndUnshareCallback",
+    "OffloadDDPStrategy",
     "OffloadStrategy",
     "load_grown",
 ]

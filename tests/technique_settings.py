@@ -64,6 +64,8 @@ class TechniqueSetting:
         refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``,
             ``deferring`` (updates that wait for the next forward, in runs that cannot wait).
         frees_gradients: Whether gradients are gone behind the step.
+        on_ranks: For several ranks, ``{class_path, init_args}`` of the strategy in place of its own, which divides
+            optimizer state among them. None: it has no strategy, and runs under DDP.
     """
 
     name: str
@@ -79,11 +81,22 @@ class TechniqueSetting:
     files: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     frees_gradients: bool = False
+    on_ranks: Mapping[str, Any] | None = None
 
-    def build(self) -> dict[str, Any]:
-        """New objects for the Trainer's ``callbacks``, ``plugins`` and ``strategy``, as far as there are any."""
+    @property
+    def works_on_ranks(self) -> bool:
+        """Whether there is a strategy with which it runs on several ranks."""
+        return "strategy" not in self.yaml or self.on_ranks is not None
+
+    def build(self, *, ranks: bool = False) -> dict[str, Any]:
+        """New objects for the Trainer's ``callbacks``, ``plugins`` and ``strategy``, as far as there are any.
+
+        Args:
+            ranks: With a strategy for several ranks.
+        """
         built: dict[str, Any] = {}
-        for slot, entry in self.yaml.items():
+        strategy = {"strategy": self.on_ranks or {"class_path": _DDP}} if ranks else {}
+        for slot, entry in {**self.yaml, **strategy}.items():
             built[slot] = [_make(spec) for spec in entry] if isinstance(entry, list) else _make(entry)
         return built
 
@@ -113,10 +126,16 @@ _WIDTH_REFUSES = {"averaging": "Width growth cannot widen the averaged model of 
 
 _ACTIVATIONS = "lightning_efficient.ActivationCompressionPlugin"
 
+_DDP = "lightning.pytorch.strategies.DDPStrategy"
+
 _OFFLOAD = "lightning_efficient.OffloadStrategy"
 
+_OFFLOAD_DDP = "lightning_efficient.OffloadDDPStrategy"
 
-def _offload(name: str, *, refuses: Mapping[str, str] | None = None, **arguments: Any) -> TechniqueSetting:
+
+def _offload(
+    name: str, *, refuses: Mapping[str, str] | None = None, ranks: bool = False, **arguments: Any
+) -> TechniqueSetting:
     return TechniqueSetting(
         name=name,
         yaml={"strategy": {"class_path": _OFFLOAD, "init_args": {"offload_dir": "swap", **arguments}}},
@@ -124,6 +143,7 @@ def _offload(name: str, *, refuses: Mapping[str, str] | None = None, **arguments
         volatile=("offload/",),
         refuses=refuses or {},
         frees_gradients="schedule" not in arguments,
+        on_ranks={"class_path": _OFFLOAD_DDP, "init_args": {"offload_dir": "swap", **arguments}} if ranks else None,
     )
 
 
@@ -227,7 +247,7 @@ SETTINGS = [
         refuses={"compiling": "adaptive needs to know which layer saves what"},
         volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
-    _offload("offload", place={"optimizer_state": "disk"}),
+    _offload("offload", place={"optimizer_state": "disk"}, ranks=True),
     _offload(
         "offload-everything",
         place=dict.fromkeys(("parameter", "optimizer_state", "activation"), "disk"),

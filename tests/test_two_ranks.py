@@ -54,9 +54,19 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
-def assert_ranks_agree(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for key in ("weights", "optimizers", "schedulers", "rates", "names", "events"):
+def assert_ranks_agree(one: dict[str, Any], other: dict[str, Any], *, divided: bool = False) -> None:
+    """Two ranks did the same with different batches.
+
+    Args:
+        one: The :func:`summary` of a rank.
+        other: That of the other.
+        divided: Whether each has a part of the optimizer state, and reports events of its own memory.
+    """
+    for key in ("weights", "schedulers", "rates", "names", *(() if divided else ("optimizers", "events"))):
         assert_same_tree(one[key], other[key], key)
+    for mine, theirs in zip(one["optimizers"], other["optimizers"], strict=True) if divided else ():
+        assert not set(mine["state"]) & set(theirs["state"])
+        assert set(mine["state"]) | set(theirs["state"]) == {name for group in mine["names"] for name in group}
     assert one["batches"] != other["batches"]
     assert one["losses"] != other["losses"]
 
@@ -73,21 +83,21 @@ def assert_resumed(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
 def ddp_run(rank: int, name: str, root: Path) -> dict[str, Any]:
     """The setting's run, and its resumption from around each switch."""
     setting = named(name)
-    arguments = {"strategy": DDPStrategy(), "root": root, "after": [GradientsAgree()], **DDP}
-    whole = fit(setting, checkpoints={}, **arguments)
+
+    def go(**arguments: Any) -> Run:
+        return fit(setting, build=setting.build(ranks=True), root=root, after=[GradientsAgree()], **arguments, **DDP)
+
+    whole = go(checkpoints={})
     where = {step + offset for step in setting.switches[-1:] or (8,) for offset in (0, 1)}
     torch.distributed.barrier()  # rank 0 writes the checkpoints
-    resumed = {
-        step: summary(fit(setting, ckpt_path=whole.checkpoints[step], **(arguments | {"strategy": DDPStrategy()})))
-        for step in sorted(where)
-    }
+    resumed = {step: summary(go(ckpt_path=whole.checkpoints[step])) for step in sorted(where)}
     return {"whole": summary(whole), "resumed": resumed}
 
 
-@every(lambda setting: "strategy" not in setting.yaml)
+@every(lambda setting: setting.works_on_ranks)
 def test_ddp_ranks_stay_equal_and_resume_g5_g8_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
     one, other = run_on_two_ranks(ddp_run, tmp_path, setting.name, tmp_path / "run")
-    assert_ranks_agree(one["whole"], other["whole"])
+    assert_ranks_agree(one["whole"], other["whole"], divided=setting.on_ranks is not None)
     assert [step for step, _ in one["whole"]["events"]] == sorted([*setting.switches, *setting.events])
     for result in (one, other):
         for resumed in result["resumed"].values():

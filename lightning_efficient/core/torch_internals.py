@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.storage import TypedStorage, UntypedStorage
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "GraphsOfSaved",
@@ -23,6 +24,8 @@ __all__ = [
     "bytes_of",
     "compiled_entry",
     "counting",
+    "first_step_post_hook",
+    "forward_is_compiled",
     "global_step_hooks",
     "graph_hooks_are_shown_graphs",
     "graphs_of_saved",
@@ -32,6 +35,7 @@ __all__ = [
     "innermost_saved_tensors_hooks",
     "is_of_checkpointing",
     "likely_size",
+    "not_compiling",
     "rebuild_tensor",
     "shares_version",
     "storage_key",
@@ -115,6 +119,26 @@ def compiled_entry(module: nn.Module) -> str | None:
     if isinstance(module, OptimizedModule):
         return "forward"
     return "_compiled_call_impl" if module._compiled_call_impl is not None else None
+
+
+def forward_is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.forward`` was replaced by what ``torch.compile`` made of it, whatever is around that."""
+    entry = vars(module).get("forward")
+    while entry is not None:
+        if hasattr(entry, "_torchdynamo_orig_callable"):
+            return True
+        entry = getattr(entry, "__wrapped__", None)
+    return False
+
+
+@contextlib.contextmanager
+def not_compiling() -> Iterator[None]:
+    """Within it operations are done as ever, also where a compiler looks at a tensor, and optimizers round as ever."""
+    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 @dataclass(frozen=True)
@@ -224,6 +248,14 @@ def global_step_hooks() -> tuple[list[Any], list[Any]]:
     from torch.optim import optimizer
 
     return list(optimizer._global_optimizer_pre_hooks.values()), list(optimizer._global_optimizer_post_hooks.values())
+
+
+def first_step_post_hook(optimizer: Optimizer, hook: Any) -> RemovableHandle:
+    """Let ``hook`` be called behind the steps of ``optimizer``, before those hooks that were there already."""
+    handle = optimizer.register_step_post_hook(hook)
+    hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def unhooked_step(optimizer: Optimizer) -> None:

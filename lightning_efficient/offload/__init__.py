@@ -1,5 +1,6 @@
 """Device, host memory and disk as one memory."""
 
+from lightning_efficient.offload.ddp import OffloadDDPStrategy
 from lightning_efficient.offload.strategy import OffloadStrategy
 
-__all__ = ["OffloadStrategy"]
+__all__ = ["OffloadDDPStrategy", "OffloadStrategy"]

@@ -1,4 +1,4 @@
-"""What the strategies that offload share: when the Trainer's lifecycle lets state leave memory, and when it must be back."""
+"""What strategies that offload share: when the Trainer's lifecycle lets state leave memory, and needs it back."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
         self._undo = contextlib.ExitStack()
         self._control: BatchController | None = None
         self._schedule, self._why = "after_backward", ""
+        self._in_backward = False  # that of Lightning, not one within the user's step
         self._loaded: Mapping[str, Any] | None = None
 
     # -- what a user asks --------------------------------------------------------------------------------------------
@@ -128,8 +129,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
         for member in members(trainer):
             if getattr(member, "optimizer_in_backward", False):
                 raise MisconfigurationException(
-                    f"{type(member).__name__}(optimizer_in_backward=True) and OffloadStrategy both run the optimizer's "
-                    "updates. Leave optimizer_in_backward out: OffloadStrategy updates in backward where it can."
+                    f"{type(member).__name__}(optimizer_in_backward=True) and {type(self).__name__} both run the "
+                    "optimizer's updates. Leave optimizer_in_backward out: OffloadStrategy updates in backward where "
+                    "it can."
                 )
         for optimizer in self.optimizers:
             try:
@@ -171,6 +173,13 @@ class OffloadMixin(MicroBatchMixin, _Base):
                 self._tell(trainer, "the free memory changed")
             telemetry.log(trainer, self.measurements())
 
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._in_backward = True
+        try:
+            return super().backward(*args, **kwargs)
+        finally:
+            self._in_backward = False
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self._begin_evaluation()
         return super().validation_step(*args, **kwargs)
@@ -202,12 +211,15 @@ class OffloadMixin(MicroBatchMixin, _Base):
             try:
                 self._session.rest()
             except TierError as error:
-                self._end()
+                self._session = None
                 rank_zero_warn(
-                    f"{type(self).__name__}: optimizer state that was offloaded is lost ({error}). The last checkpoint is "
-                    "the last good state of this run."
+                    f"{type(self).__name__}: optimizer state that was offloaded is lost ({error}). The last "
+                    "checkpoint is the last good state of this run."
                 )
-        super().teardown()
+            finally:
+                super().teardown()
+        else:
+            super().teardown()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -220,6 +232,13 @@ class OffloadMixin(MicroBatchMixin, _Base):
         super().load_model_state_dict(checkpoint, strict=strict)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._session is not None and self._session.torn:
+            rank_zero_warn(
+                f"{type(self).__name__}: no checkpoint is written to {filepath}. The step in progress has updated some "
+                "weights and not the others, so that there is no state to go on from. The last checkpoint is the last "
+                "good state of this run."
+            )
+            return
         if self._control is not None:
             checkpoint[STATE_KEY] = {"format": FORMAT, "batches": self._control.state_dict()}
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -269,7 +288,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
             device=self.root_device,
             directory=settings.directory or Path(trainer.default_root_dir) / "offload",
             schedule=schedule,
-            complete=lambda: not compat.accumulating(trainer) and self.in_last_micro_batch,
+            complete=lambda: self._in_backward and self.in_last_micro_batch and not compat.accumulating(trainer),
         )
 
     def _start(self, trainer: pl.Trainer) -> None:

@@ -21,16 +21,19 @@ from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
 from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
 from lightning_efficient.offload.updates.layout import is_bulk
-from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, UnderForward, Updates
+from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, Updates
 from lightning_efficient.offload.updates.staging import Staging
 from lightning_efficient.offload.updates.subset_step import state_bytes_per_element
+from lightning_efficient.offload.updates.under_forward import UnderForward
 
-__all__ = ["OffloadSession", "attributes_of"]
+__all__ = ["TOGETHER_BYTES", "OffloadSession", "attributes_of"]
 
-_TOGETHER = 4 << 20  # bytes of parameters that are updated in one go, for records that are worth a disk's while
+TOGETHER_BYTES = 4 << 20
+"""Of parameters that are updated in one go, for records that are worth a disk's while."""
 _SAVED = 1 << 20  # bytes of a saved tensor below which it stays
 _RESERVED = 0.2  # of the memory that is free at the start, where no budget is given: for activations and others
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
@@ -61,12 +64,13 @@ def attributes_of(
             found.append(Attribute("gradient", name, nbytes, position))
         largest = max(largest, nbytes)
         optimizer, group = by_parameter[id(parameter)]
+        in_full = settings.master_weights and parameter.element_size() < 4  # beside the state, which is in full too
         key = id(group), parameter.dim()
         if key not in ratios:
-            ratios[key] = state_bytes_per_element(optimizer, group, parameter)
-        found.append(Attribute("optimizer_state", name, int(ratios[key] * parameter.numel()), position))
-        if settings.master_weights and parameter.element_size() < 4:
-            found.append(Attribute("master_weight", name, 4 * parameter.numel(), position))
+            like = torch.empty([0] * parameter.dim()) if in_full else parameter
+            ratios[key] = state_bytes_per_element(optimizer, group, like)
+        state_bytes = (ratios[key] + 4 * in_full) * parameter.numel()
+        found.append(Attribute("optimizer_state", name, int(state_bytes), position))
     if not gradients_stay:
         found.append(Attribute("gradient", "*", largest))
     found += [Attribute(kind, "*", 0) for kind in ("activation", "input_batch", "checkpoint")]
@@ -123,7 +127,7 @@ class OffloadSession:
         self.gradients: GradientStore | None = None
         self.stream: ParameterStream | None = None
         self.saved: SavedTensorOffload | None = None
-        self._staging: Staging | None = None
+        self._staging: Staging | DeviceStaging | None = None
         self._accumulates_elsewhere = False
         self.placement = Placement((), ())
         try:
@@ -133,12 +137,21 @@ class OffloadSession:
             raise
 
     def start(self) -> None:
-        """Training starts: the optimizers' state, as it is now, goes to its places, and updates are taken over."""
-        self._staging = Staging(self._settings.staging_bytes, pinned=self._device.type == "cuda")
+        """Training starts: the optimizers' state, as it is now, goes to its places, and updates are taken over.
+
+        It may have started before, as where a learning rate is searched for first.
+        """
+        if self.updates is not None:
+            return
+        if self._arrangement() != self._placed_for:
+            self._place_what_came()
+        staged, on_cpu = self._settings.staging_bytes, self._device.type == "cpu"
+        self._staging = Staging(staged) if on_cpu else DeviceStaging(staged, self._device)
         self._begin()
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
             self._handles.append(optimizer.register_state_dict_post_hook(self._whole_state))
+            self._handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: self.finish_updates()))
             self._handles.append(optimizer.register_load_state_dict_post_hook(self.take_over))
 
     # -- a step --------------------------------------------------------------------------------------------------------
@@ -149,6 +162,11 @@ class OffloadSession:
         Args:
             gradients: Whether it will have a backward.
         """
+        if gradients and self.updates is not None and self._arrangement() != self._placed_for:
+            self._let_go()  # the optimizers have other parameters, or have them in other groups
+            self.engine.bring_back()
+            self._place_what_came()
+            self._begin()
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
         if self.stream is not None:
             self.stream.end_step()
@@ -174,10 +192,14 @@ class OffloadSession:
             self.updates.finish()
 
     @property
+    def torn(self) -> bool:
+        """Whether some weights are of this step and others of the last: its updates are going on, or have failed."""
+        return self.updates is not None and (self.updates.begun or self.engine.updating)
+
+    @property
     def may_retry(self) -> bool:
         """Whether the step in progress can be done again: nothing has been updated, and no gradient mixed."""
-        begun = self.updates is not None and (self.updates.begun or self.engine.updating)
-        return not (begun or self._accumulates_elsewhere)
+        return not (self.torn or self._accumulates_elsewhere)
 
     def give_up_attempt(self) -> None:
         """The step is done again: what it has made so far is of no use."""
@@ -225,25 +247,28 @@ class OffloadSession:
 
     def rest(self) -> None:
         """No thread, file or hook is left; parameters and state are ordinary, those on a disk mapped from there."""
-        self._let_go()
-        if self.updates is not None:
-            self.engine.rest()
-        if self.stream is not None:
-            self.stream.end_step()
-            self.stream.rest()
-            self.stream = None
-        self.close()
+        with contextlib.ExitStack() as ending:  # in reverse, each whatever became of those before
+            ending.callback(self.close)
+            if self.stream is not None:
+                ending.callback(self.stream.rest)
+                ending.callback(self.stream.end_step)
+                self.stream = None
+            if self.updates is not None:
+                ending.callback(self.engine.rest)
+            ending.callback(self._let_go)
 
     def close(self) -> None:
         """Take everything down; what is only in the tiers is gone."""
-        self._let_go()
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._close_tiers)
+            if self._staging is not None:
+                ending.callback(self._staging.close)
+                self._staging = None
+            for handle in self._handles:
+                ending.callback(handle.remove)
+            self._handles.clear()
+            ending.callback(self._let_go)
         self.updates = None
-        while self._handles:
-            self._handles.pop().remove()
-        if self._staging is not None:
-            self._staging.close()
-            self._staging = None
-        self._close_tiers()
 
     # -- measurements ------------------------------------------------------------------------------------------------
 
@@ -305,20 +330,22 @@ class OffloadSession:
 
     def _let_go(self) -> None:
         """Nothing is watched any more; updates that were begun are done, and gradients are with their parameters."""
-        if self.updates is not None:
-            self.updates.detach()
-        if self.gradients is not None:
-            self.gradients.detach()
-            self.gradients = None
-        if self.saved is not None:
-            self.saved.close()
-            self.saved = None
+        with contextlib.ExitStack() as ending:
+            if self.saved is not None:
+                ending.callback(self.saved.close)
+            if self.gradients is not None:
+                ending.callback(self.gradients.detach)
+            if self.updates is not None:
+                ending.callback(self.updates.detach)
+            self.saved = self.gradients = None
 
     # -- placing -----------------------------------------------------------------------------------------------------
 
     def _place(self) -> None:
         """Plan, and give each parameter its place."""
+        self._parameters = list(self._module.parameters())  # to look at them without anybody taking it for a use
         self.attributes = self._attributes()
+        self._placed_for = self._arrangement()
         self.placement = plan(self.attributes, self._rooms(), self._rules)
         placed = {
             name: self._tier(tier)
@@ -337,6 +364,20 @@ class OffloadSession:
             for used in self._tiers.values():
                 used.commit()
 
+    def _place_what_came(self) -> None:
+        """Plan for what the optimizers have now and had not; the rest stays where it is."""
+        known = {(row.attribute.kind, row.attribute.name) for row in self.placement.rows}
+        self.attributes = self._attributes()
+        self._placed_for = self._arrangement()
+        came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
+        rooms, used = self.placement.rooms, self.placement.used
+        left = [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - used(r.tier))) for r in rooms]
+        self.placement = Placement((*self.placement.rows, *plan(came, left, self._rules).rows), rooms)
+
+    def _arrangement(self) -> list[list[int]]:
+        """Which parameters the optimizers have, by group."""
+        return [[id(p) for p in group["params"]] for optimizer in self._optimizers for group in optimizer.param_groups]
+
     def _attributes(self) -> list[Attribute]:
         stay = self._schedule != "in_backward"
         return attributes_of(self._module, self._optimizers, self._settings, gradients_stay=stay)
@@ -348,27 +389,35 @@ class OffloadSession:
             raise RuntimeError("start() comes first.")
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self.gradients = self._gradient_store(names)
-        self.engine = UpdateEngine(
-            self._optimizers,
-            names,
-            self._tier_of,
-            self._staging,
-            master_weights=self._settings.master_weights,
-            stream=self.stream,
-            together_bytes=min(_TOGETHER, self._stream_bytes // 4) if self.stream is not None else _TOGETHER,
-        )
+        self.engine = self._new_engine(names)
         if (tier := self._elsewhere("activation", "*")) is not None:
             held = [*self._module.parameters(), *self._module.buffers()]
             staged = self._settings.staging_bytes // 2
             self.saved = SavedTensorOffload(
                 self._tier(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
             )
+        self.updates = self._new_updates()
+
+    def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
+        return UpdateEngine(self._optimizers, names, self._tier_of, **self._engine_arguments())
+
+    def _engine_arguments(self) -> dict[str, Any]:
+        together_bytes = min(TOGETHER_BYTES, self._settings.staging_bytes // 16)  # with their state several fit there
+        if self.stream is not None:
+            together_bytes = min(together_bytes, self._stream_bytes // 4)
+        return {
+            "staging": self._staging,
+            "master_weights": self._settings.master_weights,
+            "stream": self.stream,
+            "together_bytes": together_bytes,
+        }
+
+    def _new_updates(self) -> Updates:
         if self._schedule == "in_backward":
-            self.updates = InBackward(self.engine, self._optimizers, self._complete, self.gradients)
-        elif self._schedule == "under_forward":
-            self.updates = UnderForward(self.engine, self._optimizers, self._module, self.gradients)
-        else:
-            self.updates = AfterBackward(self.engine, self._optimizers, self.gradients)
+            return InBackward(self.engine, self._optimizers, self._complete, self.gradients)
+        if self._schedule == "under_forward":
+            return UnderForward(self.engine, self._optimizers, self._module, self.gradients)
+        return AfterBackward(self.engine, self._optimizers, self.gradients)
 
     def _gradient_store(self, names: Mapping[int, str]) -> GradientStore | None:
         tiers = {
@@ -408,7 +457,7 @@ class OffloadSession:
                 self._tiers[name] = DiskTier(self._directory)
             else:
                 node = int(name.partition(":")[2]) if name.startswith("numa") else None
-                budget = self._settings.budgets.get(name) or free_bytes(torch.device("cpu"))
+                budget = self._settings.budgets.get(name) or self._free_bytes(torch.device("cpu"))
                 self._tiers[name] = HostTier(budget, pinned=self._device.type == "cuda", numa_node=node)
         return self._tiers[name]
 
@@ -432,15 +481,19 @@ class OffloadSession:
         rooms += [Room(tier, amount) for tier, amount in budgets.items() if tier.startswith("numa")]
         return [*rooms, Room("disk", budgets.get("disk"))]
 
+    def _free_bytes(self, device: torch.device) -> int:
+        """What this process may still take there."""
+        return free_bytes(device)
+
     def _auto_room(self, device: torch.device) -> int:
         """What is free on a device, less a reserve, and what is placed there already."""
         tensors: list[Tensor] = []
-        for parameter in self._module.parameters():
+        for parameter in self._parameters:
             tensors += [parameter] if parameter.grad is None else [parameter, parameter.grad]
         for optimizer in self._optimizers:
             tensors += [v for state in optimizer.state.values() for v in state.values() if is_bulk(v)]
         held = sum(t.numel() * t.element_size() for t in tensors if t.device.type == device.type)
-        free = free_bytes(device)
+        free = self._free_bytes(device)
         reserve = self._reserves.setdefault(device.type, int(_RESERVED * free))
         return max(0, held + free - reserve)
 

@@ -16,6 +16,14 @@ LossReduction = Literal["mean", "sum"]
 ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward"]
 
 
+_NOT_PLACED = {
+    "master_weight": "values in full precision lie with the optimizer state of their parameter; place optimizer_state",
+    "input_batch": "batches are where the DataLoader and the Trainer put them",
+    "checkpoint": "checkpoints are where the Trainer's checkpoint_io writes them",
+}
+"""Kinds that a plan shows, and does not decide about; and who does."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """See the arguments of :class:`~lightning_efficient.OffloadStrategy`.
@@ -76,6 +84,8 @@ def parse_settings(
         kind = rule.split(":", 1)[0] if ":" in rule else None
         if kind is not None and kind not in KINDS:
             raise ValueError(f"place[{rule!r}]: {kind!r} is no kind of tensor. Use one of {', '.join(KINDS)}.")
+        if why := _NOT_PLACED.get(kind or rule):
+            raise ValueError(f"place[{rule!r}] would do nothing: {why}. Leave this rule out.")
     return Settings(
         budgets=_budgets(memory_budget),
         directory=Path(offload_dir) if offload_dir is not None else None,

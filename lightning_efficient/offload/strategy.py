@@ -26,7 +26,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             each tier: ``{"device": "auto", "host": "2GiB", "disk": "100GiB"}``. ``auto``, and a tier that is not
             named, is what is free when training begins.
         offload_dir: Folder for what goes to a disk; None: ``offload`` below the Trainer's ``default_root_dir``.
-        place: Where tensors go, whatever the plan would say: from a kind (``optimizer_state``, ``master_weight``), a
+        place: Where tensors go, whatever the plan would say: from a kind (``optimizer_state``, ``parameter``), a
             pattern of parameter names, or both (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or
             ``numa:N``.
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:

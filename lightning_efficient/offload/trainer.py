@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -24,6 +24,7 @@ from lightning_efficient.offload.updates.gradients import GradientStore
 __all__ = ["Schedule", "allowed_settings", "choose_schedule", "clip_everywhere"]
 
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
+_WITH_GRADIENTS = ("on_before_optimizer_step", "on_after_backward", "on_before_zero_grad")  # hooks that find them
 
 
 def choose_schedule(trainer: pl.Trainer, wanted: ScheduleChoice) -> tuple[Schedule, str]:
@@ -68,13 +69,21 @@ def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
     return ""
 
 
-def allowed_settings(trainer: pl.Trainer, settings: Settings, device: torch.device) -> Settings:
+def allowed_settings(
+    trainer: pl.Trainer, settings: Settings, device: torch.device, needed: Mapping[Kind, str] | None = None
+) -> Settings:
     """The settings, with that left where it is used which this run needs there.
+
+    Args:
+        trainer: Of the run.
+        settings: Of the user.
+        device: On which it computes.
+        needed: What else it needs there, and why.
 
     Raises:
         MisconfigurationException: If a rule of the user moves it.
     """
-    needed: dict[Kind, str] = {}
+    needed = dict(needed or {})
     if why := reads_gradients(trainer):
         needed["gradient"] = f"gradients leave as soon as they are there, and {why}"
     if compat.step_is_compiled(trainer.lightning_module):
@@ -97,11 +106,11 @@ def reads_gradients(trainer: pl.Trainer) -> str:
     plugin = trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return "the gradient scaler unscales gradients"
-    for hook in ("configure_gradient_clipping", "on_before_optimizer_step", "on_after_backward", "optimizer_step"):
+    for hook in ("configure_gradient_clipping", *_WITH_GRADIENTS, "optimizer_step"):
         if is_overridden(hook, module):
             return f"the LightningModule has its own {hook}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for hook in ("on_before_optimizer_step", "on_after_backward"):
+        for hook in _WITH_GRADIENTS:
             if getattr(type(callback), hook) is not getattr(pl.Callback, hook) and getattr(
                 callback, "reads_gradients", True
             ):

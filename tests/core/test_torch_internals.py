@@ -15,6 +15,8 @@ from lightning_efficient.core.torch_internals import (
     WeakStorage,
     bytes_of,
     compiled_entry,
+    first_step_post_hook,
+    forward_is_compiled,
     global_step_hooks,
     graph_hooks_are_shown_graphs,
     graphs_of_saved,
@@ -23,6 +25,7 @@ from lightning_efficient.core.torch_internals import (
     innermost_pack_hook,
     innermost_saved_tensors_hooks,
     is_of_checkpointing,
+    not_compiling,
     rebuild_tensor,
     saved_tensors_hooks_are_allowed,
     shares_version,
@@ -278,3 +281,34 @@ def test_hooks_of_all_optimizers_and_a_step_without_any() -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_a_hook_behind_the_step_comes_before_those_that_were_there() -> None:
+    optimizer, seen = torch.optim.SGD([nn.Parameter(torch.ones(1))]), []
+    optimizer.register_step_post_hook(lambda *_: seen.append("there"))
+    handle = first_step_post_hook(optimizer, lambda *_: seen.append("first"))
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert seen == ["first", "there", "there"]
+
+
+def test_a_compiled_forward_is_known() -> None:
+    layer = nn.Linear(2, 2)
+    assert not forward_is_compiled(layer)
+    layer.forward = torch.compile(layer.forward, backend="eager")  # type: ignore[method-assign]
+    assert forward_is_compiled(layer)
+
+
+def test_what_runs_while_a_compiler_looks_can_run_as_ever() -> None:
+    seen: list[bool] = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.append(torch.compiler.is_compiling())
+        with not_compiling():
+            seen.append(torch.compiler.is_compiling())
+        seen.append(torch.compiler.is_compiling())
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert seen == [True, False, True]

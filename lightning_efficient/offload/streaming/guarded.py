@@ -21,7 +21,7 @@ from lightning_efficient.core.torch_internals import has_compatible_type
 if TYPE_CHECKING:
     from lightning_efficient.offload.streaming.slots import Slot
 
-__all__ = ["Guarded", "User", "guard"]
+__all__ = ["METADATA", "Guarded", "User", "guard"]
 
 
 class User(Protocol):
@@ -61,7 +61,7 @@ class Guarded(nn.Parameter):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or (func in _TO_ITSELF and args[0] is args[1]):
+        if func in METADATA or (func in _TO_ITSELF and args[0] is args[1]):
             return super().__torch_function__(func, types, args, kwargs)
         if func == _SET_DATA:
             raise RuntimeError(
@@ -118,11 +118,11 @@ _FUNCTIONS = [
     "empty_like", "full_like", "is_complex", "is_floating_point", "numel", "ones_like", "rand_like", "randn_like",
     "zeros_like",
 ]  # fmt: skip
-_METADATA: set[Any] = {getattr(torch, name) for name in _FUNCTIONS} | {has_compatible_type}
-_METADATA |= {getattr(torch.Tensor, name) for name in _METHODS}
+METADATA: set[Any] = {getattr(torch, name) for name in _FUNCTIONS} | {has_compatible_type}
+METADATA |= {getattr(torch.Tensor, name) for name in _METHODS}
 for _name in _PROPERTIES:
     if (_property := getattr(torch.Tensor, _name, None)) is not None:
-        _METADATA |= {_property.__get__, _property.__set__} if hasattr(_property, "__set__") else {_property.__get__}
+        METADATA |= {_property.__get__, _property.__set__} if hasattr(_property, "__set__") else {_property.__get__}
 
 
 def _guarded(*values: Any) -> Iterator[Guarded]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from lightning_efficient.offload.streaming.residency import Residency
 from lightning_efficient.offload.streaming.slots import Slot, record_of
+from lightning_efficient.offload.tiers.tier import TierError
 
 __all__ = ["give_back", "keep", "place", "promote"]
 
@@ -46,15 +49,21 @@ def promote(slot: Slot, residency: Residency) -> bool:
 def keep(slot: Slot, residency: Residency) -> None:
     """Have its parameters as ordinary ones on the memory of its record, whose tier is about to be closed.
 
+    What somebody has a view of, or what cannot be written, stays where it is.
+
     Raises:
-        TierError: If its value cannot be written or mapped.
+        TierError: If its value is in the tier only, and cannot be read.
     """
     if slot.record is None:
         return
+    if slot.resident and not slot.lent:
+        with contextlib.suppress(TierError):  # of a write: the value is here
+            residency.free(slot)
     if slot.resident:
-        residency.free(slot)
-    residency.settle(slot)
-    slot.move_to(slot.tier.keep(slot.record))
+        residency.restore(slot)
+    else:
+        residency.settle(slot)
+        slot.move_to(slot.tier.keep(slot.record))
     slot.leave()
 
 

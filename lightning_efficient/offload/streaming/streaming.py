@@ -31,7 +31,7 @@ from lightning_efficient.offload.streaming.slots import Slot
 from lightning_efficient.offload.streaming.stream_state import StreamState
 from lightning_efficient.offload.streaming.stream_statistics import StreamStatistics
 from lightning_efficient.offload.streaming.sub_modules import choose_parts, is_compiled
-from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.tiers.tier import Tier, TierError
 
 __all__ = ["ParameterStream"]
 
@@ -46,6 +46,9 @@ class ParameterStream:
 
     Under ``torch.autocast`` operations save casts of parameters, which stay in memory until backward, and beside the
     budget. Train in a true low precision, or checkpoint activations with ``cache_enabled=False``.
+
+    Attributes:
+        before_use: Called with each parameter that code is about to use on its own, and not in its module.
 
     Args:
         module: The model; its parameters stay the same objects. It cannot be deep-copied or pickled meanwhile.
@@ -85,6 +88,7 @@ class ParameterStream:
         self._saved = SavedParameters(self)
         self._lock = threading.RLock()
         self._methods: list[InstanceMethod] = []
+        self.before_use: Callable[[nn.Parameter], None] | None = None
         try:
             for slot in self._slots:
                 place(slot, self._device, self._residency)
@@ -201,9 +205,15 @@ class ParameterStream:
         with self._lock:
             while self._methods:
                 self._methods.pop().remove()
+            errors: list[TierError] = []
             for slot in self._slots:
-                keep(slot, self._residency)
+                try:
+                    keep(slot, self._residency)
+                except TierError as error:
+                    errors.append(error)
             self._residency.close()
+            if errors:
+                raise errors[0]
 
     def slot_at(self, address: int) -> Slot | None:
         """See :class:`~lightning_efficient.offload.streaming.saved_parameters.Streamed`."""
@@ -219,6 +229,9 @@ class ParameterStream:
     @contextlib.contextmanager
     def using(self, slots: Sequence[Slot]) -> Iterator[None]:
         """See :class:`~lightning_efficient.offload.streaming.guarded.User`."""
+        if self.before_use is not None:
+            for parameter in (one for slot in slots for one in slot.parameters):
+                self.before_use(parameter)
         with self._saved.seen(one_operation=True), self._pinned(slots):
             yield
 

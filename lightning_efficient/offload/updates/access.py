@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_efficient.core.torch_internals import compiled_entry
+from lightning_efficient.core.torch_internals import compiled_entry, forward_is_compiled
 
 __all__ = ["ParameterWatch"]
 
@@ -28,6 +29,7 @@ class _Watched(dict[str, Any]):
         super().__init__(parameters)
         self._used = used
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _announced(self, parameter: Any) -> Any:
         if parameter is not None:
             self._used(parameter)
@@ -45,11 +47,14 @@ class _Watched(dict[str, Any]):
     def items(self) -> Any:
         return [(name, self._announced(parameter)) for name, parameter in super().items()]
 
+    def pop(self, name: str, *default: Any) -> Any:
+        return self._announced(super().pop(name, *default))
+
     def copy(self) -> dict[str, Any]:
-        return dict(super().items())
+        return dict(self.items())
 
     def __reduce__(self) -> Any:  # copies and pickles are of an ordinary module
-        return dict, (list(super().items()),)
+        return dict, (self.items(),)
 
     def unwatched(self) -> Iterator[tuple[str, Any]]:
         return iter(super().items())
@@ -84,7 +89,9 @@ class ParameterWatch:
             self._handles.pop().remove()
 
     def _attach(self, module: nn.Module) -> None:
-        if compiled_entry(module) is not None:  # compiled code reads parameters in ways of its own
+        if compiled_entry(module) is not None or forward_is_compiled(
+            module
+        ):  # compiled code reads parameters in ways of its own
             self.unseen += module.parameters()
         else:
             own = [parameter for parameter in module._parameters.values() if parameter is not None]

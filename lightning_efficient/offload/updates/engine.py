@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.core.torch_internals import not_compiling
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.layout import Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
 from lightning_efficient.offload.updates.subset_step import step_subset
@@ -34,6 +36,7 @@ class UpdateEngine:
 
     Attributes:
         units: All, in the order of the optimizers and their groups.
+        stream: See below.
         updating: Whether an update has begun and not ended; also if it failed, and weights may be half new.
 
     Args:
@@ -51,22 +54,29 @@ class UpdateEngine:
         optimizers: Sequence[Optimizer],
         names: Mapping[int, str],
         tier_of: Callable[[str], Tier | None],
-        staging: Staging,
+        staging: Staging | DeviceStaging,
         *,
         together_bytes: int = 4 << 20,
         master_weights: bool = False,
         stream: ParameterStream | None = None,
     ) -> None:
-        self._stream = stream
+        self.stream = stream
         self._staging = staging
         self._master_weights = master_weights
-        self.units = [
-            unit for optimizer in optimizers for unit in make_units(optimizer, names, tier_of, together_bytes)
-        ]
+        self.units = self._make_units(optimizers, names, tier_of, together_bytes)
         self.unit_of = {parameter: unit for unit in self.units for parameter in unit.parameters}
         self.updating = False
         for unit in self.units:
             self._move_out(unit)
+
+    def _make_units(
+        self,
+        optimizers: Sequence[Optimizer],
+        names: Mapping[int, str],
+        tier_of: Callable[[str], Tier | None],
+        together_bytes: int,
+    ) -> list[Unit]:
+        return [unit for optimizer in optimizers for unit in make_units(optimizer, names, tier_of, together_bytes)]
 
     @property
     def tiers(self) -> list[Tier]:
@@ -78,6 +88,31 @@ class UpdateEngine:
         self._staging.flush()
         for tier in self.tiers:
             tier.commit()
+
+    def follow_groups(self, optimizer: Optimizer) -> None:
+        """Its groups may be others than before, of the same parameters.
+
+        Raises:
+            RuntimeError: If they are not of the same parameters, or divide those of a unit.
+        """
+        units = [unit for unit in self.units if unit.optimizer is optimizer]
+        index = {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        known = {parameter for unit in units for parameter in unit.parameters}
+        if index.keys() != known:
+            came, went = len(index.keys() - known), len(known - index.keys())
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has other parameters than when the batch began: {came} came, {went} went. "
+                "Change groups between batches, in on_train_batch_start or on_train_epoch_start, or make all in "
+                "`configure_optimizers`."
+            )
+        for unit in units:
+            numbers = {index[parameter] for parameter in unit.parameters}
+            if len(numbers) > 1:
+                raise RuntimeError(
+                    f"{unit.names[0]} and {unit.names[-1]} are in different groups of {type(optimizer).__name__} now, "
+                    "and were in one when offloading began. Make all groups in `configure_optimizers`."
+                )
+            unit.group_index = numbers.pop()
 
     def expect(self, units: Iterable[Unit]) -> None:
         """These are updated next, in this order."""
@@ -98,11 +133,16 @@ class UpdateEngine:
         """
         self.updating = True
         optimizer = unit.optimizer
-        with torch.no_grad(), self._stream.ensure(unit.parameters) if self._stream else contextlib.nullcontext():
+        with (
+            torch.inference_mode(False),  # validation begins in it, and state that is made in it could not be changed
+            torch.no_grad(),
+            not_compiling(),
+            self.stream.ensure(unit.parameters) if self.stream else contextlib.nullcontext(),
+        ):
             lease = self._staging.read(unit.placed) if unit.placed is not None else None
             bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
             turns = [
-                _Turn(parameter, gradient, held)
+                _Turn(parameter, gradient, held if parameter in optimizer.state else _value_of(held))
                 for parameter, gradient, held in zip(unit.parameters, gradients, bulk, strict=True)
             ]
             stepping = [turn for turn in turns if turn.gradient is not None]
@@ -118,9 +158,9 @@ class UpdateEngine:
             finally:
                 for turn in stepping:
                     turn.hide(optimizer, resident=unit.tier is None)
-            if self._stream is not None:
+            if self.stream is not None:
                 for turn in stepping:
-                    self._stream.changed(turn.parameter)
+                    self.stream.changed(turn.parameter)
             if unit.tier is not None:
                 self._keep(unit, lease, [turn.state for turn in turns])
         self.updating = False
@@ -143,6 +183,7 @@ class UpdateEngine:
     def rest(self) -> None:
         """The tiers can be closed: all state is in the optimizers, on memory that what was on a disk need not take."""
         self._staging.flush()
+        self._staging.forget()
         for unit in self.units:
             if unit.placed is not None:
                 self._put(unit, self._states_on(unit, unit.placed.tier.keep(unit.placed.record)))
@@ -201,8 +242,10 @@ class UpdateEngine:
         """From the optimizer to the record; the optimizer keeps what is small."""
         states = [dict(unit.optimizer.state.get(parameter, {})) for parameter in unit.parameters]
         if unit.tier is not None and any(is_bulk(value) for state in states for value in state.values()):
-            self._put(unit, [{k: v for k, v in state.items() if not is_bulk(v)} for state in states])
             self._keep(unit, None, states)
+            for parameter, state in zip(unit.parameters, states, strict=True):
+                if state:  # an entry, be it empty, says that there is more in the record
+                    unit.optimizer.state[parameter] = {k: v for k, v in state.items() if not is_bulk(v)}
 
     @staticmethod
     def _put(unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
@@ -223,6 +266,9 @@ class UpdateEngine:
         """Write the bulk of ``states``, which may lie in ``lease``, to the unit's record."""
         layout, tier = Layout.of(states), unit.tier
         if tier is None or not layout.nbytes:  # an optimizer without state, or one that keeps numbers only
+            if lease is not None:
+                self._staging.drop(lease)
+                self._release(unit)
             return
         keys = unit.keys or [[] for _ in states]
         unit.keys = [list(state) if len(state) >= len(old) else old for state, old in zip(states, keys, strict=True)]
@@ -230,6 +276,9 @@ class UpdateEngine:
             states = [
                 {key: value.clone() if is_bulk(value) else value for key, value in state.items()} for state in states
             ]
+            for device in {value.device for state in states for value in state.values() if is_bulk(value)}:
+                if device.type == "cuda":  # what was in the lease may still be on its way there
+                    torch.cuda.current_stream(device).synchronize()
             self._staging.drop(lease)
             lease = None
         if lease is None:
@@ -270,6 +319,7 @@ class _Turn:
 
     def hide(self, optimizer: Optimizer, *, resident: bool) -> None:
         """The optimizer keeps what is small, or all if it is ``resident``, under the parameter itself."""
+        known = self.shown in optimizer.state
         self.state = dict(optimizer.state.get(self.shown, {}))
         self.shown.grad = None
         self.parameter.grad = self._own_gradient
@@ -278,4 +328,10 @@ class _Turn:
             self.parameter.copy_(self.shown)
             self.state[MASTER] = self.shown
         kept = self.state if resident else {key: value for key, value in self.state.items() if not is_bulk(value)}
-        optimizer.state[self.parameter] = dict(kept)
+        if known or self.state:
+            optimizer.state[self.parameter] = dict(kept)
+
+
+def _value_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a state that somebody took out of the optimizer, for a new beginning: the parameter's value."""
+    return {key: value for key, value in state.items() if key == MASTER}

@@ -78,7 +78,7 @@ class GradientStore:
         self._complete = complete
         self._cap_bytes = cap_bytes
         self._records: dict[nn.Parameter, Record] = {}
-        self._stored: dict[nn.Parameter, Tensor] = {}  # what is there, and its norm once it is complete
+        self._stored: dict[nn.Parameter, tuple[torch.dtype, Tensor | None]] = {}  # and the norm, once it is complete
         self._leaving: deque[tuple[Tensor, Pending]] = deque()
         self._leaving_bytes = 0
         self._clips: list[Clip] = []
@@ -102,13 +102,16 @@ class GradientStore:
         stored = self._stored.pop(parameter, None)
         if stored is None:
             return None
-        return GradientClaim(
-            parameter, self._tiers[parameter], self._records[parameter], stored.dtype, tuple(self._clips)
-        )
+        return GradientClaim(parameter, self._tiers[parameter], self._records[parameter], stored[0], tuple(self._clips))
 
     def norm(self, parameter: nn.Parameter) -> Tensor:
-        """The 2-norm of a complete gradient, a scalar, as ``torch.linalg.vector_norm`` gives it."""
-        return self._stored[parameter]
+        """The 2-norm of a gradient, a scalar, as ``torch.linalg.vector_norm`` gives it."""
+        dtype, norm = self._stored[parameter]
+        if norm is None:  # the last micro-batch did not use the parameter
+            gradient = _read(parameter, self._tiers[parameter], self._records[parameter], dtype)
+            norm = torch.linalg.vector_norm(gradient)
+            self._stored[parameter] = dtype, norm
+        return norm
 
     def clip(self, clip: Clip) -> None:
         """Change each gradient that is here so, in place, when it is taken."""
@@ -123,20 +126,22 @@ class GradientStore:
         """Gradients stay in memory from now on; those that are here come back."""
         while self._handles:
             self._handles.pop().remove()
+        for optimizer in self._optimizers:
+            optimizer.__dict__.pop("zero_grad", None)
         for parameter in list(self._stored):
             if (claim := self.claim(parameter)) is not None:
                 parameter.grad = claim.take()
         self.clear()
         self._wait(0)
-        for optimizer in self._optimizers:
-            optimizer.__dict__.pop("zero_grad", None)
         for parameter, record in self._records.items():
             self._tiers[parameter].release([record])
         self._records.clear()
 
     def _came(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
-        if gradient is None or gradient.layout != torch.strided:
+        if gradient is None or not gradient.numel():
+            return
+        if gradient.layout != torch.strided and parameter not in self._stored:
             return  # a sparse one is small, and stays
         if parameter in self._stored:  # of earlier micro-batches
             earlier = _read(parameter, self._tiers[parameter], self._records[parameter], gradient.dtype)
@@ -159,12 +164,12 @@ class GradientStore:
         self._wait(max(0, self._cap_bytes - nbytes))
         self._leaving.append((gradient, tier.write(record, _bytes(gradient))))
         self._leaving_bytes += nbytes
-        self._stored[parameter] = torch.linalg.vector_norm(gradient) if complete else gradient.new_zeros(())
+        self._stored[parameter] = gradient.dtype, torch.linalg.vector_norm(gradient) if complete else None
         parameter.grad = None
 
     def _wait(self, most_bytes: int) -> None:
-        """Until so much is being written at most."""
-        while self._leaving and self._leaving_bytes > most_bytes:
+        """Until so much is being written at most; what has been written is let go of."""
+        while self._leaving and (self._leaving_bytes > most_bytes or self._leaving[0][1].done):
             gradient, pending = self._leaving.popleft()
             pending.wait()
             self._leaving_bytes -= gradient.numel() * gradient.element_size()

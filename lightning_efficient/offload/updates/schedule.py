@@ -1,4 +1,4 @@
-"""When each unit is updated: all behind backward, each within backward, or each right before its next use.
+"""When each unit is updated: all behind backward, each within backward, or (``under_forward.py``) before its next use.
 
 All three give the same weights to whoever reads them, bit for bit. In backward a gradient is freed as soon as it is
 there, but nothing may need all of them (Lv et al. 2023, LOMO). Under the next forward the updates can wait for the norm
@@ -8,8 +8,7 @@ of all gradients, and transfers are hidden behind that forward (as in Yue et al.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.core.before_update import right_before_update
-from lightning_efficient.offload.updates.access import ParameterWatch
+from lightning_efficient.core.torch_internals import first_step_post_hook
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientClaim, GradientStore
 from lightning_efficient.offload.updates.units import Unit
 
-__all__ = ["AfterBackward", "InBackward", "StaleWeightsError", "UnderForward", "Updates"]
-
-
-class StaleWeightsError(RuntimeError):
-    """A forward used weights whose update was still to come."""
+__all__ = ["AfterBackward", "InBackward", "Updates"]
 
 
 class Updates(ABC):
@@ -44,15 +39,16 @@ class Updates(ABC):
         self._engine = engine
         self._store = store
         self._hidden: dict[Optimizer, list[dict[str, Any]]] = {}
+        self._updating_all = False
         self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(first_step_post_hook(optimizer, self._after_step))
 
     @property
     def begun(self) -> bool:
-        """Whether a parameter has been updated by the backward that runs, which then cannot be done again."""
-        return False
+        """Whether some parameters have been updated in the step in progress, and others have not."""
+        return self._updating_all
 
     def before_forward(self) -> None:
         """A training forward begins."""
@@ -68,9 +64,13 @@ class Updates(ABC):
 
     def detach(self) -> None:
         """The optimizers step by themselves again; what was still to be done is done."""
-        self.finish()
-        while self._handles:
-            self._handles.pop().remove()
+        try:
+            self.finish()
+        finally:
+            for optimizer, groups in self._hidden.items():  # of a step that has failed
+                optimizer.param_groups = groups
+            while self._handles:
+                self._handles.pop().remove()
 
     @abstractmethod
     def _step(self, units: list[Unit]) -> None:
@@ -80,14 +80,8 @@ class Updates(ABC):
         return right_before_update(lambda: self._take_over(optimizer), args, kwargs)
 
     def _take_over(self, optimizer: Optimizer) -> None:
+        self._engine.follow_groups(optimizer)
         units = [unit for unit in self._engine.units if unit.optimizer is optimizer]
-        here = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        known = {id(parameter) for unit in units for parameter in unit.parameters}
-        if here != known:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} has other parameters than when offloading began ({len(here - known)} "
-                f"came, {len(known - here)} went). Make all groups in `configure_optimizers`."
-            )
         self._step(units)
         self._hidden[optimizer] = optimizer.param_groups
         optimizer.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
@@ -101,8 +95,10 @@ class Updates(ABC):
         units = list(units)
         self._engine.commit()
         self._engine.expect(units)
+        self._updating_all = True
         for unit in units:
             self._engine.update(unit, unit.group, _taken(self._gradients(unit)))
+        self._updating_all = False
 
     def _gradients(self, unit: Unit) -> list[Tensor | GradientClaim | None]:
         """Those of its parameters, wherever they are."""
@@ -143,6 +139,7 @@ class InBackward(Updates):
         self._complete = complete
         self._expected = {unit: {p for p in unit.parameters if p.requires_grad} for unit in engine.units}
         self._missing: dict[Unit, set[nn.Parameter]] = {}  # of those expected, in the backward that runs
+        self._came: set[nn.Parameter] = set()  # whose gradient is complete, and that are not updated
         self._updated: dict[nn.Parameter, None] = {}  # in the order of their updates
         self._order: list[Unit] = engine.units[::-1]
         for parameter in engine.unit_of:
@@ -154,6 +151,7 @@ class InBackward(Updates):
         return bool(self._updated)
 
     def before_forward(self) -> None:
+        self._came.clear()
         self._updated.clear()
         self._missing = {unit: set(expected) for unit, expected in self._expected.items()}
 
@@ -166,27 +164,29 @@ class InBackward(Updates):
                 "reentrant activation checkpointing does this with layers that are used more than once. Use "
                 "use_reentrant=False, or give schedule='under_forward' or 'after_backward'."
             )
+        self._came.add(parameter)
         unit = self._engine.unit_of[parameter]
         missing = self._missing.get(unit, set())
         missing.discard(parameter)
-        if not missing:
-            self._update(unit)
+        if not missing:  # what others have may be of earlier micro-batches only
+            self._update(unit, [p.grad if p in self._came else None for p in unit.parameters])
 
-    def _update(self, unit: Unit) -> None:
+    def _update(self, unit: Unit, gradients: Sequence[Tensor | None]) -> None:
         if not self._updated:
             self._engine.commit()
             self._engine.expect(self._order)
-        gradients = [parameter.grad for parameter in unit.parameters]
         self._engine.update(unit, unit.group, gradients)
         for parameter, gradient in zip(unit.parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = None
+                self._came.discard(parameter)
                 self._updated[parameter] = None
 
     def _step(self, units: list[Unit]) -> None:
         for unit in units:
-            if any(parameter.grad is not None for parameter in unit.parameters):
-                self._update(unit)
+            gradients = _taken(self._gradients(unit))
+            if any(gradient is not None for gradient in gradients):
+                self._update(unit, gradients)
         for unit in units:
             self._expected[unit] = {parameter for parameter in unit.parameters if parameter in self._updated}
         ran = dict.fromkeys(self._engine.unit_of[parameter] for parameter in self._updated)
@@ -195,120 +195,6 @@ class InBackward(Updates):
         self._engine.expect(self._order)
 
 
-class UnderForward(Updates):
-    """Each unit right before the next forward uses it.
-
-    Its gradients are held until then, also if somebody clears those of the parameters meanwhile. Whoever reads weights
-    through the modules finds them updated; before anything else reads them, :meth:`finish` must be called.
-
-    Args:
-        engine: Of all ``optimizers``.
-        optimizers: Whose steps are taken over.
-        module: Whose parameters they update.
-        store: Where gradients are that are not with their parameters.
-    """
-
-    def __init__(
-        self,
-        engine: UpdateEngine,
-        optimizers: Sequence[Optimizer],
-        module: nn.Module,
-        store: GradientStore | None = None,
-    ) -> None:
-        super().__init__(engine, optimizers, store)
-        self._waiting: dict[Unit, tuple[Mapping[str, Any], list[_Noted | GradientClaim | None]]] = {}
-        self._order: list[Unit] = list(engine.units)
-        self._ran: list[Unit] = []
-        self._watch = ParameterWatch(module, self._used)
-        self._unseen = set(self._watch.unseen)  # these do not wait
-
-    def after_forward(self, results: Iterable[Tensor]) -> None:
-        """See :meth:`Updates.after_forward`.
-
-        Raises:
-            StaleWeightsError: If it used a parameter, past its module, that had not been updated yet.
-        """
-        if not self._waiting:
-            return
-        used = _leaves(results)
-        for unit in self._waiting:
-            for name, parameter in zip(unit.names, unit.parameters, strict=True):
-                if parameter in used:
-                    raise StaleWeightsError(
-                        f"The forward used {name} through a reference that is not its module's, before it was updated. "
-                        "Get it from its module where it is used, or give schedule='after_backward'."
-                    )
-        self.finish()
-
-    def finish(self) -> None:
-        for unit in list(self._waiting):
-            self._run(unit)
-
-    def detach(self) -> None:
-        super().detach()
-        self._watch.detach()
-
-    def _step(self, units: list[Unit]) -> None:
-        self.finish()
-        self._order = list(dict.fromkeys((*self._ran, *self._order)))  # as they were asked for the last time
-        self._ran = []
-        mine = set(units)
-        at_once = [unit for unit in units if not self._unseen.isdisjoint(unit.parameters)]
-        self._update_all(at_once)
-        for unit in (unit for unit in self._order if unit in mine.difference(at_once)):
-            group = {k: v.clone() if isinstance(v, Tensor) else v for k, v in unit.group.items() if k != "params"}
-            self._waiting[unit] = group, [_noted(gradient) for gradient in self._gradients(unit)]
-        if not at_once:
-            self._engine.commit()
-        self._engine.expect(self._waiting)
-
-    def _used(self, parameter: nn.Parameter) -> None:
-        if self._waiting and (unit := self._engine.unit_of.get(parameter)) in self._waiting:
-            self._run(unit)
-
-    def _run(self, unit: Unit) -> None:
-        group, gradients = self._waiting.pop(unit)
-        self._ran.append(unit)
-        self._engine.update(unit, group, [None if gradient is None else gradient.take() for gradient in gradients])
-
-
-@dataclass(frozen=True, eq=False)
-class _Noted:
-    """A gradient in memory, and how often it had been changed."""
-
-    gradient: Tensor
-    version: int
-
-    def take(self) -> Tensor:
-        if self.gradient._version != self.version:
-            raise RuntimeError(
-                "A gradient was changed in place after the optimizer's step and before its parameter was updated. "
-                "Clear gradients with zero_grad(set_to_none=True), or give schedule='after_backward'."
-            )
-        return self.gradient
-
-
-def _noted(gradient: Tensor | GradientClaim | None) -> _Noted | GradientClaim | None:
-    return _Noted(gradient, gradient._version) if isinstance(gradient, Tensor) else gradient
-
-
 def _taken(gradients: Iterable[Tensor | GradientClaim | None]) -> list[Tensor | None]:
     """All in memory."""
     return [gradient.take() if isinstance(gradient, GradientClaim) else gradient for gradient in gradients]
-
-
-def _leaves(results: Iterable[Tensor]) -> set[Tensor]:
-    """The parameters whose gradients a backward of ``results`` would compute."""
-    found: set[Tensor] = set()
-    seen: set[Any] = set()
-    stack = [tensor.grad_fn for tensor in results]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.add(variable)
-        stack += [following for following, _ in node.next_functions]
-    return found

@@ -31,12 +31,12 @@ class Lease:
     Attributes:
         placed: The record; None while it has no place yet.
         data: uint8 ``[nbytes]``.
-        buffer: That ``data`` lies in.
+        buffer: That ``data`` lies in; None on a device.
     """
 
     placed: Placed | None
     data: Tensor
-    buffer: HostBuffer
+    buffer: HostBuffer | None
 
 
 class Staging:
@@ -105,7 +105,7 @@ class Staging:
         try:
             pending.wait()
         except BaseException:
-            self._put_back(lease.buffer)
+            self._put_back(_buffer(lease))
             raise
         self.waited_seconds += time.perf_counter() - begin
         return lease
@@ -126,12 +126,12 @@ class Staging:
             raise ValueError("This lease has no record; name one.")
         pending = target.tier.write(target.record, lease.data)
         with self._changed:
-            self._returning.append((lease.buffer, pending))
+            self._returning.append((_buffer(lease), pending))
             self._changed.notify_all()
 
     def drop(self, lease: Lease) -> None:
         """The bytes are not needed any more, and were not changed."""
-        self._put_back(lease.buffer)
+        self._put_back(_buffer(lease))
 
     def forget(self) -> None:
         """What was read ahead is not what is in the records any more."""
@@ -141,7 +141,7 @@ class Staging:
             self._ready.clear()
         for lease, pending in ready:
             _settle(pending)
-            self._put_back(lease.buffer)
+            self._put_back(_buffer(lease))
 
     def flush(self) -> None:
         """Until all writes have ended.
@@ -163,7 +163,7 @@ class Staging:
             thread.join()
         for lease, pending in self._ready.values():
             _settle(pending)
-            self._pool.give_back(lease.buffer)
+            self._pool.give_back(_buffer(lease))
         self._ready.clear()
         self._pool.clear()
 
@@ -184,7 +184,7 @@ class Staging:
                     placed, (lease, pending) = self._ready.popitem()
                     self._queue.appendleft(placed)
                     _settle(pending)
-                    self._pool.give_back(lease.buffer)
+                    self._pool.give_back(_buffer(lease))
                 else:
                     self._changed.wait()
         self.waited_seconds += time.perf_counter() - begin
@@ -236,6 +236,12 @@ class Staging:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _buffer(lease: Lease) -> HostBuffer:
+    if lease.buffer is None:
+        raise ValueError("This lease is on a device, and not of this staging.")
+    return lease.buffer
 
 
 def _settle(pending: Pending) -> BaseException | None:

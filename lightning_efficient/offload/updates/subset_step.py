@@ -80,7 +80,8 @@ def check_parameter_by_parameter(optimizer: Optimizer) -> None:
             for turn in range(2):
                 for index, parameter in enumerate((*together, *apart)):
                     generator = torch.Generator().manual_seed(100 * turn + index % len(together))
-                    parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                    gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                    parameter.grad = _of_its_kind(optimizer, gradient)
                 try:
                     _step_alone(probe, group, together)
                     for parameter in apart:
@@ -90,6 +91,12 @@ def check_parameter_by_parameter(optimizer: Optimizer) -> None:
                         f"{type(optimizer).__name__} cannot be stepped without a closure ({error}), which offloading "
                         "needs. Use an optimizer such as AdamW, SGD, Adafactor or Muon."
                     ) from error
+            if not _moves(optimizer, group, dimensions):
+                raise SubsetStepError(
+                    f"{type(optimizer).__name__} did not change the parameters of a group that it was given for a "
+                    "step; it may be a wrapper that steps another optimizer, which has groups of its own. Use the "
+                    "optimizer inside, or another one such as AdamW, SGD, Adafactor or Muon."
+                )
             if not all(torch.equal(one, other) for one, other in zip(together, apart, strict=True)):
                 raise SubsetStepError(
                     f"{type(optimizer).__name__} does not update parameter by parameter: the update of one depends on "
@@ -97,15 +104,28 @@ def check_parameter_by_parameter(optimizer: Optimizer) -> None:
                 )
 
 
+def _moves(optimizer: Optimizer, group: Mapping[str, Any], dimensions: int) -> bool:
+    """Whether a step changes what it is given; with a rate that can be seen, for a warm-up may begin with none."""
+    changed, before = (_stand_ins(group, dimensions)[0] for _ in range(2))
+    changed.grad = _of_its_kind(optimizer, torch.ones_like(changed))
+    _step_alone(_probe(optimizer), {**group, "lr": 0.1}, [changed])
+    return not torch.equal(changed, before)
+
+
 def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> float:
     """About how many bytes of state the optimizer keeps for each element of ``parameter``."""
     stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size=16)[0]
-    stand_in.grad = torch.ones_like(stand_in)
+    stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
     probe = _probe(optimizer)
     _step_alone(probe, group, [stand_in])
     state = probe.state[stand_in]
     nbytes = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
     return nbytes / stand_in.numel()
+
+
+def _of_its_kind(optimizer: Optimizer, gradient: Tensor) -> Tensor:
+    """A gradient in the layout that the optimizer takes."""
+    return gradient.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam) and gradient.dim() else gradient
 
 
 def _probe(optimizer: Optimizer) -> Optimizer:

@@ -13,7 +13,7 @@ from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.layout import Layout
 from lightning_efficient.offload.updates.staging import Placed
 
-__all__ = ["Unit", "make_units"]
+__all__ = ["Unit", "cut_units", "make_units"]
 
 
 @dataclass(eq=False)
@@ -63,11 +63,11 @@ def make_units(
     return [
         unit
         for index, group in enumerate(optimizer.param_groups)
-        for unit in _cut(optimizer, index, group["params"], names, tier_of, together_bytes)
+        for unit in cut_units(optimizer, index, group["params"], names, tier_of, together_bytes)
     ]
 
 
-def _cut(
+def cut_units(
     optimizer: Optimizer,
     index: int,
     parameters: Sequence[nn.Parameter],
@@ -75,6 +75,7 @@ def _cut(
     tier_of: Callable[[str], Tier | None],
     together_bytes: int,
 ) -> Iterator[Unit]:
+    """Cut ``parameters``, neighbours in the group of this ``index``; see :func:`make_units`."""
     unit: Unit | None = None
     nbytes = 0
     for position, parameter in enumerate(parameters):

@@ -1,0 +1,32 @@
+"""Runs on two ranks that divide optimizer state, and what they have saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_efficient import OffloadDDPStrategy
+from tests.helpers.fitting import Run, fit
+
+__all__ = ["DDP", "DISK", "STEPS", "ours", "run", "saved"]
+
+DDP = {"devices": 2, "use_distributed_sampler": False}
+DISK = {"optimizer_state": "disk"}
+STEPS = 5
+
+
+def ours(**arguments: Any) -> OffloadDDPStrategy:
+    return OffloadDDPStrategy(**({"offload_dir": "swap", "place": DISK} | arguments))
+
+
+def run(root: Path, strategy: Any, **arguments: Any) -> Run:
+    return fit(None, strategy=strategy, root=root, checkpoints={}, **{"max_steps": STEPS, **DDP, **arguments})
+
+
+def saved(finished: Run) -> dict[int, Any]:
+    torch.distributed.barrier()  # rank zero writes
+    keys = ("state_dict", "optimizer_states", "lr_schedulers")
+    loaded = {step: torch.load(path, weights_only=True) for step, path in finished.checkpoints.items()}
+    return {step: {key: checkpoint[key] for key in keys} for step, checkpoint in loaded.items()}
