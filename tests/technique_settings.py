@@ -259,7 +259,10 @@ SETTINGS = [
         "offload-under-forward",
         place={"optimizer_state": "disk"},
         schedule="under_forward",
-        refuses={"deferring": "schedule='under_forward' updates parameters in the next forward, which cannot be"},
+        refuses=dict.fromkeys(
+            ("deferring", "compiling the step"),
+            "schedule='under_forward' updates parameters in the next forward, which cannot be",
+        ),
     ),
 ]
 

@@ -22,10 +22,17 @@ from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
 from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
+from lightning_efficient.offload.placement import KINDS
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
 from lightning_efficient.offload.tiers.tier import TierError
-from lightning_efficient.offload.trainer import Schedule, allowed_settings, choose_schedule, clip_everywhere
+from lightning_efficient.offload.trainer import (
+    Schedule,
+    accumulates,
+    allowed_settings,
+    choose_schedule,
+    clip_everywhere,
+)
 from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
 
 __all__ = ["OffloadMixin"]
@@ -123,8 +130,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
         names = [name for name, _ in module.named_parameters()]
         if unused := self.settings.rules.unused(names):
             raise MisconfigurationException(
-                f"place[{unused[0]!r}] fits no parameter of {type(module).__name__}. Its parameters have names like "
-                f"{', '.join(map(repr, names[:3]))}; a pattern may be the end of a name, and contain '*'."
+                f"place[{unused[0]!r}] is no kind of tensor ({', '.join(KINDS)}), and fits no parameter of "
+                f"{type(module).__name__}. Its parameters have names like {', '.join(map(repr, names[:3]))}; a pattern "
+                "may be the end of a name, and contain '*'."
             )
         for member in members(trainer):
             if getattr(member, "optimizer_in_backward", False):
@@ -286,9 +294,10 @@ class OffloadMixin(MicroBatchMixin, _Base):
             self.optimizers if fitting else (),
             settings,
             device=self.root_device,
-            directory=settings.directory or Path(trainer.default_root_dir) / "offload",
+            directory=Path(trainer.default_root_dir) / (settings.directory or "offload"),
             schedule=schedule,
             complete=lambda: self._in_backward and self.in_last_micro_batch and not compat.accumulating(trainer),
+            accumulates=accumulates(trainer),
         )
 
     def _start(self, trainer: pl.Trainer) -> None:

@@ -41,7 +41,7 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
         offload_dir: Folder for what goes to a disk; each rank makes a file of its own there.
         place: See :class:`~lightning_efficient.OffloadStrategy`. Parameters and gradients stay on the device.
         schedule: ``auto`` and ``after_backward`` are possible.
-        staging: Memory of each rank for records on their way to and from a disk.
+        staging: Memory of each rank for records on their way to and from a disk; see ``OffloadStrategy``.
         master_weights: Keep parameters of 16 bits in float32 beside them, on the rank that updates them.
         batch_feedback: See :class:`~lightning_efficient.OffloadStrategy`; the ranks go back together.
         loss_reduction: See :class:`~lightning_efficient.OffloadStrategy`.
@@ -74,7 +74,7 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
         offload_dir: str | Path | None = None,
         place: dict[str, str] | None = None,
         schedule: ScheduleChoice = "auto",
-        staging: int | str = "256MiB",
+        staging: int | str | None = None,
         master_weights: bool = False,
         batch_feedback: bool = False,
         loss_reduction: LossReduction = "mean",

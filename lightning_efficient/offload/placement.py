@@ -154,10 +154,12 @@ class Placement:
     def table(self) -> str:
         """In Markdown, one line for the tensors of a kind that go to one tier for one reason."""
         totals: dict[tuple[str, str, str, str], list[int]] = {}
-        for row in self.rows:
+        for row in sorted(self.rows, key=lambda row: KINDS.index(row.attribute.kind)):
+            if row.attribute.name == "*" and not row.attribute.nbytes and row.tier == self.rooms[0].tier:
+                continue  # of which nothing is known, and which nobody moves
             uses = f"{row.attribute.first_use} to {row.attribute.last_use}"
             totals.setdefault((row.attribute.kind, uses, row.tier, row.why), []).append(row.attribute.nbytes)
-        lines = ["| kind | used from | tier | tensors | bytes | why |", "|---|---|---|---|---|---|"]
+        lines = ["| kind | used | tier | parameters | bytes | why |", "|---|---|---|---|---|---|"]
         for (kind, uses, tier, why), sizes in totals.items():
             amount = human_bytes(sum(sizes)) if any(sizes) else "not known yet"
             lines.append(f"| {kind} | {uses} | {tier} | {len(sizes)} | {amount} | {why} |")
@@ -200,7 +202,7 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
             if free is None or attribute.nbytes <= free or number == len(rooms) - 1:
                 if free is not None:
                     left[room.tier] = free - attribute.nbytes
-                why = "the fastest" if number == 0 else f"no room in {rooms[number - 1].tier}"
+                why = f"fits in {room.tier}" if number == 0 else f"no room in {rooms[number - 1].tier}"
                 placed[index] = Row(attribute, room.tier, why)
                 break
     return Placement(tuple(placed[index] for index in range(len(attributes))), tuple(rooms))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,68 +13,28 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.core.units import human_bytes
-from lightning_efficient.offload.batches.free_memory import free_bytes
+from lightning_efficient.offload.inventory import attributes_of, to_device
+from lightning_efficient.offload.limit import LimitMeter, Work
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, keep_or_replan, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
 from lightning_efficient.offload.streaming.streaming import ParameterStream
-from lightning_efficient.offload.tiers.disk import DiskTier
-from lightning_efficient.offload.tiers.host import HostTier
+from lightning_efficient.offload.tier_set import TierSet
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
-from lightning_efficient.offload.updates.layout import is_bulk
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, Updates
 from lightning_efficient.offload.updates.staging import Staging
-from lightning_efficient.offload.updates.subset_step import state_bytes_per_element
 from lightning_efficient.offload.updates.under_forward import UnderForward
 
-__all__ = ["TOGETHER_BYTES", "OffloadSession", "attributes_of"]
+__all__ = ["TOGETHER_BYTES", "OffloadSession"]
 
 TOGETHER_BYTES = 4 << 20
 """Of parameters that are updated in one go, for records that are worth a disk's while."""
+_STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
 _SAVED = 1 << 20  # bytes of a saved tensor below which it stays
-_RESERVED = 0.2  # of the memory that is free at the start, where no budget is given: for activations and others
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
-
-
-def attributes_of(
-    module: nn.Module, optimizers: Sequence[Optimizer], settings: Settings, *, gradients_stay: bool = True
-) -> list[Attribute]:
-    """What there is to place: of each parameter itself, its gradient and its optimizer state, and the rest by kind.
-
-    Args:
-        module: Whose parameters they are.
-        optimizers: Of its parameters.
-        settings: Of the user.
-        gradients_stay: Whether all gradients are alive at a time; else the largest one counts.
-    """
-    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    by_parameter = {id(p): (optimizer, group) for optimizer, group in groups for p in group["params"]}
-    ratios: dict[tuple[int, int], float] = {}
-    largest = 0
-    found = []
-    for position, (name, parameter) in enumerate(module.named_parameters()):
-        nbytes = parameter.numel() * parameter.element_size()
-        found.append(Attribute("parameter", name, nbytes, position))
-        if not parameter.requires_grad or id(parameter) not in by_parameter:
-            continue
-        if gradients_stay:
-            found.append(Attribute("gradient", name, nbytes, position))
-        largest = max(largest, nbytes)
-        optimizer, group = by_parameter[id(parameter)]
-        in_full = settings.master_weights and parameter.element_size() < 4  # beside the state, which is in full too
-        key = id(group), parameter.dim()
-        if key not in ratios:
-            like = torch.empty([0] * parameter.dim()) if in_full else parameter
-            ratios[key] = state_bytes_per_element(optimizer, group, like)
-        state_bytes = (ratios[key] + 4 * in_full) * parameter.numel()
-        found.append(Attribute("optimizer_state", name, int(state_bytes), position))
-    if not gradients_stay:
-        found.append(Attribute("gradient", "*", largest))
-    found += [Attribute(kind, "*", 0) for kind in ("activation", "input_batch", "checkpoint")]
-    return found
 
 
 class OffloadSession:
@@ -98,6 +58,7 @@ class OffloadSession:
         directory: For what goes to a disk.
         schedule: When updates take place.
         complete: Asked at each gradient whether it is complete.
+        accumulates: Whether several backwards add to the gradients of a step.
 
     Raises:
         TierError: If there is no room.
@@ -114,15 +75,17 @@ class OffloadSession:
         directory: Path,
         schedule: Schedule,
         complete: Callable[[], bool],
+        accumulates: bool = False,
     ) -> None:
+        self._accumulates = accumulates
         self._module, self._optimizers, self._settings = module, list(optimizers), settings
-        self._device, self._directory, self._schedule, self._complete = device, directory, schedule, complete
-        self._tiers: dict[str, DiskTier | HostTier] = {}
+        self._device, self._schedule, self._complete = device, schedule, complete
+        self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
+        self._limit = LimitMeter()
         self._handles: list[RemovableHandle] = []
         on_cpu = device.type == "cpu"  # where the device's memory is that of the host
         place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
         self._rules = Rules(place)
-        self._reserves: dict[str, int] = {}  # by device
         self.updates: Updates | None = None
         self.gradients: GradientStore | None = None
         self.stream: ParameterStream | None = None
@@ -133,8 +96,32 @@ class OffloadSession:
         try:
             self._place()
         except BaseException:
-            self._close_tiers()
+            self.tiers.close()
             raise
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory for records on their way: as given, or enough for two of the largest ones."""
+        if self._settings.staging_bytes is not None:
+            return self._settings.staging_bytes
+        sizes = [a.nbytes for a in self.attributes if self._elsewhere(a.kind, a.name) is not None]
+        return max(_STAGING, 2 * max(sizes, default=0) + TOGETHER_BYTES)
+
+    @property
+    def _waited_seconds(self) -> float:
+        """That computing waited for transfers."""
+        waited = self._staging.waited_seconds if self._staging is not None else 0.0
+        if self.stream is not None:
+            waited += self.stream.statistics.wait_seconds
+        if self.saved is not None:
+            stash = self.saved.statistics().stash
+            waited += stash.wait_seconds + stash.back_pressure_seconds
+        return waited
+
+    @property
+    def _host_share(self) -> int:
+        """Processes that share the memory of the host."""
+        return 1
 
     def start(self) -> None:
         """Training starts: the optimizers' state, as it is now, goes to its places, and updates are taken over.
@@ -145,8 +132,8 @@ class OffloadSession:
             return
         if self._arrangement() != self._placed_for:
             self._place_what_came()
-        staged, on_cpu = self._settings.staging_bytes, self._device.type == "cpu"
-        self._staging = Staging(staged) if on_cpu else DeviceStaging(staged, self._device)
+        on_cpu = self._device.type == "cpu"
+        self._staging = Staging(self.staging_bytes) if on_cpu else DeviceStaging(self.staging_bytes, self._device)
         self._begin()
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
@@ -168,6 +155,8 @@ class OffloadSession:
             self._place_what_came()
             self._begin()
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
+        if gradients:
+            self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds))
         if self.stream is not None:
             self.stream.end_step()
             self.stream.begin_step(gradients=gradients)
@@ -232,7 +221,7 @@ class OffloadSession:
         """
         if self.updates is None:
             return False
-        rooms = self._rooms()
+        rooms = self.tiers.rooms(self._parameters, self._optimizers)
         stay = [row for row in self.placement.rows if row.attribute.kind != "optimizer_state"]
         fixed = Placement(tuple(stay), tuple(rooms))
         left = [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - fixed.used(r.tier))) for r in rooms]
@@ -260,7 +249,7 @@ class OffloadSession:
     def close(self) -> None:
         """Take everything down; what is only in the tiers is gone."""
         with contextlib.ExitStack() as ending:
-            ending.callback(self._close_tiers)
+            ending.callback(self.tiers.close)
             if self._staging is not None:
                 ending.callback(self._staging.close)
                 self._staging = None
@@ -275,6 +264,8 @@ class OffloadSession:
     def summary(self) -> str:
         """In a few words, what is where."""
         parts = []
+        if all(row.tier == self.tiers.fastest for row in self.placement.rows):
+            parts.append("everything fits")
         for room in self.placement.rooms:
             kinds: dict[str, int] = {}
             for row in self.placement.rows:
@@ -302,9 +293,7 @@ class OffloadSession:
             stash = self.saved.statistics().stash
             values["activation_wait_ms"] = (stash.wait_seconds + stash.back_pressure_seconds) * 1e3
             values["activation_resident_bytes"] = float(stash.peak_resident_bytes)
-        for name, tier in self._tiers.items():
-            values |= {f"{name.replace(':', '_')}_{quantity}": value for quantity, value in _measured(tier).items()}
-        return values
+        return values | self.tiers.measurements() | self._limit.measurements()
 
     # -- the state as a whole ----------------------------------------------------------------------------------------
 
@@ -346,14 +335,14 @@ class OffloadSession:
         self._parameters = list(self._module.parameters())  # to look at them without anybody taking it for a use
         self.attributes = self._attributes()
         self._placed_for = self._arrangement()
-        self.placement = plan(self.attributes, self._rooms(), self._rules)
+        self.placement = plan(self.attributes, self.tiers.rooms(self._parameters, self._optimizers), self._rules)
         placed = {
-            name: self._tier(tier)
+            name: self.tiers.get(tier)
             for name, _ in self._module.named_parameters()
             if (tier := self._elsewhere("parameter", name)) is not None
         }
         if self._device.type != "cpu":
-            _to_device(self._module, self._device, placed)
+            to_device(self._module, self._device, placed)
         if placed:
             room = self.placement.rooms[0]
             left = sum(a.nbytes for a in self.attributes if a.kind == "parameter" and a.name in placed)
@@ -361,8 +350,7 @@ class OffloadSession:
                 left = min(left, room.nbytes - self.placement.used(room.tier))
             self._stream_bytes = max(left, 1)
             self.stream = ParameterStream(self._module, placed, budget_bytes=self._stream_bytes, device=self._device)
-            for used in self._tiers.values():
-                used.commit()
+            self.tiers.commit()
 
     def _place_what_came(self) -> None:
         """Plan for what the optimizers have now and had not; the rest stays where it is."""
@@ -379,7 +367,7 @@ class OffloadSession:
         return [[id(p) for p in group["params"]] for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _attributes(self) -> list[Attribute]:
-        stay = self._schedule != "in_backward"
+        stay = self._schedule != "in_backward" or self._accumulates or self._settings.batch_feedback
         return attributes_of(self._module, self._optimizers, self._settings, gradients_stay=stay)
 
     # -- tiers -------------------------------------------------------------------------------------------------------
@@ -392,9 +380,9 @@ class OffloadSession:
         self.engine = self._new_engine(names)
         if (tier := self._elsewhere("activation", "*")) is not None:
             held = [*self._module.parameters(), *self._module.buffers()]
-            staged = self._settings.staging_bytes // 2
+            staged = self.staging_bytes // 2
             self.saved = SavedTensorOffload(
-                self._tier(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
+                self.tiers.get(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
             )
         self.updates = self._new_updates()
 
@@ -402,7 +390,7 @@ class OffloadSession:
         return UpdateEngine(self._optimizers, names, self._tier_of, **self._engine_arguments())
 
     def _engine_arguments(self) -> dict[str, Any]:
-        together_bytes = min(TOGETHER_BYTES, self._settings.staging_bytes // 16)  # with their state several fit there
+        together_bytes = min(TOGETHER_BYTES, self.staging_bytes // 16)  # with their state several fit there
         if self.stream is not None:
             together_bytes = min(together_bytes, self._stream_bytes // 4)
         return {
@@ -421,7 +409,7 @@ class OffloadSession:
 
     def _gradient_store(self, names: Mapping[int, str]) -> GradientStore | None:
         tiers = {
-            parameter: self._tier(tier)
+            parameter: self.tiers.get(tier)
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -433,91 +421,16 @@ class OffloadSession:
             tiers,
             self._optimizers,
             self._complete,
-            self._settings.staging_bytes // 4,
+            self.staging_bytes // 4,
             keep_complete=self._schedule == "in_backward",
         )
 
     def _tier_of(self, name: str) -> Tier | None:
         """Where the optimizer state of a parameter goes; None: it stays in the optimizer."""
         tier = self._elsewhere("optimizer_state", name)
-        return None if tier is None else self._tier(tier)
+        return None if tier is None else self.tiers.get(tier)
 
     def _elsewhere(self, kind: Kind, name: str) -> str | None:
         """The tier of a tensor; None: it stays where it is used."""
         tier = self.placement.tier(kind, name)
-        return None if tier == self._fastest else tier
-
-    @property
-    def _fastest(self) -> str:
-        return "host" if self._device.type == "cpu" else "device"
-
-    def _tier(self, name: str) -> Tier:
-        if name not in self._tiers:
-            if name == "disk":
-                self._tiers[name] = DiskTier(self._directory)
-            else:
-                node = int(name.partition(":")[2]) if name.startswith("numa") else None
-                budget = self._settings.budgets.get(name) or self._free_bytes(torch.device("cpu"))
-                self._tiers[name] = HostTier(budget, pinned=self._device.type == "cuda", numa_node=node)
-        return self._tiers[name]
-
-    def _close_tiers(self) -> None:
-        for tier in self._tiers.values():
-            tier.close()
-        self._tiers.clear()
-
-    def _rooms(self) -> list[Room]:
-        """The tiers, fastest first, with what may be in them."""
-        budgets = dict(self._settings.budgets)
-        if (amount := budgets.pop("fastest", None)) is not None:
-            budgets.setdefault(self._fastest, amount)
-        if self._fastest == "host" and "device" in budgets:
-            budgets.setdefault("host", budgets.pop("device"))
-        host = torch.device("cpu")
-        rooms = []
-        if self._fastest == "device":
-            rooms.append(Room("device", budgets.get("device", self._auto_room(self._device))))
-        rooms.append(Room("host", budgets.get("host", self._auto_room(host))))
-        rooms += [Room(tier, amount) for tier, amount in budgets.items() if tier.startswith("numa")]
-        return [*rooms, Room("disk", budgets.get("disk"))]
-
-    def _free_bytes(self, device: torch.device) -> int:
-        """What this process may still take there."""
-        return free_bytes(device)
-
-    def _auto_room(self, device: torch.device) -> int:
-        """What is free on a device, less a reserve, and what is placed there already."""
-        tensors: list[Tensor] = []
-        for parameter in self._parameters:
-            tensors += [parameter] if parameter.grad is None else [parameter, parameter.grad]
-        for optimizer in self._optimizers:
-            tensors += [v for state in optimizer.state.values() for v in state.values() if is_bulk(v)]
-        held = sum(t.numel() * t.element_size() for t in tensors if t.device.type == device.type)
-        free = self._free_bytes(device)
-        reserve = self._reserves.setdefault(device.type, int(_RESERVED * free))
-        return max(0, held + free - reserve)
-
-
-def _measured(tier: DiskTier | HostTier) -> dict[str, float]:
-    """By tag, without the tier's name."""
-    if isinstance(tier, HostTier):
-        return {"bytes": float(tier.reserved_bytes)}
-    found = tier.statistics()
-    return {
-        "bytes": float(found.file_bytes),
-        "read_bytes": float(found.read_bytes),
-        "written_bytes": float(found.written_bytes),
-        "read_gigabytes_per_second": found.read_bytes / max(found.read_seconds, 1e-9) / 1e9,
-        "write_gigabytes_per_second": found.written_bytes / max(found.write_seconds, 1e-9) / 1e9,
-    }
-
-
-def _to_device(module: nn.Module, device: torch.device, without: Collection[str]) -> None:
-    """Everything of ``module`` but the parameters ``without``, which stay the same objects."""
-    for name, parameter in module.named_parameters():
-        if name not in without:
-            parameter.data = parameter.data.to(device)
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(device)
+        return None if tier == self.tiers.fastest else tier

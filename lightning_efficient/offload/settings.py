@@ -43,7 +43,7 @@ class Settings:
     directory: Path | None
     place: Mapping[str, str]
     schedule: ScheduleChoice
-    staging_bytes: int
+    staging_bytes: int | None
     master_weights: bool
     batch_feedback: bool = False
     loss_reduction: LossReduction = "mean"
@@ -64,7 +64,7 @@ def parse_settings(
     offload_dir: str | Path | None,
     place: Mapping[str, str] | None,
     schedule: str,
-    staging: int | str,
+    staging: int | str | None,
     master_weights: bool,
     batch_feedback: bool = False,
     loss_reduction: str = "mean",
@@ -78,6 +78,10 @@ def parse_settings(
         raise ValueError(f"schedule={schedule!r} is not allowed. Use one of {', '.join(get_args(ScheduleChoice))}.")
     if loss_reduction not in get_args(LossReduction):
         raise ValueError(f"loss_reduction={loss_reduction!r} is not allowed. Use 'mean' or 'sum'.")
+    if place is not None and not isinstance(place, Mapping):
+        raise ValueError(f"place={place!r} is not allowed. Give a mapping, such as {{'optimizer_state': 'disk'}}.")
+    if offload_dir is not None and not isinstance(offload_dir, str | Path):
+        raise ValueError(f"offload_dir={offload_dir!r} is no folder. Give a path.")
     place = dict(place or {})
     for rule, tier in place.items():
         _check_tier(tier, f"place[{rule!r}]")
@@ -91,7 +95,7 @@ def parse_settings(
         directory=Path(offload_dir) if offload_dir is not None else None,
         place=place,
         schedule=schedule,  # type: ignore[arg-type]
-        staging_bytes=parse_bytes(staging, "staging"),
+        staging_bytes=None if staging is None else parse_bytes(staging, "staging"),
         master_weights=bool(master_weights),
         batch_feedback=bool(batch_feedback),
         loss_reduction=loss_reduction,  # type: ignore[arg-type]
@@ -103,6 +107,10 @@ def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int
         return {}
     if isinstance(given, int | str):  # of the fastest memory that can be full: known when the device is
         return {"fastest": parse_bytes(given, "memory_budget")}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"memory_budget={given!r} is not allowed. Give whole bytes, a text such as '6GiB', or a mapping from tiers."
+        )
     budgets = {}
     for tier, amount in given.items():
         _check_tier(tier, "memory_budget")
@@ -112,7 +120,7 @@ def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int
 
 
 def _check_tier(tier: str, argument: str) -> None:
-    name, _, node = tier.partition(":")
+    name, _, node = tier.partition(":") if isinstance(tier, str) else (tier, "", "")
     if tier in ("device", "host", "disk") or (name == "numa" and node.isdigit()):
         return
     raise ValueError(f"{argument}: {tier!r} is no tier. Use device, host, disk, or numa:N with the number of a node.")

@@ -25,14 +25,16 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         memory_budget: How much may be in the fastest memory (bytes, or a text such as ``"6GiB"``), or an amount for
             each tier: ``{"device": "auto", "host": "2GiB", "disk": "100GiB"}``. ``auto``, and a tier that is not
             named, is what is free when training begins.
-        offload_dir: Folder for what goes to a disk; None: ``offload`` below the Trainer's ``default_root_dir``.
+        offload_dir: Folder for what goes to a disk; what is relative, and ``offload`` for None, is below the Trainer's
+            ``default_root_dir``.
         place: Where tensors go, whatever the plan would say: from a kind (``optimizer_state``, ``parameter``), a
             pattern of parameter names, or both (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or
             ``numa:N``.
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
             first that the run allows. All are exact.
-        staging: Memory for records on their way to and from a disk.
+        staging: Memory for records on their way to and from a disk, beside the budget; None: 256 MiB, or what two of
+            the largest records take.
         master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
         batch_feedback: Split a batch into micro-batches within the step when memory is short, go back to the step's
             beginning after an out-of-memory error, and merge them again when there is room; the batch that the
@@ -56,7 +58,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         offload_dir: str | Path | None = None,
         place: dict[str, str] | None = None,
         schedule: ScheduleChoice = "auto",
-        staging: int | str = "256MiB",
+        staging: int | str | None = None,
         master_weights: bool = False,
         batch_feedback: bool = False,
         loss_reduction: LossReduction = "mean",

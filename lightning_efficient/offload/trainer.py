@@ -8,6 +8,7 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,7 +22,7 @@ from lightning_efficient.offload.settings import ScheduleChoice, Settings
 from lightning_efficient.offload.updates.clipping import clip_norm_, clip_value_
 from lightning_efficient.offload.updates.gradients import GradientStore
 
-__all__ = ["Schedule", "allowed_settings", "choose_schedule", "clip_everywhere"]
+__all__ = ["Schedule", "accumulates", "allowed_settings", "choose_schedule", "clip_everywhere"]
 
 Schedule = Literal["after_backward", "in_backward", "under_forward"]
 _WITH_GRADIENTS = ("on_before_optimizer_step", "on_after_backward", "on_before_zero_grad")  # hooks that find them
@@ -67,6 +68,12 @@ def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return "the gradient scaler decides about each step"
     return ""
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Whether several batches add to the gradients of a step, now or later."""
+    scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return trainer.accumulate_grad_batches > 1 or scheduled
 
 
 def allowed_settings(

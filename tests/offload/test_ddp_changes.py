@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_efficient import GrowAndUnshareCallback
-from lightning_efficient.offload import session as offload_session
+from lightning_efficient.offload import tier_set
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.models import ScheduledModel
 from tests.helpers.ranks import run_on_two_ranks
@@ -93,7 +93,7 @@ def test_a_group_that_comes_while_it_runs_g6(tmp_path: Path) -> None:
 def placed_anew(rank: int, root: Path) -> None:
     plain = run(root / "plain", DDPStrategy(), max_steps=8)
     free = itertools.chain([1 << 20] * 3, [0] * (3 + rank), itertools.repeat(1 << 24))
-    offload_session.free_bytes = lambda device: next(free)
+    tier_set.free_bytes = lambda device: next(free)
     mine = run(root / "ours", ours(place=None), max_steps=8)
     assert any(event.technique == "offload" for event in mine.events)
     assert mine.losses == plain.losses

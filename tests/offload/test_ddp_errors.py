@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback, OffloadDDPStrategy, OffloadStrategy
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
-from lightning_efficient.offload import session as offload_session
+from lightning_efficient.offload import tier_set
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
 from tests.helpers.fitting import fit
@@ -43,7 +43,7 @@ def dying_disk(rank: int, root: Path, where: int, after: int) -> str:
 
     if rank == where:
         dying = SystemCalls(pwritev=pwritev)
-        offload_session.DiskTier = lambda directory: DiskTier(directory, system=dying)
+        tier_set.DiskTier = lambda directory: DiskTier(directory, system=dying)
     try:
         fit(None, strategy=ours(), root=root, max_steps=400, **DDP)
     except Exception as error:

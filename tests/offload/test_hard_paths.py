@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient import OffloadStrategy
 from lightning_efficient.offload import session as offload_session
+from lightning_efficient.offload import tier_set
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.updates.under_forward import StaleWeightsError
@@ -563,9 +564,7 @@ def test_a_disk_that_dies_leaves_an_ordinary_module(writes: int, way: str, monke
             raise OSError(5, "Input/output error")
         return os.pwritev(*arguments)
 
-    monkeypatch.setattr(
-        offload_session, "DiskTier", lambda folder: DiskTier(folder, system=SystemCalls(pwritev=pwritev))
-    )
+    monkeypatch.setattr(tier_set, "DiskTier", lambda folder: DiskTier(folder, system=SystemCalls(pwritev=pwritev)))
     module = Small()
     trainer = make_trainer(max_steps=20, strategy=OffloadStrategy(offload_dir="swap", **WAYS[way]))
     with pytest.raises(OSError, match="Input/output error"):

@@ -8,8 +8,9 @@ FREE = Rules({})
 
 
 def attributes(sizes: dict[str, int], *, layers: int = 3) -> list[Attribute]:
+    """``sizes`` in MiB."""
     return [
-        Attribute(kind, f"blocks.{layer}.weight", nbytes, position=layer)  # type: ignore[arg-type]
+        Attribute(kind, f"blocks.{layer}.weight", nbytes << 20, position=layer)  # type: ignore[arg-type]
         for kind, nbytes in sizes.items()
         for layer in range(layers)
     ]
@@ -31,7 +32,7 @@ def test_all_fits_all_stays_o2() -> None:
 
 
 def test_what_moves_most_stays_then_state_and_gradients_o5() -> None:
-    rooms = [Room("device", 90), Room("host", 60), Room("disk", None)]
+    rooms = [Room("device", 90 << 20), Room("host", 60 << 20), Room("disk", None)]
     found = plan(attributes({"activation": 10, "optimizer_state": 20, "gradient": 10, "parameter": 10}), rooms, FREE)
     tiers = {(row.attribute.kind, row.attribute.position): row.tier for row in found.rows}
     assert {tiers["parameter", layer] for layer in range(3)} == {"device"}
@@ -41,7 +42,7 @@ def test_what_moves_most_stays_then_state_and_gradients_o5() -> None:
 
 
 def test_the_first_layers_state_stays_o5() -> None:
-    found = plan(attributes({"optimizer_state": 10}), [Room("host", 20), Room("disk", None)], FREE)
+    found = plan(attributes({"optimizer_state": 10}), [Room("host", 20 << 20), Room("disk", None)], FREE)
     assert [row.tier for row in found.rows] == ["host", "host", "disk"]
     assert found.rows[2].why == "no room in host"
 
@@ -64,25 +65,28 @@ def test_a_pattern_may_be_the_end_of_a_name() -> None:
 
 def test_room_that_a_rule_takes_is_taken_o2() -> None:
     items = [*attributes({"parameter": 10}, layers=1), *attributes({"optimizer_state": 10}, layers=1)]
-    found = plan(items, [Room("host", 10), Room("disk", None)], Rules({"optimizer_state": "host"}))
+    found = plan(items, [Room("host", 10 << 20), Room("disk", None)], Rules({"optimizer_state": "host"}))
     assert [row.tier for row in found.rows] == ["disk", "host"]
 
 
 def test_a_plan_is_kept_until_it_does_not_fit_or_much_is_gained_o5() -> None:
     items = attributes({"optimizer_state": 10}, layers=10)
-    rooms = [Room("host", 50), Room("disk", None)]
+    rooms = [Room("host", 50 << 20), Room("disk", None)]
     first = plan(items, rooms, FREE)
-    assert first.used("host") == 50
-    assert keep_or_replan(first, items, [Room("host", 62), rooms[1]], FREE, slack=0.2) is first
-    grown = keep_or_replan(first, items, [Room("host", 80), rooms[1]], FREE, slack=0.2)
-    assert grown.used("host") == 60
-    shrunk = keep_or_replan(first, items, [Room("host", 49), rooms[1]], FREE)
-    assert shrunk.used("host") == 40
+    assert first.used("host") == 50 << 20
+    assert keep_or_replan(first, items, [Room("host", 62 << 20), rooms[1]], FREE, slack=0.2) is first
+    grown = keep_or_replan(first, items, [Room("host", 80 << 20), rooms[1]], FREE, slack=0.2)
+    assert grown.used("host") == 60 << 20
+    shrunk = keep_or_replan(first, items, [Room("host", 49 << 20), rooms[1]], FREE)
+    assert shrunk.used("host") == 40 << 20
 
 
 def test_the_table_says_what_is_where_and_why_o1_o3() -> None:
-    items = [*attributes({"parameter": 1024, "optimizer_state": 2048}), Attribute("activation", "*", 0)]
-    table = plan(items, [Room("host", 3072), Room("disk", None)], Rules({"activation": "host"})).table()
-    assert "| parameter | forward to update | host | 3 | 3 KiB | the fastest |" in table
-    assert "| optimizer_state | update to update | disk | 3 | 6 KiB | no room in host |" in table
-    assert "| activation | forward to backward | host | 1 | not known yet | place['activation'] |" in table
+    items = [*attributes({"optimizer_state": 2, "parameter": 1}), Attribute("activation", "*", 0)]
+    rooms = [Room("host", 3 << 20), Room("disk", None)]
+    lines = plan(items, rooms, Rules({"activation": "disk"})).table().splitlines()
+    assert lines[2:] == [
+        "| parameter | forward to update | host | 3 | 3 MiB | fits in host |",
+        "| optimizer_state | update to update | disk | 3 | 6 MiB | no room in host |",
+        "| activation | forward to backward | disk | 1 | not known yet | place['activation'] |",
+    ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, GrowAndUnshareCallback, OffloadStrategy
 from lightning_efficient.offload import session as offload_session
+from lightning_efficient.offload import tier_set
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
@@ -189,7 +190,7 @@ def test_one_amount_is_of_the_fastest_memory_o5() -> None:
 
 def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
-    monkeypatch.setattr(offload_session, "free_bytes", lambda device: next(free))
+    monkeypatch.setattr(tier_set, "free_bytes", lambda device: next(free))
     run = fit(None, build=offload(place=None))
     texts = [event.text for event in run.events]
     assert len(texts) >= 2
@@ -332,7 +333,7 @@ def test_what_is_not_allowed_is_said_at_once(arguments: dict[str, Any], message:
 
 
 def test_a_pattern_that_fits_nothing_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"place\['layer.\*'\] fits no parameter of ByteLanguageModel"):
+    with pytest.raises(MisconfigurationException, match=r"place\['layer.\*'\] is no kind of tensor .* fits no"):
         fit(None, build=offload(place={"layer.*": "disk"}))
 
 
@@ -363,7 +364,7 @@ def test_a_disk_that_dies_stops_the_run_and_leaves_the_checkpoint(
         return os.pwritev(*arguments)
 
     dying = SystemCalls(pwritev=pwritev)
-    monkeypatch.setattr(offload_session, "DiskTier", lambda directory: DiskTier(directory, system=dying))
+    monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=dying))
     checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     with pytest.raises(OSError, match="Input/output error"):
         fit(None, build=offload(), after=[checkpoint], enable_checkpointing=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_efficient.offload.placement import Attribute, Placement
@@ -61,7 +60,7 @@ class ShardedSession(OffloadSession):
         with first:
             state_dict = optimizer.state_dict()
         self._ranks.agree(first.error)
-        found = self.engine.collect(optimizer, lambda: DiskTier(self._directory))
+        found = self.engine.collect(optimizer, lambda: DiskTier(self.tiers.directory))
         if self._ranks.rank:
             return {}
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -100,9 +99,9 @@ class ShardedSession(OffloadSession):
             if attribute.kind not in ("optimizer_state", "master_weight") or attribute.name not in elsewhere
         ]
 
-    def _free_bytes(self, device: torch.device) -> int:
-        free = super()._free_bytes(device)
-        return free // self._ranks.on_host if device.type == "cpu" else free
+    @property
+    def _host_share(self) -> int:
+        return self._ranks.on_host
 
     def _place_what_came(self) -> None:
         with self._ranks.agreed():
