@@ -34,6 +34,7 @@ class Compiled(nn.Module):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_o6_a_compiled_module_is_one_unit() -> None:
     torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # of other tests
     model, x = Compiled(), torch.randn(2, 8)
     plain = copy.deepcopy(model)
     tier = MemoryTier()
@@ -47,7 +48,7 @@ def test_o6_a_compiled_module_is_one_unit() -> None:
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
         stream.end_step()
         assert held_bytes(model) == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the plain one and ours
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2  # the plain one and ours
     stream.detach()
 
 
