@@ -188,16 +188,18 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     )
     (small / "checkpoint.yaml").write_text((CONFIGS / "checkpoint.yaml").read_text().replace("50", "4"))
     (small / "activation.yaml").write_text((CONFIGS / "activation.yaml").read_text().replace("100", "5"))
+    (small / "offload.yaml").write_text((CONFIGS / "offload.yaml").read_text())
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
     arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]
-    assert compare([*arguments, "--overlays", "growth", "checkpoint", "activation"]) == 0
+    assert compare(arguments) == 0
     printed = capsys.readouterr().out
     assert "final validation bits per byte" in printed
     assert "growth: 2 layers -> 3 layers" in printed
+    assert "offload: host: parameter" in printed
     assert "kept from forward to backward, at the end" in printed
     assert len(list(tmp_path.rglob("comparison.png"))) == 1
     assert len(list(tmp_path.rglob("last.ckpt"))) == 1
-    assert "checkpoint/written" in next(tmp_path.rglob("growth+checkpoint+activation/efficiency_report.md")).read_text()
+    assert "checkpoint/written" in next(tmp_path.rglob("growth+*+offload/efficiency_report.md")).read_text()
     assert "| peak memory of the process |" in next(tmp_path.rglob("comparison.md")).read_text()
     (small / "growth.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
     assert compare(arguments) == 1

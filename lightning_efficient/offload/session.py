@@ -336,6 +336,12 @@ class OffloadSession:
         self.attributes = self._attributes()
         self._placed_for = self._arrangement()
         self.placement = plan(self.attributes, self.tiers.rooms(self._parameters, self._optimizers), self._rules)
+        limit, needed = self.placement.rooms[-1].nbytes, self.placement.used("disk")
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"memory_budget['disk'] allows {human_bytes(limit)}, and {human_bytes(needed)} would go there. Raise "
+                "it, or leave more in memory."
+            )
         placed = {
             name: self.tiers.get(tier)
             for name, _ in self._module.named_parameters()
@@ -385,6 +391,14 @@ class OffloadSession:
                 self.tiers.get(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
             )
         self.updates = self._new_updates()
+        self.tiers.prepare_disk(self._disk_bytes_to_come())
+
+    def _disk_bytes_to_come(self) -> int:
+        """What the first steps will reserve on a disk: optimizer state in two slots, gradients in one."""
+        made = {name for unit in self.engine.units if unit.placed is not None for name in unit.names}
+        slots = {"optimizer_state": 2, "gradient": int(self.gradients is not None)}
+        rows = [row for row in self.placement.rows if row.tier == "disk" and row.attribute.name not in made]
+        return sum(slots.get(row.attribute.kind, 0) * row.attribute.nbytes for row in rows)
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
         return UpdateEngine(self._optimizers, names, self._tier_of, **self._engine_arguments())

@@ -60,6 +60,16 @@ class TierSet:
                 self._tiers[name] = HostTier(budget, pinned=self._device.type == "cuda", numa_node=node)
         return self._tiers[name]
 
+    def prepare_disk(self, nbytes: int) -> None:
+        """Have room for records that will be reserved, if anything goes to a disk.
+
+        Raises:
+            TierError: If there is not that much room.
+        """
+        disk = self._tiers.get("disk")
+        if nbytes and disk is not None and not isinstance(disk, HostTier):
+            disk.prepare(nbytes)
+
     def commit(self) -> None:
         """See :meth:`~.tiers.tier.Tier.commit`, of all."""
         for tier in self._tiers.values():

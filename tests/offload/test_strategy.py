@@ -353,6 +353,33 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_first_step(tmp_path: Pa
         fit(None, build=offload(offload_dir=tmp_path / "file" / "swap"))
 
 
+class Steps(pl.Callback):
+    """Counts the batches that began."""
+
+    begun = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun += 1
+
+
+def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fallocate(descriptor: int, offset: int, nbytes: int) -> None:
+        if offset + nbytes > 400 << 10:  # the state takes twice 471 KiB
+            raise OSError(28, "No space left on device")
+        os.posix_fallocate(descriptor, offset, nbytes)
+
+    full, steps = SystemCalls(fallocate=fallocate), Steps()
+    monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
+    with pytest.raises(OSError, match=r"no room to offload to: .* bytes free and .* bytes more are needed"):
+        fit(None, build=offload(), before=[steps])
+    assert steps.begun == 0
+
+
+def test_the_disks_budget_is_kept_to() -> None:
+    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 471 KiB would go there"):
+        fit(None, build=offload(memory_budget={"disk": "1KiB"}))
+
+
 def test_a_disk_that_dies_stops_the_run_and_leaves_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

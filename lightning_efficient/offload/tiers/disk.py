@@ -146,6 +146,19 @@ class DiskTier:
                     self._slots.add(record, extents[index :: len(records)])
         return records
 
+    def prepare(self, nbytes: int) -> None:
+        """Allocate room on the disk that records will need, so that it is not missing when they are reserved.
+
+        Args:
+            nbytes: Of the records; of those that are versioned twice.
+
+        Raises:
+            TierError: If there is not that much room.
+        """
+        self._check_open()
+        with self._writing:
+            self._space.prepare(nbytes)
+
     def release(self, records: Sequence[Record]) -> None:
         """See :meth:`.Tier.release`; the room is for other records of this tier."""
         self._check_open()

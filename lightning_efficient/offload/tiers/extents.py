@@ -54,6 +54,14 @@ class Extents:
             raise
         return taken
 
+    def prepare(self, nbytes: int) -> None:
+        """Let the file have so much behind all that was taken: the next extents need not make it grow.
+
+        Raises:
+            TierError: If it cannot grow that far.
+        """
+        self._file.grow(self._end + nbytes)
+
     def give_back(self, extent: Extent) -> None:
         """It is free again, and joins what is free on its two sides."""
         index = bisect_left(self._free, extent.offset, key=lambda free: free.offset)
