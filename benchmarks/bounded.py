@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import resource
-import signal
 import time
 import warnings
 from dataclasses import dataclass
@@ -194,10 +192,14 @@ def kills(folder: Path, *, number: int) -> Kills:
         process.start()
         before = len(problems)
         deadline = time.monotonic() + 60
-        while not list((killed / "swap").glob("*")) and time.monotonic() < deadline:  # it has begun to train
+        old = {path.name for path in _spilled(killed)}
+        while not {path.name for path in _spilled(killed)} - old:  # it has begun to train
+            if not process.is_alive() or time.monotonic() > deadline:
+                problems.append(f"kill {kill}: the run had not begun to train")
+                break
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.6))
-        os.kill(process.pid or 0, signal.SIGKILL)
+        process.kill()
         process.join()
         for path in _spilled(killed):
             report = verify(path)

@@ -297,7 +297,7 @@ def _exact(folder: Path, steps: int) -> tuple[Table, bool, float]:
 def run(options: Options) -> Result:
     """All of it; about ten minutes."""
     torch.set_num_threads(options.threads)
-    folder = Path(tempfile.mkdtemp(prefix="offload-", dir="."))
+    folder = Path(tempfile.mkdtemp(prefix="offload-", dir=Path.cwd()))
     try:
         exact_table, exact, clipped = _exact(folder, 6 if options.quick else 50)
         tables = [exact_table]
