@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_efficient.checkpointing import durable_file
-from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove
+from lightning_efficient.core import durable_file
+from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove
 from lightning_efficient.checkpointing.leftovers import Intention, sweep
 from lightning_efficient.core.buffers import PAGE, HostBuffer
 
@@ -49,10 +49,10 @@ def test_without_direct_io_it_writes_through_the_cache_c10(
     refuses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on tmpfs and some network file systems, which refuse ``O_DIRECT`` at once or at the first write."""
-    real_write, real_set = os.pwrite, DurableFile._set_direct
+    real_write, real_set = os.pwrite, durable_file.set_direct
     refused = []
     if refuses == "open":
-        monkeypatch.setattr(DurableFile, "_set_direct", lambda self, on: real_set(self, False))
+        monkeypatch.setattr(durable_file, "set_direct", lambda descriptor, on: real_set(descriptor, False))
     else:
 
         def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
@@ -244,7 +244,7 @@ def test_what_cannot_be_begun_leaves_nothing_open_c10(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="no locks here"):
         DurableFile(tmp_path / "a.ckpt")
     monkeypatch.undo()
-    monkeypatch.setattr(DurableFile, "_set_direct", lambda self, on: 1 // 0)
+    monkeypatch.setattr(durable_file, "set_direct", lambda descriptor, on: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         DurableFile(tmp_path / "a.ckpt")
     assert len(os.listdir("/proc/self/fd")) == open_before
@@ -311,7 +311,7 @@ def test_only_what_dead_writers_left_is_swept_c10(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from lightning_efficient.checkpointing.durable_file import DurableFile
+from lightning_efficient.core.durable_file import DurableFile
 file = DurableFile(Path({str(tmp_path)!r}) / "a.ckpt")
 print("ready", flush=True)
 sys.stdin.read()

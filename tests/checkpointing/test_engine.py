@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lightning_efficient.checkpointing import writer as writer_module
-from lightning_efficient.checkpointing.durable_file import DurableFile
+from lightning_efficient.core.durable_file import DurableFile
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.checkpointing.verification import verify
