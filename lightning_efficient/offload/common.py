@@ -22,6 +22,7 @@ from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
 from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
+from lightning_efficient.offload.checkpoint_io import streaming
 from lightning_efficient.offload.placement import KINDS
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
@@ -249,7 +250,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
             return
         if self._control is not None:
             checkpoint[STATE_KEY] = {"format": FORMAT, "batches": self._control.state_dict()}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with streaming(self):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = None
