@@ -37,7 +37,7 @@ def save_streamed(checkpoint: Any, path: Path) -> None:
     with durable_stream(path) as stream:
         writer = _Writer(stream)
         try:
-            torch.save(checkpoint, writer)
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # all that it asks of a file
         except Exception:
             if writer.error is None:
                 raise
@@ -46,8 +46,8 @@ def save_streamed(checkpoint: Any, path: Path) -> None:
             raise OSError(
                 error.errno,
                 f"the checkpoint could not be written ({error.strerror}): {path.parent} has {free:,} bytes free, and "
-                f"{stream.nbytes:,} had been written. Free space there, or name a folder on a larger disk. A checkpoint "
-                "that had this name before still has it",
+                f"{stream.nbytes:,} had been written. Free space there, or name a folder on a larger disk. A "
+                "checkpoint of this name is as it was",
                 str(path),
             ) from error
 

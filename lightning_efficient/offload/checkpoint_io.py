@@ -30,7 +30,7 @@ class StreamedCheckpointIO(TorchCheckpointIO):
 
 @contextlib.contextmanager
 def streaming(strategy: Strategy) -> Iterator[None]:
-    """Within it checkpoints are streamed, if the strategy's checkpoint IO is the one that Lightning gives by default."""
+    """Within it checkpoints are streamed, if the strategy's checkpoint IO is Lightning's default."""
     given = strategy.checkpoint_io
     if type(given) is not TorchCheckpointIO:
         yield

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_efficient.core import durable_file
-from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove
 from lightning_efficient.checkpointing.leftovers import Intention, sweep
+from lightning_efficient.core import durable_file
 from lightning_efficient.core.buffers import PAGE, HostBuffer
+from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove
 
 
 def image(pages: int) -> memoryview:

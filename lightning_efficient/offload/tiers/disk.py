@@ -62,8 +62,8 @@ class DiskTier:
     is checked at each read. After a write has failed, the tier accepts no more: what was committed can be read.
 
     What somebody writes to memory that :meth:`mapped` returns is only there (see :class:`.FileMapping`), and the record
-    stays as it is. Its CRC-32 is not checked. A record that is written while an older version of it is mapped takes more
-    room in the file, until the mapping ends.
+    stays as it is. Its CRC-32 is not checked. A record that is written while an older version of it is mapped takes
+    more room in the file, until the mapping ends.
 
     Attributes:
         name: For messages.
