@@ -215,3 +215,97 @@ def test_only_what_lightning_does_by_default_is_done_otherwise(
     assert trainer.strategy.checkpoint_io is before
     assert bool(seen) == streamed
     assert trainer.strategy.checkpoint_io.load_checkpoint(path, weights_only=True)["global_step"] == 1
+
+
+class OfSeveralTypes(torch.optim.Optimizer):
+    """Keeps its state in three of them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    kinds = {"mean": p.dtype, "half": torch.bfloat16, "count": torch.int32}
+                    state = self.state[p] or {key: torch.zeros_like(p, dtype=dtype) for key, dtype in kinds.items()}
+                    self.state[p] = state
+                    state["mean"].lerp_(p.grad, 0.1)
+                    state["half"].copy_(state["mean"])
+                    state["count"].add_(1)
+                    p.sub_(state["mean"], alpha=group["lr"])
+        return loss
+
+
+class Narrow(pl.LightningModule):
+    kind: Any = torch.optim.AdamW
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*[nn.Linear(32, 32) for _ in range(3)])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layers(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return self.kind(self.parameters())
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.ones(24, 32)), batch_size=4)
+
+
+class Typed(Narrow):
+    kind = OfSeveralTypes
+
+
+class SavesEach(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(f"{trainer.global_step}.ckpt")
+
+
+quiet = pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers", "ignore:You're resuming from a checkpoint"
+)
+
+
+@quiet
+def test_state_of_several_types_is_saved_as_without_offloading_o3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[Any]] = {}
+    for name in ("ours", "plain"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for path in (None, "3.ckpt"):
+            strategy: Any = OffloadStrategy(place={"optimizer_state": "disk"}) if name == "ours" else "auto"
+            trainer = make_trainer(SavesEach(), strategy=strategy, max_steps=3 if path is None else 5)
+            trainer.fit(Typed(), ckpt_path=path)
+        found[name] = [torch.load(f"{step}.ckpt", weights_only=True) for step in (1, 3, 5)]
+    for step, (ours, plain) in enumerate(zip(found["ours"], found["plain"], strict=True)):
+        assert_same_tree(ours["state_dict"], plain["state_dict"], "state_dict")
+        if step < 2:  # in the resumed one torch has made floating-point numbers of the counts, and we have not
+            assert_same_tree(ours["optimizer_states"], plain["optimizer_states"], "optimizer_states")
+
+
+class WritesToStates(pl.Callback):
+    """Changes what ``state_dict`` gives, which is not the optimizer's."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        states = trainer.optimizers[0].state_dict()["state"]
+        for state in states.values():
+            state["exp_avg"].fill_(batch_idx)
+        assert all(bool((state["exp_avg"] == batch_idx).all()) for state in states.values())
+
+
+@quiet
+def test_who_changes_what_state_dict_gives_of_a_disk_changes_only_that_o3() -> None:
+    weights = []
+    for callbacks in ([WritesToStates()], []):
+        strategy = OffloadStrategy(place={"optimizer_state": "disk"}, offload_dir="swap")
+        module = Narrow()
+        make_trainer(*callbacks, strategy=strategy, max_steps=5).fit(module)
+        weights.append(dict(module.state_dict()))
+    assert_same_tree(weights[0], weights[1], "weights")

@@ -16,7 +16,7 @@ from lightning_efficient.core.buffers import PAGE, round_up
 from lightning_efficient.offload.tiers.direct_file import DirectFile
 from lightning_efficient.offload.tiers.tier import TierError
 
-__all__ = ["FileMapping", "MappedMemory", "drop_pages", "drop_pages_at", "is_of_a_record"]
+__all__ = ["FileMapping", "MappedMemory", "alone", "drop_pages", "drop_pages_at", "is_of_a_record"]
 
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -106,6 +106,14 @@ _mapped: weakref.WeakValueDictionary[int, FileMapping] = weakref.WeakValueDictio
 def is_of_a_record(tensor: Tensor) -> bool:
     """Whether a tensor lies in memory that a tier has mapped, which nobody else knows by another way."""
     return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in _mapped
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The same memory as the only one of a storage: of a tensor on the host whose elements have no gaps."""
+    memory = MappedMemory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor)
+    if (mapping := _mapped.get(tensor.untyped_storage().data_ptr())) is not None:
+        _mapped[memory.address] = mapping
+    return memory.tensor().view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def drop_pages(tensor: Tensor) -> int:

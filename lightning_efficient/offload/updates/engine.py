@@ -180,7 +180,7 @@ class UpdateEngine:
     def _states_on(unit: Unit, record: Tensor) -> list[dict[str, Any]]:
         small = [unit.optimizer.state.get(parameter, {}) for parameter in unit.parameters]
         merged = []
-        for state, bulk, keys in zip(small, unit.layout.views(record, len(small)), unit.keys, strict=True):
+        for state, bulk, keys in zip(small, unit.layout.views_to_save(record, len(small)), unit.keys, strict=True):
             whole = {**state, **bulk}
             merged.append({key: whole[key] for key in dict.fromkeys((*keys, *whole)) if key in whole})
         return merged
