@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from lightning_efficient.checkpointing import remote_file
-from lightning_efficient.checkpointing.durable_file import PREFIX, SUFFIX, DurableFile
 from lightning_efficient.checkpointing.leftovers import sweep
 from lightning_efficient.checkpointing.remote_file import CHUNK_BYTES, is_remote
 from lightning_efficient.checkpointing.retention import only_weights
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
 from lightning_efficient.core.buffers import HostBuffer, round_up
+from lightning_efficient.core.durable_file import PREFIX, SUFFIX, DurableFile
 
 __all__ = ["RemoteFailure", "RemoteTier", "Uploaded", "is_remote"]
 

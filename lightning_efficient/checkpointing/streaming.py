@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_efficient.checkpointing.archive import Archive, Record, StorageLayout
-from lightning_efficient.checkpointing.durable_file import DurableFile
 from lightning_efficient.checkpointing.skeleton import Skeleton
-from lightning_efficient.core.buffers import HostBuffer, round_up
 from lightning_efficient.core.checksum import crc32
+from lightning_efficient.core.durable_stream import BUFFER_BYTES, DurableStream, durable_stream
 from lightning_efficient.core.torch_internals import bytes_of
 
 __all__ = ["write_streaming"]
-
-_BUFFER_BYTES = 8 << 20
 
 
 def write_streaming(skeleton: Skeleton, layout: StorageLayout, path: Path, note: bytes) -> None:
@@ -29,53 +26,31 @@ def write_streaming(skeleton: Skeleton, layout: StorageLayout, path: Path, note:
         OSError: As the system says.
     """
     archive = Archive(layout, skeleton.pickled, note)
-    file = DurableFile(path)
-    try:
-        _Stream(file).write(skeleton, archive)
-        file.commit(archive.nbytes)
-    except BaseException:
-        file.abandon()
-        raise
+    with durable_stream(path) as stream:
+        _write(stream, skeleton, archive)
 
 
-class _Stream:
-    """Appends bytes of any length to a file that takes whole pages."""
+def _write(stream: DurableStream, skeleton: Skeleton, archive: Archive) -> None:
+    checksums: dict[str, int] = {}
+    headers = 0
 
-    def __init__(self, file: DurableFile) -> None:
-        self._file = file
-        self._buffer = HostBuffer(_BUFFER_BYTES)
-        self._filled = 0
-        self._headers = 0
-        self._checksums: dict[str, int] = {}
-
-    def write(self, skeleton: Skeleton, archive: Archive) -> None:
-        for number, record in archive.storages.items():
-            data = bytes_of(skeleton.storages[number])
-            pieces = data.split(_BUFFER_BYTES) if data.numel() else ()
-            checksum = 0
-            for piece in pieces:
-                checksum = crc32(piece.cpu().numpy(), checksum)
-            self._header(archive, record, checksum)
-            for piece in pieces:
-                self._put(memoryview(piece.cpu().numpy()))
-        for record, content in archive.small:
-            self._header(archive, record, crc32(content))
-            self._put(memoryview(content))
-        self._put(memoryview(archive.tail(self._checksums, self._headers)))
-        self._file.append(self._buffer.view[: round_up(self._filled)])
-
-    def _header(self, archive: Archive, record: Record, checksum: int) -> None:
-        self._checksums[record.name] = checksum
+    def begin(record: Record, checksum: int) -> None:
+        nonlocal headers
+        checksums[record.name] = checksum
         header = archive.header(record, checksum)
-        self._headers = crc32(header, self._headers)
-        self._put(memoryview(header))
+        headers = crc32(header, headers)
+        stream.write(header)
 
-    def _put(self, data: memoryview) -> None:
-        while len(data):
-            part = data[: self._buffer.nbytes - self._filled]
-            self._buffer.view[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            data = data[len(part) :]
-            if self._filled == self._buffer.nbytes:
-                self._file.append(self._buffer.view)
-                self._filled = 0
+    for number, record in archive.storages.items():
+        data = bytes_of(skeleton.storages[number])
+        pieces = data.split(BUFFER_BYTES) if data.numel() else ()
+        checksum = 0
+        for piece in pieces:
+            checksum = crc32(piece.cpu().numpy(), checksum)
+        begin(record, checksum)
+        for piece in pieces:
+            stream.write(piece.cpu().numpy())
+    for record, content in archive.small:
+        begin(record, crc32(content))
+        stream.write(content)
+    stream.write(archive.tail(checksums, headers))

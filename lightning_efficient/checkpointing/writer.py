@@ -16,10 +16,10 @@ from typing import Literal, TypeVar
 
 import torch
 
-from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove
 from lightning_efficient.checkpointing.leftovers import Intention
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.core.buffers import round_up
+from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove
 
 __all__ = ["BackgroundWriter", "Failure", "Written"]
 

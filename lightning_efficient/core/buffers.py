@@ -159,7 +159,7 @@ class BufferPool:
 
     def fits(self, nbytes: int) -> bool:
         """Whether one buffer of this size can ever be lent."""
-        return self.cap_bytes is None or nbytes <= self.cap_bytes
+        return self.cap_bytes is None or round_up(nbytes) <= self.cap_bytes
 
     def try_take(self, nbytes: int) -> HostBuffer | None:
         """A buffer of at least ``nbytes``, or None while too many, or too much memory, are lent."""

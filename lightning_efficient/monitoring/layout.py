@@ -9,22 +9,23 @@ from lightning_efficient.monitoring.units import label_of, technique_of, unit_of
 
 __all__ = ["chart_groups", "tensorboard_layout"]
 
-_UNIT_TITLES = {"bytes": "memory (bytes)", "ms": "time (ms)", "s": "time (s)"}
+_UNIT_TITLES = {"bytes": "memory (bytes)", "GB/s": "bandwidth (GB/s)", "ms": "time (ms)", "s": "time (s)"}
+_BYTES_TITLES = {"peak": "peak memory (bytes)", "total": "total (bytes)"}  # by the first word of a label
 _TAGS_PER_CHART = 5
 
 
 def chart_groups(tags: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     """Technique to chart title to the tags of that chart, in the order of ``tags``.
 
-    Bytes share a chart (peaks another, for they dwarf what they are made of), and so do times of one unit; every other
-    quantity has its own scale and thus its own chart. A chart holds at most five tags.
+    Bytes share a chart (peaks and totals have others, for they dwarf what they are made of), and so do bandwidths and
+    times of one unit; every other quantity has its own scale and thus its own chart. A chart holds at most five tags.
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for tag in dict.fromkeys(tags):
         charts = groups.setdefault(technique_of(tag), {})
         base = _UNIT_TITLES.get(unit_of(tag), label_of(tag))
-        if unit_of(tag) == "bytes" and label_of(tag).startswith("peak"):
-            base = f"peak {base}"
+        if unit_of(tag) == "bytes":
+            base = _BYTES_TITLES.get(label_of(tag).partition(" ")[0], base)
         title = base
         number = 1
         while len(charts.get(title, ())) >= _TAGS_PER_CHART:

@@ -9,6 +9,7 @@ from lightning_efficient.core.units import digits, human_bytes
 __all__ = ["human", "label_of", "technique_of", "unit_of"]
 
 _SUFFIXES = {
+    "_gigabytes_per_second": "GB/s",
     "_bytes": "bytes",
     "_per_s": "per_s",
     "_ms": "ms",
@@ -24,7 +25,7 @@ def technique_of(tag: str) -> str:
 
 
 def unit_of(tag: str) -> str:
-    """One of ``bytes``, ``per_s``, ``ms``, ``s``, ``%``, or the empty string for counts and ratios."""
+    """One of ``bytes``, ``GB/s``, ``per_s``, ``ms``, ``s``, ``%``, or the empty string for counts and ratios."""
     for suffix, unit in _SUFFIXES.items():
         if tag.endswith(suffix):
             return unit
@@ -54,8 +55,8 @@ def human(value: float, unit: str = "") -> str:
         return _short(value, "ms") if abs(value) < 10_000 else _duration(value / 1e3)
     if unit == "s":
         return _duration(value)
-    if unit == "%":
-        return f"{digits(value)} %"
+    if unit in ("%", "GB/s"):
+        return _short(value, unit)
     return _decimal(value) + ("/s" if unit == "per_s" else "")
 
 

@@ -22,6 +22,7 @@ from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
 from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
+from lightning_efficient.offload.checkpoint_io import streaming
 from lightning_efficient.offload.placement import KINDS
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
@@ -67,6 +68,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
         self._events: list[telemetry.Event] = []
         self._undo = contextlib.ExitStack()
         self._control: BatchController | None = None
+        self._measured: Mapping[str, float] | None = None  # at the end
         self._schedule, self._why = "after_backward", ""
         self._in_backward = False  # that of Lightning, not one within the user's step
         self._loaded: Mapping[str, Any] | None = None
@@ -83,7 +85,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
             self._session.finish_updates()
 
     def measurements(self) -> Mapping[str, float]:
-        """Where bytes are, and what their ways cost."""
+        """Where bytes are, and what their ways cost a training batch; after training, the last values."""
+        if self._measured is not None:
+            return self._measured
         values = self._session.measurements() if self._session is not None else {}
         if self._control is not None and self._control.limit is not None:
             values["samples_per_part"] = float(self._control.limit)
@@ -118,7 +122,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
 
     def setup(self, trainer: pl.Trainer) -> None:
         self._end()
-        self._events = []
+        self._events, self._measured = [], None
         self._begun = self.enabled
         self._trainer = trainer
         super().setup(trainer)
@@ -179,6 +183,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if telemetry.due(trainer):
             if self._session.adapt():
                 self._tell(trainer, "the free memory changed")
+            self._session.look()
             telemetry.log(trainer, self.measurements())
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -213,6 +218,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
         self.finish_updates()
 
     def teardown(self) -> None:
+        self._measured = self.measurements()
         self.stop_batch_feedback()
         self._undo.close()
         if self._session is not None:
@@ -249,7 +255,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
             return
         if self._control is not None:
             checkpoint[STATE_KEY] = {"format": FORMAT, "batches": self._control.state_dict()}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with streaming(self):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = None
@@ -307,7 +314,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
         self._session.start()
         if self._session.gradients is not None:
             self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
-        rank_zero_info(f"{type(self).__name__}: {self._session.summary()} ({self._schedule}: {self._why})")
+        parts = self._session.summary(), f"schedule {self._schedule}: {self._why}", *self._session.ways()
+        rank_zero_info(f"{type(self).__name__}: {'; '.join(parts)}")
 
     def _follow_batches(self, trainer: pl.Trainer) -> None:
         if self._control is None:

@@ -185,8 +185,10 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
         if found := rules.find(attribute):
             rule, tier = found
             placed[index] = Row(attribute, tier, f"place[{rule!r}]")
-            if (free := left.get(tier)) is not None:
-                left[tier] = free - attribute.nbytes
+        elif attribute.kind == "parameter" and 0 < attribute.nbytes < SMALL:
+            placed[index] = Row(attribute, rooms[0].tier, "too small to be worth its way")
+        if index in placed and (free := left.get(placed[index].tier)) is not None:
+            left[placed[index].tier] = free - attribute.nbytes
     rank = {"optimizer_state": 0, "gradient": 1, "master_weight": 2}
     waiting = sorted(
         (index for index in range(len(attributes)) if index not in placed),
@@ -194,9 +196,6 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
     )
     for index in waiting:
         attribute = attributes[index]
-        if attribute.kind == "parameter" and 0 < attribute.nbytes < SMALL:
-            placed[index] = Row(attribute, rooms[0].tier, "too small to be worth its way")
-            continue
         for number, room in enumerate(rooms):
             free = left[room.tier]
             if free is None or attribute.nbytes <= free or number == len(rooms) - 1:

@@ -13,12 +13,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.core.units import human_bytes
+from lightning_efficient.offload.feasible import check_disk, check_staging, plan_with_window, window_bytes
 from lightning_efficient.offload.inventory import attributes_of, to_device
 from lightning_efficient.offload.limit import LimitMeter, Work
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, keep_or_replan, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
+from lightning_efficient.offload.step_means import StepMeans
 from lightning_efficient.offload.streaming.streaming import ParameterStream
+from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -81,7 +84,7 @@ class OffloadSession:
         self._module, self._optimizers, self._settings = module, list(optimizers), settings
         self._device, self._schedule, self._complete = device, schedule, complete
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
-        self._limit = LimitMeter()
+        self._limit, self._means = LimitMeter(), StepMeans(self._totals)
         self._handles: list[RemovableHandle] = []
         on_cpu = device.type == "cpu"  # where the device's memory is that of the host
         place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
@@ -111,6 +114,8 @@ class OffloadSession:
     def _waited_seconds(self) -> float:
         """That computing waited for transfers."""
         waited = self._staging.waited_seconds if self._staging is not None else 0.0
+        if self.updates is not None:
+            waited += self.engine.waited_seconds
         if self.stream is not None:
             waited += self.stream.statistics.wait_seconds
         if self.saved is not None:
@@ -156,6 +161,7 @@ class OffloadSession:
             self._begin()
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
         if gradients:
+            self._means.step()
             self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds))
         if self.stream is not None:
             self.stream.end_step()
@@ -223,8 +229,7 @@ class OffloadSession:
             return False
         rooms = self.tiers.rooms(self._parameters, self._optimizers)
         stay = [row for row in self.placement.rows if row.attribute.kind != "optimizer_state"]
-        fixed = Placement(tuple(stay), tuple(rooms))
-        left = [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - fixed.used(r.tier))) for r in rooms]
+        left = self._left(rooms, Placement(tuple(stay), tuple(rooms)))
         states = [row for row in self.placement.rows if row.attribute.kind == "optimizer_state"]
         current = Placement(tuple(states), tuple(left))
         better = keep_or_replan(current, [row.attribute for row in states], left, self._rules)
@@ -276,24 +281,42 @@ class OffloadSession:
                 parts.append(f"{room.tier}: {amounts}")
         return "; ".join(parts)
 
+    def ways(self) -> list[str]:
+        """Of what is elsewhere: the memory for it on its way, and the folder of what is on a disk."""
+        tiers = {row.tier for row in self.placement.rows} - {self.tiers.fastest}
+        parts = [f"staging up to {human_bytes(self.staging_bytes)}, beside the budget"] if tiers else []
+        return [*parts, f"files in {self.tiers.directory.absolute()}"] if "disk" in tiers else parts
+
+    def look(self) -> None:
+        """As a batch begins: the means among the measurements are of the batches since the last look from now on."""
+        self._means.look()
+
     def measurements(self) -> dict[str, float]:
-        """By tag, without the technique's name."""
+        """By tag, without the technique's name: what is where now, and means over training batches."""
         values: dict[str, float] = {}
         if self.updates is not None and self._staging is not None:
             away = [unit for unit in self.engine.units if unit.placed is not None]
             values["states_elsewhere"] = float(sum(len(unit.names) for unit in away))
             values["staging_bytes"] = float(self._staging.held_bytes)
-            values["wait_ms"] = self._staging.waited_seconds * 1e3
+        if self.stream is not None:
+            values["parameter_resident_bytes"] = float(self.stream.statistics.resident_bytes)
+        if self.saved is not None:
+            values["activation_resident_bytes"] = float(self.saved.statistics().stash.peak_resident_bytes)
+        return values | self.tiers.measurements(self._means.means()) | self._limit.measurements()
+
+    def _totals(self) -> dict[str, float]:
+        """What grows, by the tag of its mean over batches."""
+        totals: dict[str, float] = {}
+        if self.updates is not None and self._staging is not None:
+            totals["wait_ms"] = (self._staging.waited_seconds + self.engine.waited_seconds) * 1e3
         if self.stream is not None:
             streamed = self.stream.statistics
-            values["parameter_wait_ms"] = streamed.wait_seconds * 1e3
-            values["parameter_resident_bytes"] = float(streamed.resident_bytes)
-            values["parameter_fetches"] = float(streamed.fetches)
+            totals["parameter_wait_ms"] = streamed.wait_seconds * 1e3
+            totals["parameter_fetches"] = float(streamed.fetches)
         if self.saved is not None:
             stash = self.saved.statistics().stash
-            values["activation_wait_ms"] = (stash.wait_seconds + stash.back_pressure_seconds) * 1e3
-            values["activation_resident_bytes"] = float(stash.peak_resident_bytes)
-        return values | self.tiers.measurements() | self._limit.measurements()
+            totals["activation_wait_ms"] = (stash.wait_seconds + stash.back_pressure_seconds) * 1e3
+        return totals | self.tiers.totals()
 
     # -- the state as a whole ----------------------------------------------------------------------------------------
 
@@ -332,16 +355,16 @@ class OffloadSession:
 
     def _place(self) -> None:
         """Plan, and give each parameter its place."""
-        self._parameters = list(self._module.parameters())  # to look at them without anybody taking it for a use
+        self._parameters = list(
+            self._module.parameters()
+        )  # where they are used; nobody takes a look at these for a use
         self.attributes = self._attributes()
         self._placed_for = self._arrangement()
-        self.placement = plan(self.attributes, self.tiers.rooms(self._parameters, self._optimizers), self._rules)
-        limit, needed = self.placement.rooms[-1].nbytes, self.placement.used("disk")
-        if limit is not None and needed > limit:
-            raise ValueError(
-                f"memory_budget['disk'] allows {human_bytes(limit)}, and {human_bytes(needed)} would go there. Raise "
-                "it, or leave more in memory."
-            )
+        rooms = self.tiers.rooms(self._parameters, self._optimizers)
+        self.placement = plan_with_window(self.attributes, rooms, self._rules, used_at_once(self._module))
+        self._window_bytes = window_bytes(self.placement)
+        check_disk(self.placement)
+        check_staging(self.placement, self._module, self._optimizers, self._settings)
         placed = {
             name: self.tiers.get(tier)
             for name, _ in self._module.named_parameters()
@@ -350,13 +373,11 @@ class OffloadSession:
         if self._device.type != "cpu":
             to_device(self._module, self._device, placed)
         if placed:
-            room = self.placement.rooms[0]
-            left = sum(a.nbytes for a in self.attributes if a.kind == "parameter" and a.name in placed)
-            if room.nbytes is not None:
-                left = min(left, room.nbytes - self.placement.used(room.tier))
-            self._stream_bytes = max(left, 1)
-            self.stream = ParameterStream(self._module, placed, budget_bytes=self._stream_bytes, device=self._device)
+            self.stream = ParameterStream(
+                self._module, placed, budget_bytes=max(self._window_bytes, 1), device=self._device
+            )
             self.tiers.commit()
+            self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
 
     def _place_what_came(self) -> None:
         """Plan for what the optimizers have now and had not; the rest stays where it is."""
@@ -364,9 +385,14 @@ class OffloadSession:
         self.attributes = self._attributes()
         self._placed_for = self._arrangement()
         came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
-        rooms, used = self.placement.rooms, self.placement.used
-        left = [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - used(r.tier))) for r in rooms]
-        self.placement = Placement((*self.placement.rows, *plan(came, left, self._rules).rows), rooms)
+        came_to = plan(came, self._left(self.placement.rooms, self.placement), self._rules)
+        self.placement = Placement((*self.placement.rows, *came_to.rows), self.placement.rooms)
+
+    def _left(self, rooms: Sequence[Room], fixed: Placement) -> list[Room]:
+        """What of the rooms is left beside what is fixed, and the parameters on their way."""
+        taken = {room.tier: fixed.used(room.tier) for room in rooms}
+        taken[self.tiers.fastest] += self._window_bytes
+        return [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - taken[r.tier])) for r in rooms]
 
     def _arrangement(self) -> list[list[int]]:
         """Which parameters the optimizers have, by group."""
@@ -406,7 +432,8 @@ class OffloadSession:
     def _engine_arguments(self) -> dict[str, Any]:
         together_bytes = min(TOGETHER_BYTES, self.staging_bytes // 16)  # with their state several fit there
         if self.stream is not None:
-            together_bytes = min(together_bytes, self._stream_bytes // 4)
+            largest = max(self.stream.units.values(), default=0)  # is at work while others are updated beside it
+            together_bytes = min(together_bytes, self._window_bytes // 4, self._window_bytes - largest)
         return {
             "staging": self._staging,
             "master_weights": self._settings.master_weights,

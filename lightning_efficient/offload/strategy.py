@@ -21,20 +21,29 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
 
     ``strategy="offload"`` stands for it after ``import lightning_efficient``.
 
+    Example::
+
+        strategy = OffloadStrategy(memory_budget="6GiB", offload_dir="/scratch", place={"optimizer_state": "disk"})
+        trainer = Trainer(strategy=strategy, gradient_clip_val=1.0)
+        trainer.fit(module, data)  # the weights, and the checkpoints, of a run that has memory for all
+        print(strategy.placement())
+
     Args:
         memory_budget: How much may be in the fastest memory (bytes, or a text such as ``"6GiB"``), or an amount for
             each tier: ``{"device": "auto", "host": "2GiB", "disk": "100GiB"}``. ``auto``, and a tier that is not
-            named, is what is free when training begins.
+            named, is what is free when training begins, less a fifth. It is of what is placed; ``staging`` and
+            activations come on top.
         offload_dir: Folder for what goes to a disk; what is relative, and ``offload`` for None, is below the Trainer's
             ``default_root_dir``.
-        place: Where tensors go, whatever the plan would say: from a kind (``optimizer_state``, ``parameter``), a
-            pattern of parameter names, or both (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or
-            ``numa:N``.
+        place: Where tensors go, whatever the plan would say: from a kind (``parameter``, ``gradient``,
+            ``optimizer_state``, or ``activation`` for what backward needs), a pattern of parameter names, or both
+            (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or ``numa:N``.
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
             first that the run allows. All are exact.
-        staging: Memory for records on their way to and from a disk, beside the budget; None: 256 MiB, or what two of
-            the largest records take.
+        staging: Most memory for records on their way to and from a disk, beside the budget: it is taken as it is
+            needed, and one record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB,
+            or what two of the largest records take.
         master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
         batch_feedback: Split a batch into micro-batches within the step when memory is short, go back to the step's
             beginning after an out-of-memory error, and merge them again when there is room; the batch that the

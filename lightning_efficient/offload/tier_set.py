@@ -107,20 +107,36 @@ class TierSet:
         found = [tier.statistics() for tier in self._tiers.values() if not isinstance(tier, HostTier)]
         return sum(max(one.read_seconds, one.write_seconds) for one in found)
 
-    def measurements(self) -> dict[str, float]:
-        """By tag, without the technique's name."""
+    def totals(self) -> dict[str, float]:
+        """What grows: bytes that were moved, and the time in which they were, by the disk's name."""
         values: dict[str, float] = {}
         for name, tier in self._tiers.items():
-            prefix = name.replace(":", "_")
+            if not isinstance(tier, HostTier):
+                found = tier.statistics()
+                values |= {f"{name}_read_bytes": float(found.read_bytes), f"{name}_read_ms": found.read_seconds * 1e3}
+                values |= {f"{name}_written_bytes": float(found.written_bytes)}
+                values |= {f"{name}_write_ms": found.write_seconds * 1e3}
+        return values
+
+    def measurements(self, means: Mapping[str, float]) -> dict[str, float]:
+        """By tag, without the technique's name.
+
+        Args:
+            means: Of :meth:`totals`, and of others, over steps.
+        """
+        values = dict(means)
+        for name, tier in self._tiers.items():
             if isinstance(tier, HostTier):
-                values[f"{prefix}_bytes"] = float(tier.reserved_bytes)
+                values[f"{name.replace(':', '_')}_bytes"] = float(tier.reserved_bytes)
                 continue
             found = tier.statistics()
-            values[f"{prefix}_bytes"] = float(found.file_bytes)
-            values[f"{prefix}_read_bytes"] = float(found.read_bytes)
-            values[f"{prefix}_written_bytes"] = float(found.written_bytes)
-            values[f"{prefix}_read_gigabytes_per_second"] = found.read_bytes / max(found.read_seconds, 1e-9) / 1e9
-            values[f"{prefix}_write_gigabytes_per_second"] = found.written_bytes / max(found.write_seconds, 1e-9) / 1e9
+            values[f"{name}_bytes"] = float(found.file_bytes)
+            values[f"total_{name}_read_bytes"] = float(found.read_bytes)
+            values[f"total_{name}_written_bytes"] = float(found.written_bytes)
+            for moved, way in (("read", "read"), ("written", "write")):
+                if milliseconds := values.pop(f"{name}_{way}_ms", 0.0):
+                    rate = values[f"{name}_{moved}_bytes"] / milliseconds / 1e6
+                    values[f"{name}_{way}_gigabytes_per_second"] = rate
         return values
 
     def _free_bytes(self, device: torch.device) -> int:

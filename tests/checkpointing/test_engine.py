@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from lightning_efficient.checkpointing import writer as writer_module
-from lightning_efficient.checkpointing.durable_file import DurableFile
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.checkpointing.verification import verify
 from lightning_efficient.checkpointing.writer import BackgroundWriter
 from lightning_efficient.core.buffers import BufferPool
+from lightning_efficient.core.durable_file import DurableFile
 from tests.checkpointing.states import checkpoint_of, same, step, trained
 
 

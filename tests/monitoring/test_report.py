@@ -128,6 +128,7 @@ def test_a_report_of_another_format_is_refused(report: RunReport) -> None:
         (1e-7, "", "1.00e-07"),
         (45_100, "per_s", "45.1 k/s"),
         (12.5, "%", "12.5 %"),
+        (1.234, "GB/s", "1.23 GB/s"),
         (math.nan, "ms", "not measured"),
         (math.inf, "", "+inf"),
         (-2048, "bytes", "-2 KiB"),
@@ -141,6 +142,9 @@ def test_tags_in_words() -> None:
     assert label_of("offload/peak_host_bytes") == "peak host"
     assert label_of("efficiency/tokens_per_s") == "tokens per second"
     assert label_of("growth/parameters") == "parameters"
+    assert label_of("offload/states_elsewhere") == "states elsewhere"
+    assert label_of("offload/disk_read_gigabytes_per_second") == "disk read"
+    assert unit_of("offload/disk_read_gigabytes_per_second") == "GB/s"
     assert [unit_of(tag) for tag in ("a/b_bytes", "a/b_ms", "a/b_per_s", "a/b_s", "a/b")] == [
         "bytes", "ms", "per_s", "s", ""
     ]  # fmt: skip
@@ -148,12 +152,17 @@ def test_tags_in_words() -> None:
 
 def test_charts_hold_what_shares_a_scale() -> None:
     many = [f"offload/tier{i}_bytes" for i in range(7)]
-    groups = chart_groups(["a/x_ms", "a/y_ms", "a/count", "a/z_bytes", "a/peak_bytes", *many])
+    rates = ["a/read_gigabytes_per_second", "a/write_gigabytes_per_second"]
+    groups = chart_groups(
+        ["a/x_ms", "a/y_ms", "a/count", "a/z_bytes", "a/peak_bytes", "a/total_read_bytes", *rates, *many]
+    )
     assert groups["a"] == {
         "time (ms)": ["a/x_ms", "a/y_ms"],
         "count": ["a/count"],
         "memory (bytes)": ["a/z_bytes"],
         "peak memory (bytes)": ["a/peak_bytes"],
+        "total (bytes)": ["a/total_read_bytes"],
+        "bandwidth (GB/s)": rates,
     }
     assert [len(tags) for tags in groups["offload"].values()] == [5, 2]
 

@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 import re
+import resource
 import threading
 from pathlib import Path
 
@@ -99,6 +100,42 @@ def test_a_mapped_record_stays_until_the_second_commit_and_costs_no_memory_o8(tm
     assert torch.equal(data[0], noise(size, 0))
     tier.close()
     assert torch.equal(mapped, data[3])
+
+
+def test_what_is_written_to_a_mapped_record_is_only_there(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path)
+    size = 8 << 20
+    record = tier.reserve([size], versioned=True)[0]
+    data = noise(size, 0)
+    write(tier, record, data)
+    mapped, other = tier.mapped(record), tier.mapped(record)
+    mapped[: size // 2].zero_()
+    assert torch.equal(other, data)
+    assert torch.equal(read(tier, record), data)
+    before = resident("RssAnon")
+    drop_pages(mapped)
+    assert resident("RssAnon") == pytest.approx(before, abs=1 << 20)
+    assert mapped[: size // 2].count_nonzero() == 0
+    assert torch.equal(mapped[size // 2 :], data[size // 2 :])
+    write(tier, record, noise(size, 1))
+    tier.commit()
+    assert torch.equal(other, data)
+    tier.close()
+
+
+def test_where_memory_to_write_to_is_limited_records_are_mapped_to_be_read(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path)
+    record = tier.reserve([64 << 20], versioned=False)[0]
+    data = noise(64 << 20, 0)
+    write(tier, record, data)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (resident("VmData") + (32 << 20), limits[1]))
+    try:
+        mapped = tier.mapped(record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert torch.equal(mapped, data)
+    tier.close()
 
 
 def test_rewritten_records_are_seen_through_new_mappings(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_efficient.core.random_state import random_state, restore_random_state
 from lightning_efficient.offload.batches import rewind
-from lightning_efficient.offload.batches.rewind import Generators, KeptGradients, Slot, WatchedTensors, buffer_slots
-
-CPU = torch.device("cpu")
+from lightning_efficient.offload.batches.rewind import KeptGradients, Slot, WatchedTensors, buffer_slots
 
 
 def test_o7_all_generators_go_back() -> None:
@@ -20,11 +19,11 @@ def test_o7_all_generators_go_back() -> None:
         return [float(torch.rand(())), random.random(), float(numpy.random.rand()), random.gauss(0, 1)]
 
     random.gauss(0, 1)  # one more is kept for the next call
-    before = Generators(CPU)
+    before = random_state()
     first = draw()
-    before.back()
+    restore_random_state(before)
     assert draw() == first
-    before.back()
+    restore_random_state(before)
     assert draw() == first
 
 
@@ -134,11 +133,11 @@ def test_o7_gradients_and_generators_of_a_gpu_go_back() -> None:
     module = nn.Linear(64, 64, device=device)
     module(torch.rand(4, 64, device=device)).sum().backward()
     before = module.weight.grad.clone()
-    gradients, generators = KeptGradients(module), Generators(device)
+    gradients, generators = KeptGradients(module), random_state()
     assert gradients.keep()
     drawn = torch.rand(8, device=device)
     module(torch.rand(4, 64, device=device)).sum().backward()
     gradients.back()
-    generators.back()
+    restore_random_state(generators)
     assert torch.equal(module.weight.grad, before)
     assert torch.equal(torch.rand(8, device=device), drawn)

@@ -95,7 +95,7 @@ def test_the_memory_cannot_be_exchanged() -> None:
 def test_what_must_be_there_at_once_has_to_fit() -> None:
     model, x = mlp(), torch.randn(2, 8)
     stream = stream_of(model, MemoryTier(), 0.2)
-    message = r"'0.0.weight' is needed, and 6720 bytes .*; but budget_bytes=1344"
+    message = r"'0.0.weight' is needed, and 6720 bytes .*; but memory_budget leaves 1344"
     with pytest.raises(BudgetError, match=message), stream.ensure(model.parameters()):
         pass
     stream.end_step()

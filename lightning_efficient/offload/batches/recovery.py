@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_efficient.compat_steps import ClosureResult, logged_in_training_step
 from lightning_efficient.core.memory_meter import MemoryMeter
+from lightning_efficient.core.random_state import random_state, restore_random_state
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.free_memory import empty_caches, free_bytes, is_out_of_memory
-from lightning_efficient.offload.batches.rewind import Generators, KeptGradients, WatchedTensors, buffer_slots
+from lightning_efficient.offload.batches.rewind import KeptGradients, WatchedTensors, buffer_slots
 from lightning_efficient.offload.batches.step_logs import StepLogs
 from lightning_efficient.offload.batches.step_metrics import StepMetrics
 
@@ -105,7 +106,7 @@ class Recovery:
         self._metrics.keep()
         self._buffers.keep()
         self._undo_logs = logged_in_training_step(self._trainer)
-        self._generators = Generators(self._device)
+        self._random = random_state()
         self._synchronizes_buffers = getattr(self._trainer.strategy.model, "require_forward_param_sync", False)
         self._kept = True
         step.free_bytes = free_bytes(self._device)
@@ -178,7 +179,7 @@ class Recovery:
         self._undo_logs()
         self._metrics.back()
         self._buffers.back()
-        self._generators.back()
+        restore_random_state(self._random)
 
     def succeeded(self) -> None:
         """The step is done."""

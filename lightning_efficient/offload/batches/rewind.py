@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,37 +12,10 @@ from torch import Tensor, nn
 from lightning_efficient.core.torch_internals import tensor_version
 from lightning_efficient.offload.batches.free_memory import free_bytes
 
-__all__ = ["Generators", "KeptGradients", "Slot", "WatchedTensors", "buffer_slots"]
+__all__ = ["KeptGradients", "Slot", "WatchedTensors", "buffer_slots"]
 
 _SMALL = 1 << 16  # bytes
 _HOST_SHARE = 0.5  # of the host's free memory that copies of gradients may take
-
-
-class Generators:
-    """The states of all global random generators that a step draws from, as they are now.
-
-    They are torch's of the CPU and of the device, Python's ``random`` and, if it is imported, NumPy's.
-
-    Args:
-        device: Where the step runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy else None
-
-    def back(self) -> None:
-        """Go back to them."""
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
 
 
 @dataclass(frozen=True)

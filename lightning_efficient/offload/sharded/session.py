@@ -77,14 +77,14 @@ class ShardedSession(OffloadSession):
         """Whether this rank's optimizers have their share of the state only."""
         return hasattr(self, "engine")
 
-    def measurements(self) -> dict[str, float]:
-        values = super().measurements()
+    def _totals(self) -> dict[str, float]:
+        totals = super()._totals()
         if self.divided:
             exchange = self.engine.exchange
-            values["sent_bytes"] = float(exchange.sent_bytes)
-            values["received_bytes"] = float(exchange.received_bytes)
-            values["exchange_wait_ms"] = exchange.waited_seconds * 1e3
-        return values
+            totals["sent_bytes"] = float(exchange.sent_bytes)
+            totals["received_bytes"] = float(exchange.received_bytes)
+            totals["exchange_wait_ms"] = exchange.waited_seconds * 1e3
+        return totals
 
     def _attributes(self) -> list[Attribute]:
         self._owner_of = share_out(self._optimizers, self._ranks.size, TOGETHER_BYTES)

@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,9 @@ from lightning_efficient.core.torch_internals import has_compatible_type
 if TYPE_CHECKING:
     from lightning_efficient.offload.streaming.slots import Slot
 
-__all__ = ["METADATA", "Guarded", "User", "guard"]
+__all__ = ["METADATA", "Guarded", "User", "guard", "instances"]
+
+P = TypeVar("P", bound=nn.Parameter)
 
 
 class User(Protocol):
@@ -83,7 +85,7 @@ class Guarded(nn.Parameter):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    slots = list(dict.fromkeys(_slot_of(parameter) for parameter in _guarded(args, kwargs)))
+    slots = list(dict.fromkeys(_slot_of(parameter) for parameter in instances(Guarded, args, kwargs)))
     with _users(slots):
         if func == _GET_DATA or getattr(func, "__name__", "").startswith("_fused_"):  # these leave no trace of changes
             for slot in slots:
@@ -125,11 +127,12 @@ for _name in _PROPERTIES:
         METADATA |= {_property.__get__, _property.__set__} if hasattr(_property, "__set__") else {_property.__get__}
 
 
-def _guarded(*values: Any) -> Iterator[Guarded]:
+def instances(kind: type[P], *values: Any) -> Iterator[P]:
+    """The parameters of exactly this class among the arguments of an operation, and in their containers."""
     for value in values:
-        if type(value) is Guarded:
+        if type(value) is kind:
             yield value
         elif isinstance(value, list | tuple):
-            yield from _guarded(*value)
+            yield from instances(kind, *value)
         elif isinstance(value, dict):
-            yield from _guarded(*value.values())
+            yield from instances(kind, *value.values())

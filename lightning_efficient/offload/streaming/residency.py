@@ -300,6 +300,6 @@ class Residency:
         if held:
             message += f", while {sum(one.nbytes for one in held)} are in use: {names}{', ...' if held[8:] else ''}"
         return (
-            f"{message}; but budget_bytes={self._budget_bytes}. Raise the budget, place fewer parameters, or let go of "
-            "views of parameters that are not needed any more."
+            f"{message}; but memory_budget leaves {self._budget_bytes} for parameters that are elsewhere. Give it "
+            "more, place fewer parameters, or let go of views of parameters that are not needed any more."
         )

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_efficient.core.torch_internals import compiled_entry
 from lightning_efficient.offload.streaming.slots import Slot
 
-__all__ = ["Part", "choose_parts", "is_compiled"]
+__all__ = ["Part", "choose_parts", "is_compiled", "used_at_once"]
 
 _SHARE = 4  # a part that can be split has at most this fraction of the budget: others are fetched and written beside it
 
@@ -42,6 +42,25 @@ class Part:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of ``module`` runs code that ``torch.compile`` made of all that is in it."""
     return compiled_entry(module) is not None
+
+
+def used_at_once(module: nn.Module) -> dict[str, list[str]]:
+    """The names of the parameters that cannot be fetched one after another, by the name of the module that uses them.
+
+    They are a module's own, or all of one that is a part as a whole.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found: dict[str, list[str]] = {}
+
+    def walk(path: str, one: nn.Module) -> None:
+        whole = isinstance(one, _WHOLE) or is_compiled(one)
+        if used := [names[id(parameter)] for parameter in one.parameters(recurse=whole)]:
+            found[path] = used
+        for child, below in () if whole else one.named_children():
+            walk(f"{path}.{child}" if path else child, below)
+
+    walk("", module)
+    return found
 
 
 def choose_parts(

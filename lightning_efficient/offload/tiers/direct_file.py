@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from lightning_efficient.core.buffers import PAGE, BufferPool, round_up
 from lightning_efficient.core.checksum import crc32
+from lightning_efficient.core.direct_io import set_direct
 from lightning_efficient.offload.tiers.tier import TierError
 
 __all__ = ["PIECE", "DirectFile", "SystemCalls", "memory_at"]
@@ -77,7 +77,7 @@ class DirectFile:
         self._buffers = buffers
         self._staged_bytes = staged_bytes
         self._system = system
-        self.direct = self._set_direct(True)
+        self.direct = set_direct(descriptor, True)
 
     @property
     def descriptor(self) -> int:
@@ -199,10 +199,10 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not direct:
                     raise self._failure(operation, offset, nbytes - (offset - start), error) from error
-                self.direct = self._set_direct(False)
+                self.direct = set_direct(self._descriptor, False)
                 continue
             if count % PAGE and direct:  # it goes on within a page
-                self.direct = self._set_direct(False)
+                self.direct = set_direct(self._descriptor, False)
             offset += count
             memory = _behind(memory, count)
         if not self.direct:
@@ -231,17 +231,6 @@ class DirectFile:
         except OSError as error:
             raise self._failure("statvfs", 0, self.nbytes, error) from error
         return room.f_bavail * room.f_frsize
-
-    def _set_direct(self, on: bool) -> bool:
-        """Whether it goes past the page cache now."""
-        if not hasattr(os, "O_DIRECT"):
-            return False
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-        except OSError:
-            return False
-        return on
 
 
 def _behind(memory: list[memoryview], count: int) -> list[memoryview]:

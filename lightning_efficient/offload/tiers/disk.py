@@ -61,8 +61,9 @@ class DiskTier:
     written as a whole by one thread, page-aligned memory (``core.buffers.HostBuffer``) without a copy, and its CRC-32
     is checked at each read. After a write has failed, the tier accepts no more: what was committed can be read.
 
-    Memory that :meth:`mapped` returns can only be read; writing to it ends the process. Its CRC-32 is not checked. A
-    record that is written while an older version of it is mapped takes more room in the file, until the mapping ends.
+    What somebody writes to memory that :meth:`mapped` returns is only there (see :class:`.FileMapping`), and the record
+    stays as it is. Its CRC-32 is not checked. A record that is written while an older version of it is mapped takes
+    more room in the file, until the mapping ends.
 
     Attributes:
         name: For messages.
@@ -209,17 +210,17 @@ class DiskTier:
 
     def mapped(self, record: Record) -> Tensor:
         """See :meth:`.Tier.mapped` and :func:`.drop_pages`; waits for the record's own transfers only."""
-        return self._map(record, writable=False)
+        return self._map(record, shared=False)
 
     def keep(self, record: Record) -> Tensor:
         """See :meth:`.Tier.keep`; room on the disk is taken until nobody uses the tensor."""
-        return self._map(record, writable=True)
+        return self._map(record, shared=True)
 
-    def _map(self, record: Record, *, writable: bool) -> Tensor:
+    def _map(self, record: Record, *, shared: bool) -> Tensor:
         self._check_open()
         with self._lock:
             place, slot = self._slots.to_read(record)
-            memory = FileMapping(self._file, slot.extent.offset, record.nbytes, writable=writable)
+            memory = FileMapping(self._file, slot.extent.offset, record.nbytes, shared=shared)
             self._slots.map(slot, memory)
             last = place.last
         if isinstance(last, Transfer):

@@ -7,13 +7,13 @@ object sees to it, and changes back when the update begins.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_efficient.offload.streaming.guarded import METADATA
+from lightning_efficient.offload.streaming.guarded import METADATA, instances
 
 __all__ = ["Awaited", "await_no_more", "await_update"]
 
@@ -61,7 +61,7 @@ class Awaited(nn.Parameter):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    for parameter in _awaited(args, kwargs):
+    for parameter in instances(Awaited, args, kwargs):
         _use(parameter)
     return func(*args, **kwargs)
 
@@ -69,13 +69,3 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def _use(parameter: nn.Parameter) -> None:
     if (used := _waiting.get(id(parameter))) is not None:
         used(parameter)
-
-
-def _awaited(*values: Any) -> Iterator[Awaited]:
-    for value in values:
-        if type(value) is Awaited:
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _awaited(*value)
-        elif isinstance(value, dict):
-            yield from _awaited(*value.values())

@@ -9,6 +9,7 @@ the next overlaps with the write of the last.)
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class UpdateEngine:
         units: All, in the order of the optimizers and their groups.
         stream: See below.
         updating: Whether an update has begun and not ended; also if it failed, and weights may be half new.
+        waited_seconds: For tiers to commit; what records on their way were waited for, ``staging`` knows.
 
     Args:
         optimizers: The user's, of classes that :func:`~.subset_step.check_parameter_by_parameter` admits.
@@ -66,6 +68,7 @@ class UpdateEngine:
         self.units = self._make_units(optimizers, names, tier_of, together_bytes)
         self.unit_of = {parameter: unit for unit in self.units for parameter in unit.parameters}
         self.updating = False
+        self.waited_seconds = 0.0
         for unit in self.units:
             self._move_out(unit)
 
@@ -86,8 +89,10 @@ class UpdateEngine:
     def commit(self) -> None:
         """What has been written is the state to go back to."""
         self._staging.flush()
+        begin = time.perf_counter()
         for tier in self.tiers:
             tier.commit()
+        self.waited_seconds += time.perf_counter() - begin
 
     def follow_groups(self, optimizer: Optimizer) -> None:
         """Its groups may be others than before, of the same parameters.
@@ -175,7 +180,7 @@ class UpdateEngine:
     def _states_on(unit: Unit, record: Tensor) -> list[dict[str, Any]]:
         small = [unit.optimizer.state.get(parameter, {}) for parameter in unit.parameters]
         merged = []
-        for state, bulk, keys in zip(small, unit.layout.views(record, len(small)), unit.keys, strict=True):
+        for state, bulk, keys in zip(small, unit.layout.views_to_save(record, len(small)), unit.keys, strict=True):
             whole = {**state, **bulk}
             merged.append({key: whole[key] for key in dict.fromkeys((*keys, *whole)) if key in whole})
         return merged

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_efficient.offload.tiers.mapped_memory import alone
+
 __all__ = ["Entry", "Layout", "is_bulk"]
 
 ALIGNMENT = 64  # bytes: a cache line, and what vectorized kernels like best
@@ -77,6 +79,13 @@ class Layout:
         for entry in self.entries:
             found[entry.parameter][entry.key] = entry.view(buffer)
         return found
+
+    def views_to_save(self, buffer: Tensor, parameters: int) -> list[dict[str, Tensor]]:
+        """The same, on the host; of several types each on a storage of its own, since ``torch.save`` refuses others."""
+        found = self.views(buffer, parameters)
+        if len({entry.dtype for entry in self.entries}) < 2:
+            return found
+        return [{key: alone(view) for key, view in views.items()} for views in found]
 
     def fill(self, buffer: Tensor, states: Sequence[Mapping[str, Any]]) -> None:
         """Copy the bulk of ``states`` into ``buffer``; a tensor that lies there already is left alone."""

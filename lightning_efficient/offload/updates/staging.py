@@ -46,7 +46,7 @@ class Staging:
     order is read at once, if need be into the room of what was read ahead the furthest.
 
     Attributes:
-        waited_seconds: That callers waited for bytes or room.
+        waited_seconds: That callers waited for bytes, for room, or for writes to end.
         hits: Records that had been asked for ahead of their use.
         misses: Records that had not.
 
@@ -149,8 +149,10 @@ class Staging:
         Raises:
             TierError: If one failed.
         """
+        begin = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: not self._returning or self._error is not None)
+        self.waited_seconds += time.perf_counter() - begin
         self._raise()
 
     def close(self) -> None:
@@ -177,7 +179,7 @@ class Staging:
         with self._changed:
             while True:
                 self._raise()
-                buffer = self._pool.try_take(nbytes)
+                buffer = self._take(nbytes, needed=True)
                 if buffer is not None:
                     break
                 if self._ready:  # the one needed last makes room, and is read again later
@@ -190,6 +192,26 @@ class Staging:
         self.waited_seconds += time.perf_counter() - begin
         return buffer
 
+    def _take(self, nbytes: int, *, needed: bool) -> HostBuffer | None:
+        """A buffer; None while there is no room, or no memory.
+
+        Raises:
+            MemoryError: If it is ``needed``, there is no memory, and nothing is about to be given back.
+        """
+        for again in (False, True):
+            try:
+                return self._pool.try_take(nbytes)
+            except (OSError, MemoryError) as error:
+                if not again:
+                    self._pool.clear()  # what lies there unused
+                elif needed and not (self._ready or self._returning):
+                    raise MemoryError(
+                        f"There is no memory for {nbytes:,} bytes of optimizer state on their way ({error}); staging "
+                        f"may take {self._pool.cap_bytes:,} bytes, beside memory_budget, and has {self.held_bytes:,}. "
+                        "Give memory_budget less, so that more stays free."
+                    ) from error
+        return None
+
     def _put_back(self, buffer: HostBuffer) -> None:
         with self._changed:
             self._pool.give_back(buffer)
@@ -201,7 +223,7 @@ class Staging:
                 buffer = None
                 while not self._closed:
                     if self._queue:
-                        buffer = self._pool.try_take(self._queue[0].record.nbytes)
+                        buffer = self._take(self._queue[0].record.nbytes, needed=False)
                         if buffer is not None:
                             break
                     self._changed.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import global_step_hooks, unhooked_step
+from lightning_efficient.offload.updates.layout import is_bulk
 
-__all__ = ["SubsetStepError", "check_parameter_by_parameter", "state_bytes_per_element", "step_subset"]
+__all__ = ["SubsetStepError", "check_parameter_by_parameter", "state_bytes", "state_bytes_per_element", "step_subset"]
 
 
 class SubsetStepError(ValueError):
@@ -121,6 +123,28 @@ def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], para
     state = probe.state[stand_in]
     nbytes = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
     return nbytes / stand_in.numel()
+
+
+def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> int:
+    """How many bytes of state the optimizer keeps for ``parameter``, its counters left out.
+
+    Found with small stand-ins of two sizes: most states grow with the elements of a parameter, factored ones with the
+    sides of a matrix (of which this is the least, as if it were square).
+    """
+    (few, less), (many, more) = (_measured(optimizer, group, parameter, size) for size in (4, 16))
+    if not less or many == few:
+        return more
+    exponent = math.log(more / less) / math.log(many / few)
+    return int(more * (parameter.numel() / many) ** exponent)
+
+
+def _measured(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, size: int) -> tuple[int, int]:
+    """The elements of a stand-in whose sides are ``size``, and the bytes of its state."""
+    stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size)[0]
+    stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
+    probe = _probe(optimizer)
+    _step_alone(probe, group, [stand_in])
+    return stand_in.numel(), sum(v.numel() * v.element_size() for v in probe.state[stand_in].values() if is_bulk(v))
 
 
 def _of_its_kind(optimizer: Optimizer, gradient: Tensor) -> Tensor:

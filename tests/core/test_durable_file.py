@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_efficient.checkpointing import durable_file
-from lightning_efficient.checkpointing.durable_file import DurableFile, durable_link, durable_remove
-from lightning_efficient.checkpointing.leftovers import Intention, sweep
+from lightning_efficient.core import durable_file
 from lightning_efficient.core.buffers import PAGE, HostBuffer
+from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove, sweep_temporaries
 
 
 def image(pages: int) -> memoryview:
@@ -49,10 +48,10 @@ def test_without_direct_io_it_writes_through_the_cache_c10(
     refuses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on tmpfs and some network file systems, which refuse ``O_DIRECT`` at once or at the first write."""
-    real_write, real_set = os.pwrite, DurableFile._set_direct
+    real_write, real_set = os.pwrite, durable_file.set_direct
     refused = []
     if refuses == "open":
-        monkeypatch.setattr(DurableFile, "_set_direct", lambda self, on: real_set(self, False))
+        monkeypatch.setattr(durable_file, "set_direct", lambda descriptor, on: real_set(descriptor, False))
     else:
 
         def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
@@ -197,7 +196,7 @@ def test_without_locks_files_are_written_all_the_same_c10(
     refuse_locks(monkeypatch, number)
     file = DurableFile(tmp_path / "a.ckpt")
     file.append(image(1))
-    assert sweep(tmp_path) == [], "its writer lives"
+    assert sweep_temporaries(tmp_path) == [], "its writer lives"
     file.commit(10)
     assert (tmp_path / "a.ckpt").read_bytes() == bytes(image(1)[:10])
     DurableFile(tmp_path / "a.ckpt").abandon()
@@ -208,7 +207,7 @@ def test_what_was_written_without_locks_is_not_swept_when_they_come_back_c10(tmp
     with pytest.MonkeyPatch.context() as without:
         refuse_locks(without, errno.ENOLCK)
         file = DurableFile(tmp_path / "a.ckpt")
-    assert sweep(tmp_path) == []
+    assert sweep_temporaries(tmp_path) == []
     file.append(image(1))
     file.commit(10)
     assert os.listdir(tmp_path) == ["a.ckpt"]
@@ -232,9 +231,9 @@ def test_without_locks_only_what_is_old_and_no_process_has_is_swept_c10(
         for path in paths.values():
             path.write_bytes(b"half")
         let_pass(23 * 3600, monkeypatch)
-        assert sweep(tmp_path) == []
+        assert sweep_temporaries(tmp_path) == []
         let_pass(2 * 3600, monkeypatch)
-        assert set(sweep(tmp_path)) == {paths["dead"], paths["ours, of a former life"]}
+        assert set(sweep_temporaries(tmp_path)) == {paths["dead"], paths["ours, of a former life"]}
         living.communicate(b"\n")
 
 
@@ -244,7 +243,7 @@ def test_what_cannot_be_begun_leaves_nothing_open_c10(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="no locks here"):
         DurableFile(tmp_path / "a.ckpt")
     monkeypatch.undo()
-    monkeypatch.setattr(DurableFile, "_set_direct", lambda self, on: 1 // 0)
+    monkeypatch.setattr(durable_file, "set_direct", lambda descriptor, on: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         DurableFile(tmp_path / "a.ckpt")
     assert len(os.listdir("/proc/self/fd")) == open_before
@@ -264,26 +263,7 @@ def test_what_is_swept_is_locked_as_network_file_systems_want_it(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / f"{durable_file.PREFIX}1-0-a.ckpt{durable_file.SUFFIX}").write_bytes(b"half")
-    assert len(sweep(tmp_path)) == 1
-
-
-LONG = ["a" * 250 + ".ckpt", "ü" * 124 + ".ckpt", "日" * 83 + ".ckpt", "a" * 222 + ".ckpt"]
-
-
-@pytest.mark.parametrize("name", LONG)
-def test_names_may_be_as_long_as_the_file_system_lets_them_c10(name: str, tmp_path: Path) -> None:
-    path, successor = tmp_path / name, tmp_path / "2.ckpt"
-    file = DurableFile(path)
-    file.append(image(1))
-    assert sweep(tmp_path) == []
-    file.commit(10)
-    durable_link(path, tmp_path / f"l{name[1:]}")
-    Intention(path, successor).withdraw()
-    intention = Intention(path, successor)
-    assert sweep(tmp_path) == [], "there is no successor"
-    successor.write_text("new")
-    intention.fulfil()
-    assert sorted(os.listdir(tmp_path)) == sorted(["2.ckpt", f"l{name[1:]}"])
+    assert len(sweep_temporaries(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
@@ -311,7 +291,7 @@ def test_only_what_dead_writers_left_is_swept_c10(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from pathlib import Path
-from lightning_efficient.checkpointing.durable_file import DurableFile
+from lightning_efficient.core.durable_file import DurableFile
 file = DurableFile(Path({str(tmp_path)!r}) / "a.ckpt")
 print("ready", flush=True)
 sys.stdin.read()
@@ -320,80 +300,15 @@ sys.stdin.read()
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        assert sweep(tmp_path) == [], "its writer lives"
+        assert sweep_temporaries(tmp_path) == [], "its writer lives"
         writer.kill()
-    assert len(sweep(tmp_path)) == 1
+    assert len(sweep_temporaries(tmp_path)) == 1
     assert os.listdir(tmp_path) == ["user.tmp"]
-    assert sweep(tmp_path / "nowhere") == []
+    assert sweep_temporaries(tmp_path / "nowhere") == []
 
 
 def test_half_made_links_are_swept_when_they_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"{durable_file.PREFIX}1-1-last{durable_file.SUFFIX}").symlink_to("a")
-    assert sweep(tmp_path) == []
+    assert sweep_temporaries(tmp_path) == []
     let_pass(3600, monkeypatch)
-    assert len(sweep(tmp_path)) == 1
-
-
-def test_an_intention_is_carried_out_by_the_next_run_c10(tmp_path: Path) -> None:
-    old, new = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
-    old.write_text("old")
-    (tmp_path / "last.ckpt").symlink_to("1.ckpt")
-    Intention(old, new)
-    assert sweep(tmp_path) == [], "its successor never came"
-    assert sorted(os.listdir(tmp_path)) == ["1.ckpt", "last.ckpt"]
-    Intention(old, new)
-    new.write_text("new")
-    assert sweep(tmp_path) == [old]
-    assert sorted(os.listdir(tmp_path)) == ["2.ckpt", "last.ckpt"]
-    assert (tmp_path / "last.ckpt").read_text() == "new"
-
-
-def test_an_intention_that_is_fulfilled_leaves_no_note_c10(tmp_path: Path) -> None:
-    (tmp_path / "1.ckpt").write_text("old")
-    Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt").fulfil()
-    assert not os.listdir(tmp_path)
-
-
-def test_a_file_that_is_replaced_is_no_successor_yet_c10(tmp_path: Path) -> None:
-    """A run killed while it writes a new ``last.ckpt`` must not cost the checkpoint that the old one links to."""
-    old, last = tmp_path / "1.ckpt", tmp_path / "last.ckpt"
-    old.write_text("old")
-    last.symlink_to("1.ckpt")
-    Intention(old, last)
-    assert sweep(tmp_path) == []
-    assert last.read_text() == "old"
-
-
-def test_the_last_intention_counts_c10(tmp_path: Path) -> None:
-    old, new = tmp_path / "1.ckpt", tmp_path / "2.ckpt"
-    old.write_text("old")
-    Intention(old, new)
-    new.write_text("new")
-    Intention(old, tmp_path / "3.ckpt")
-    assert sweep(tmp_path) == []
-    assert sorted(os.listdir(tmp_path)) == ["1.ckpt", "2.ckpt"]
-
-
-def test_a_removal_that_fails_is_not_made_up_for_later_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By then the name may be that of a new file."""
-    (tmp_path / "1.ckpt").write_text("old")
-    intention = Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt")
-    real = os.unlink
-
-    def unlink(path: Path) -> None:
-        if Path(path).suffix == ".ckpt":
-            raise PermissionError(errno.EPERM, "immutable")
-        real(path)
-
-    monkeypatch.setattr(os, "unlink", unlink)
-    with pytest.raises(PermissionError):
-        intention.fulfil()
-    assert os.listdir(tmp_path) == ["1.ckpt"]
-
-
-def test_links_in_a_circle_do_not_stop_a_sweep(tmp_path: Path) -> None:
-    (tmp_path / "1.ckpt").write_text("old")
-    (tmp_path / "circle").symlink_to("circle")
-    Intention(tmp_path / "1.ckpt", tmp_path / "2.ckpt")
-    (tmp_path / "2.ckpt").write_text("new")
-    assert sweep(tmp_path) == [tmp_path / "1.ckpt"]
+    assert len(sweep_temporaries(tmp_path)) == 1

@@ -9,16 +9,19 @@ import itertools
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from lightning_efficient.core.buffers import PAGE
+from lightning_efficient.core.direct_io import set_direct
 
-__all__ = ["DurableFile", "durable_link", "durable_remove"]
+__all__ = ["DurableFile", "durable_link", "durable_remove", "sweep_temporaries"]
 
-PREFIX, UNLOCKED, SUFFIX, REMOVAL = ".lightning-efficient-", "unlocked-", ".tmp", ".removal"
+PREFIX, UNLOCKED, SUFFIX = ".lightning-efficient-", "unlocked-", ".tmp"
 _NAME_BYTES = 64  # of a temporary name, that say whose it is: with the rest far below the 255 of a file system
-NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
+_NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
 _NO_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP))
+_LINK_SECONDS, _UNLOCKED_SECONDS = 60, 24 * 3600
 _numbers = itertools.count()
 
 
@@ -27,7 +30,8 @@ class DurableFile:
 
     They go to a temporary file in the same directory, past the page cache where the file system allows it
     (``O_DIRECT``), which takes the file's place by a rename. The temporary file is locked while its writer lives, so
-    that :func:`sweep` can tell what a killed one left behind; where the file system has no locks, its name says so.
+    that :func:`sweep_temporaries` can tell what a killed one left behind; where the file system has no locks, its name
+    says so.
 
     Args:
         path: Where the file shall be; its directory exists.
@@ -44,7 +48,7 @@ class DurableFile:
         self._descriptor = os.open(self._temporary, flags, 0o666)
         try:
             self._lock()
-            self._direct = self._set_direct(True)
+            self._direct = set_direct(self._descriptor, True)
         except BaseException:
             self.abandon()
             raise
@@ -64,10 +68,10 @@ class DurableFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._direct = self._set_direct(False)  # some file systems refuse only when it comes to writing
+                self._direct = set_direct(self._descriptor, False)
                 continue
             if count % PAGE and self._direct:
-                self._direct = self._set_direct(False)
+                self._direct = set_direct(self._descriptor, False)
             self.written += count
             piece = piece[count:]
 
@@ -97,23 +101,12 @@ class DurableFile:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in _NO_LOCKS:
                 raise
             # Locks may come back before a sweep does (ENOLCK), which must not take this file for a dead one's then.
             unlocked = _temporary_for(self.path, UNLOCKED)
             os.rename(self._temporary, unlocked)
             self._temporary = unlocked
-
-    def _set_direct(self, on: bool) -> bool:
-        """Whether writes go past the page cache now."""
-        if not hasattr(os, "O_DIRECT"):
-            return False
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-        except OSError:
-            return False
-        return on
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -155,6 +148,21 @@ def durable_link(target: Path, link: Path) -> None:
     _sync_directory(link.parent)
 
 
+def sweep_temporaries(directory: Path) -> list[Path]:
+    """Remove the unfinished files and links that killed processes left.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for path in directory.glob(f"{PREFIX}*{SUFFIX}") if directory.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if _abandoned(path):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
 def _temporary_for(path: Path, mark: str = "") -> Path:
     """A name that nobody has, beside ``path``, with the end of its name."""
     end = os.fsencode(path.name)[-_NAME_BYTES:]  # may begin within a character
@@ -189,3 +197,41 @@ def _sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody is at work on a temporary file or link, for certain."""
+    if path.is_symlink():  # it lives for a moment only, and has no lock
+        return _age(path) > _LINK_SECONDS
+    if not path.name.startswith(PREFIX + UNLOCKED):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # over NFS only what can be written can be locked
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        finally:
+            os.close(descriptor)
+    # Without locks nothing tells at once, and its writer may be on another host. But a writer that lives writes all the
+    # time: what no process here has the number of, and nobody has touched for a day, is no one's.
+    return _age(path) > _UNLOCKED_SECONDS and not _lives(path.name.removeprefix(PREFIX).removeprefix(UNLOCKED))
+
+
+def _lives(name: str) -> bool:
+    """Whether another process on this host may have the number that ``name`` begins with."""
+    try:
+        number = int(name.partition("-")[0])
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return number != os.getpid()  # ours: of a run that had it before, as in containers
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was last written to."""
+    return time.time() - path.lstat().st_mtime

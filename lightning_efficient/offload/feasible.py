@@ -1,0 +1,138 @@
+"""What a plan must leave room for, and whether it does: said before the first step, by the names of the arguments.
+
+Parameters that live elsewhere need a window of the fastest memory, through which they pass while they are used.
+(Rajbhandari et al. 2021, "ZeRO-Infinity", 3: beside what stays, a model needs the working memory of its largest
+operator.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_efficient.core.buffers import round_up
+from lightning_efficient.core.units import human_bytes
+from lightning_efficient.offload.placement import Attribute, Placement, Room, Rules, plan
+from lightning_efficient.offload.settings import Settings
+from lightning_efficient.offload.updates.subset_step import state_bytes
+
+__all__ = ["check_disk", "check_staging", "plan_with_window", "window_bytes"]
+
+_WINDOW = 2  # of the largest module: one is fetched while another computes
+
+
+def plan_with_window(
+    attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules, at_once: Mapping[str, Collection[str]]
+) -> Placement:
+    """See :func:`~.placement.plan`; where parameters go elsewhere, what stays leaves room for those that are in use.
+
+    Args:
+        attributes: See there, as the next two.
+        rooms: The first one is where parameters are used.
+        rules: Of the user.
+        at_once: The names of the parameters that are used at once, by the module that does.
+
+    Raises:
+        ValueError: If the room is too small for what must be there and the largest module.
+    """
+    placement, first, reserved = plan(attributes, rooms, rules), rooms[0], 0
+    while first.nbytes is not None:
+        module, largest, away = _largest(placement, at_once)
+        wanted, free = min(_WINDOW * largest, away), first.nbytes - placement.used(first.tier)
+        if not away or free >= wanted:
+            break
+        if reserved >= wanted:  # nothing else is there that a plan could send away
+            if free < largest:
+                used = placement.used(first.tier)
+                raise ValueError(
+                    f"memory_budget allows {human_bytes(first.nbytes)} of {first.tier} memory, which cannot be: module "
+                    f"'{module}' uses parameters of {human_bytes(largest)} at a time, and {human_bytes(used)} of other "
+                    "tensors stay there (small parameters, and what `place` puts there). Give memory_budget at least "
+                    f"{used + largest:,} bytes, or make the module smaller."
+                )
+            break
+        reserved = wanted
+        fewer = Room(first.tier, max(0, first.nbytes - reserved))
+        placement = replace(plan(attributes, [fewer, *rooms[1:]], rules), rooms=tuple(rooms))
+    return placement
+
+
+def window_bytes(placement: Placement) -> int:
+    """The room that parameters which live elsewhere have where they are used; 0 if none does."""
+    first = placement.rooms[0]
+    away = sum(_away(placement).values())
+    return away if first.nbytes is None else min(away, first.nbytes - placement.used(first.tier))
+
+
+def _away(placement: Placement) -> dict[str, int]:
+    return {
+        row.attribute.name: row.attribute.nbytes
+        for row in placement.rows
+        if row.attribute.kind == "parameter" and row.tier != placement.rooms[0].tier
+    }
+
+
+def _largest(placement: Placement, at_once: Mapping[str, Collection[str]]) -> tuple[str, int, int]:
+    """The module that uses the most parameters at once which live elsewhere, their bytes, and those of all such."""
+    away = _away(placement)
+    sizes = {module: sum(away.get(name, 0) for name in names) for module, names in at_once.items()}
+    module = max(sizes, key=sizes.__getitem__, default="")
+    return module, sizes.get(module, 0), sum(away.values())
+
+
+def check_disk(placement: Placement) -> None:
+    """Whether what goes to a disk fits its budget.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    limit, needed = placement.rooms[-1].nbytes, placement.used("disk")
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"memory_budget['disk'] allows {human_bytes(limit)}, and {human_bytes(needed)} would go there. Raise "
+            "it, or leave more in memory."
+        )
+
+
+def check_staging(placement: Placement, module: nn.Module, optimizers: Sequence[Optimizer], settings: Settings) -> None:
+    """Whether the optimizer state of each parameter that is elsewhere fits the memory for records on their way.
+
+    Raises:
+        ValueError: Naming the parameter with the largest state, and what is enough.
+    """
+    most = settings.staging_bytes
+    if most is None:  # then there is as much as is needed
+        return
+    large = {
+        row.attribute.name
+        for row in placement.rows
+        if row.attribute.kind == "optimizer_state"
+        and row.tier != placement.rooms[0].tier
+        and round_up(row.attribute.nbytes) > most  # as estimated, which may be too much
+    }
+    names = {id(parameter): name for name, parameter in module.named_parameters() if name in large}
+    sizes = {
+        names[id(parameter)]: _record_bytes(optimizer, group, parameter, settings)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in names
+    }
+    name = max(sizes, key=sizes.__getitem__, default="")
+    if name and sizes[name] > most:
+        raise ValueError(
+            f"staging={most:,} bytes is too small: the optimizer state of '{name}' is moved in one piece of "
+            f"{sizes[name]:,} bytes. Give staging at least that, better {2 * sizes[name]:,}, or leave it out, or let "
+            "this state stay where its parameter is used."
+        )
+
+
+def _record_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, settings: Settings) -> int:
+    in_full = settings.master_weights and parameter.element_size() < 4
+    like = torch.empty(parameter.shape, device="meta") if in_full else parameter
+    return round_up(state_bytes(optimizer, group, like) + 4 * in_full * parameter.numel())

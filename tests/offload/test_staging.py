@@ -1,0 +1,89 @@
+"""Memory for records on their way: less of it makes waiting longer, and none is said by the name of the argument."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_efficient.core import buffers
+from lightning_efficient.core.buffers import PAGE, BufferPool, HostBuffer
+from lightning_efficient.offload.tiers.host import HostTier
+from lightning_efficient.offload.updates.staging import Placed, Staging
+from tests.offload.tier_model import noise, write
+
+SIZE = 4 * PAGE
+
+
+class Scarce:
+    """Lets so many buffers be made at a time."""
+
+    def __init__(self, most: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+        self.most, self.alive, self.refused = most, 0, 0
+        self.error = error or OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        outer = self
+
+        class Counted(HostBuffer):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                if outer.alive >= outer.most:
+                    outer.refused += 1
+                    raise outer.error
+                super().__init__(*args, **kwargs)
+                outer.alive += 1
+
+            def __del__(self) -> None:
+                if hasattr(self, "tensor"):
+                    outer.alive -= 1
+                super().__del__()
+
+        monkeypatch.setattr(buffers, "HostBuffer", Counted)
+
+
+def records(number: int) -> list[Placed]:
+    tier = HostTier("1MiB")
+    made = tier.reserve([SIZE] * number, versioned=False)
+    for seed, record in enumerate(made):
+        write(tier, record, noise(SIZE, seed))
+    return [Placed(tier, record) for record in made]
+
+
+@pytest.mark.timeout(60)
+def test_with_less_memory_than_the_cap_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = records(6)
+    scarce = Scarce(2, monkeypatch)
+    staging = Staging(6 * SIZE)
+    for _ in range(3):
+        staging.expect(placed)
+        for seed, one in enumerate(placed):
+            lease = staging.read(one)
+            assert torch.equal(lease.data, noise(SIZE, seed))
+            staging.write(lease)
+    staging.flush()
+    assert scarce.refused
+    staging.close()
+
+
+@pytest.mark.parametrize("error", [None, MemoryError("none")])
+def test_without_any_it_names_the_arguments(error: BaseException | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = records(1)
+    Scarce(0, monkeypatch, error)
+    staging = Staging(2 * SIZE)
+    staging.expect(placed)
+    message = rf"no memory for {SIZE:,} bytes .* staging may take {2 * SIZE:,} bytes, beside memory_budget"
+    with pytest.raises(MemoryError, match=message):
+        staging.read(placed[0])
+    with pytest.raises(MemoryError, match="Give memory_budget less"):
+        staging.room(SIZE)
+    staging.close()
+
+
+def test_a_cap_within_a_page_is_told_and_not_waited_for() -> None:
+    assert not BufferPool(SIZE + 1).fits(SIZE + 1)
+    assert BufferPool(SIZE + PAGE).fits(SIZE + 1)
+    staging = Staging(SIZE - 1)
+    with pytest.raises(MemoryError, match="Give `staging` more"):
+        staging.room(SIZE - 1)
+    staging.close()
