@@ -298,6 +298,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
             schedule=schedule,
             complete=lambda: self._in_backward and self.in_last_micro_batch and not compat.accumulating(trainer),
             accumulates=accumulates(trainer),
+            delays=lambda: trainer.global_step >= settings.delay_after,
         )
 
     def _start(self, trainer: pl.Trainer) -> None:
@@ -308,6 +309,11 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if self._session.gradients is not None:
             self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
         rank_zero_info(f"{type(self).__name__}: {self._session.summary()} ({self._schedule}: {self._why})")
+        if self._schedule == "delayed":
+            rank_zero_info(
+                f"{type(self).__name__}(schedule='delayed'): each update from step {self.settings.delay_after + 1} on "
+                "comes one step late, so that results differ from those of plain training."
+            )
 
     def _follow_batches(self, trainer: pl.Trainer) -> None:
         if self._control is None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.offload.updates.clipping import clip_norm_
+from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import MASTER, UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
@@ -94,6 +95,7 @@ class Job:
         self.store: GradientStore | None = None
         self.updates: Updates | None = None
         self.accumulating = False
+        self.delays = True
         self.norms: list[float] = []
 
     def offload(
@@ -113,7 +115,8 @@ class Job:
         if gradients:
             tiers = {p: self.gradient_tier for p in self.network.parameters() if p.requires_grad}
             keep = schedule == "in_backward"
-            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep)
+            two = schedule == "delayed"
+            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep, two_steps=two)
         names = {id(p): name for name, p in self.network.named_parameters()}
         self.staging = DeviceStaging(staging_bytes, torch.device("cpu")) if on_device else Staging(staging_bytes)
         self.engine = UpdateEngine(
@@ -127,6 +130,10 @@ class Job:
             self.updates = AfterBackward(self.engine, [self.optimizer], self.store)
         elif schedule == "in_backward":
             self.updates = InBackward(self.engine, [self.optimizer], complete, self.store)
+        elif schedule == "delayed":
+            self.updates = Delayed(
+                self.engine, [self.optimizer], self.network, complete, self.store, delays=lambda: self.delays
+            )
         else:
             self.updates = UnderForward(self.engine, [self.optimizer], self.network, self.store)
 
