@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from lightning_efficient.core.torch_internals import without_torch_function
 from lightning_efficient.offload.updates.clipping import clip_norm_
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -399,6 +400,22 @@ def test_a_hidden_reference_finds_weights_updated(jobs: Callable[..., Job]) -> N
     assert job.updates is not None
     job.updates.finish()
     assert all(map(torch.equal, job.network.parameters(), plain.network.parameters()))
+
+
+def test_weights_that_an_extension_reads_are_updated(jobs: Callable[..., Job]) -> None:
+    """Code in another language gets them from their module, and calls no operation of torch with them."""
+    plain, job = jobs(OPTIMIZERS["adamw"]), jobs(OPTIMIZERS["adamw"])
+    job.offload("under_forward", together_bytes=1)
+    for one in (job, plain):
+
+        def forward(hidden: Tensor, layer: nn.Linear = one.network.layers[1]) -> Tensor:
+            weight, bias = layer.weight, layer.bias
+            with without_torch_function():
+                return nn.functional.linear(hidden, weight, bias)
+
+        one.network.layers[1].forward = forward
+    assert job.train(5) == plain.train(5)
+    assert_same(job.weights(), plain.weights())
 
 
 def test_weights_read_through_the_modules_are_updated(jobs: Callable[..., Job]) -> None:

@@ -28,8 +28,10 @@ class UnderForward(Updates):
     """Each unit right before the next forward uses it.
 
     Its gradients are held until then, also if somebody clears those of the parameters meanwhile. Whoever computes with
-    a weight meanwhile, however he came by it, finds it updated. For code that does not say what it reads (compiled
-    modules, other languages), :meth:`finish` must be called before.
+    a weight meanwhile, however he came by it, finds it updated. The modules say so (:mod:`.access`) for parameters that
+    are streamed, or of a class of their own, and for extensions, whose calls torch does not see; the parameters
+    themselves (:mod:`.awaited`) for references that are no module's: neither sees it all. For code that does not say
+    what it reads (memory shared with other libraries), :meth:`finish` must be called before.
 
     Args:
         engine: Of all ``optimizers``.
