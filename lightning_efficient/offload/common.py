@@ -21,6 +21,7 @@ from lightning_efficient.coordination import ParameterChange, members
 from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
+from lightning_efficient.offload.callback import finish_first
 from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
 from lightning_efficient.offload.placement import KINDS
 from lightning_efficient.offload.session import OffloadSession
@@ -146,7 +147,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
                 check_parameter_by_parameter(optimizer)
             except SubsetStepError as error:
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self._choose_schedule(trainer)  # for its errors, before the first step
+        schedule, _ = self._choose_schedule(trainer)  # for its errors, before the first step
+        if schedule == "delayed":
+            self._undo.callback(finish_first(trainer, self.finish_updates))
         self._allowed_settings(trainer)
         self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
         self._follow_batches(trainer)

@@ -105,7 +105,7 @@ def by_hand(
         gradients = [parameter.grad for parameter in parameters]
         apply()
         held, step = (gradients, rates), step + 1
-        if step <= after or step in asked:
+        if step <= after or step in asked or index + 1 == EPOCH:
             apply()
         run.weights_at.append({name: value.clone() for name, value in module.state_dict().items()})
     apply()
@@ -263,11 +263,48 @@ def test_growth_begins_with_weights_that_are_not_behind_o10(tmp_path: Path) -> N
 
 
 def test_averages_and_a_search_for_the_rate_go_with_it_o10() -> None:
-    averaged = fit(None, build=delayed(), after=[EMAWeightAveraging(decay=0.8)], max_steps=8)
-    assert averaged.losses == by_hand(fit(None, max_steps=8)).losses
+    averages = EMAWeightAveraging(decay=0.5)
+    averaged, expected = fit(None, build=delayed(), after=[averages], max_steps=8), by_hand(fit(None, max_steps=8))
+    assert averaged.losses == expected.losses
+    own = dict(expected.weights_at[0])  # behind each step, as the average finds them: the update of step 1 is there
+    for weights in expected.weights_at[1:]:
+        own = {name: 0.5 * own[name] + 0.5 * value for name, value in weights.items()}
+    for name, value in averaged.module.state_dict().items():
+        if name in own:
+            torch.testing.assert_close(value, own[name], rtol=1e-4, atol=1e-6)
     search = LearningRateFinder(num_training_steps=6, early_stop_threshold=None, attr_name="learning_rate")
     run = fit(None, build=delayed(), after=[search], max_steps=8, enable_checkpointing=True)
     assert sum(run.losses[-2:]) < sum(run.losses[:2])
+
+
+class Swaps(pl.Callback):
+    """Puts other weights in the place of the model's for validation, and at the end."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.kept = [parameter.clone() for parameter in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.zero_()
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for parameter, value in zip(pl_module.parameters(), self.kept, strict=True):
+            parameter.copy_(value)
+
+    on_train_end = on_validation_start
+
+
+@pytest.mark.parametrize("stop", [STEPS, 13])
+def test_weights_that_others_put_in_their_place_are_left_alone_o10(stop: int) -> None:
+    arguments = {"limit_val_batches": 1, "val_check_interval": 5}
+    plain = fit(None, **arguments)
+    ours = fit(None, build=delayed(), before=[Swaps()], after=[StopAt(stop)], **arguments)
+    assert ours.losses == by_hand(plain, asked=(5, 10, 15)).losses[:stop]
+    assert not any(parameter.any() for parameter in ours.module.parameters())
+    assert not any(type(callback).__name__ == "FinishUpdates" for callback in ours.trainer.callbacks)
 
 
 class OutOfMemoryOnce(pl.Callback):
