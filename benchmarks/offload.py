@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.bounded import kills, trains_in_bounds
 from benchmarks.harness import Options, Result, Table, spread
+from benchmarks.late_updates import late_losses
 from lightning_efficient.demos.model import ByteTransformer
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import parse_settings
@@ -53,7 +54,8 @@ QUICK = Size(2, 64, 32, 2, 1)
 class Job:
     """A model, its optimizer, and one batch."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, clip: float | None = None) -> None:
+        self.clip = clip
         torch.manual_seed(0)
         context = min(256, size.tokens)
         heads = max(1, size.width // 64)
@@ -74,6 +76,8 @@ class Job:
             self.after(loss)
             self.optimizer.zero_grad()
             loss.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             return loss
 
         self.optimizer.step(closure)
@@ -189,14 +193,22 @@ ARMS: dict[str, Arm] = {
     "memory-mapped files": memory_mapped,
     "buffered files": buffered_files,
 }
+CLIPPED: dict[str, Arm] = {
+    "all in memory": in_memory,
+    "ours, under_forward": ours("under_forward"),
+    "ours, delayed (changes results)": ours("delayed"),
+}
 
 
-def _steps(size: Size, folder: Path) -> tuple[Table, dict[str, Any]]:
-    jobs = {name: Job(size) for name in ARMS}
-    wall: dict[str, list[float]] = {name: [] for name in ARMS}
-    cpu: dict[str, list[float]] = {name: [] for name in ARMS}
+def _steps(
+    size: Size, folder: Path, arms: dict[str, Arm] = ARMS, clip: float | None = None
+) -> tuple[Table, dict[str, Any]]:
+    folder.mkdir()
+    jobs = {name: Job(size, clip) for name in arms}
+    wall: dict[str, list[float]] = {name: [] for name in arms}
+    cpu: dict[str, list[float]] = {name: [] for name in arms}
     with contextlib.ExitStack() as stack:
-        for number, (name, build) in enumerate(ARMS.items()):
+        for number, (name, build) in enumerate(arms.items()):
             place = folder / str(number)
             place.mkdir()
             stack.enter_context(build(jobs[name], place))
@@ -218,7 +230,7 @@ def _steps(size: Size, folder: Path) -> tuple[Table, dict[str, Any]]:
     disk = 2 * nbytes / max(rates)
     limit = max(statistics.median(wall[base]), disk)
     rows, found = [], {}
-    for name in ARMS:
+    for name in arms:
         ratios = [a / b for a, b in zip(wall[name], wall[base], strict=True)]
         cpu_ratios = [a / b for a, b in zip(cpu[name], cpu[base], strict=True)]
         fraction = limit / statistics.median(wall[name])
@@ -232,7 +244,8 @@ def _steps(size: Size, folder: Path) -> tuple[Table, dict[str, Any]]:
         "of five measurements with the tier's own code, behind the runs)."
     )
     header = ("", "step (ms)", "time / in memory", "CPU time / in memory", "fraction of the limit")
-    return Table(str(size), header, rows, note), {"arms": found, "limit_seconds": limit, "disk_seconds": disk}
+    title = str(size) if clip is None else f"{size}, clipped"
+    return Table(title, header, rows, note), {"arms": found, "limit_seconds": limit, "disk_seconds": disk}
 
 
 # -- exact -------------------------------------------------------------------------------------------------------------
@@ -305,12 +318,19 @@ def run(options: Options) -> Result:
         sizes = (QUICK, QUICK) if options.quick else (HIDING, BINDING)
         measured = []
         for number, size in enumerate(sizes):
-            place = folder / f"steps-{number}"
-            place.mkdir()
-            table, values = _steps(size, place)
+            table, values = _steps(size, folder / f"steps-{number}")
             tables.append(table)
             measured.append(values)
             raw[f"{number}: {size}"] = values
+        clipped_ratios = {}
+        for number, size in enumerate(sizes):
+            table, values = _steps(size, folder / f"clipped-{number}", CLIPPED, clip=1.0)
+            tables.append(table)
+            raw[f"{number}: {size}, clipped"] = values
+            clipped_ratios[number] = {name: statistics.median(arm["ratios"]) for name, arm in values["arms"].items()}
+        table, losses, gap = late_losses(folder / "late", options)
+        tables.append(table)
+        raw["late updates"] = losses
         bounds = trains_in_bounds(folder / "bounds", quick=options.quick)
         tables.append(bounds.table)
         killed = kills(folder / "kills", number=5 if options.quick else 50)
@@ -329,6 +349,9 @@ def run(options: Options) -> Result:
             "mmap_fraction_of_limit": binding["memory-mapped files"]["fraction"],
             "buffered_fraction_of_limit": binding["buffered files"]["fraction"],
             "kills": f"{killed.survived}/{killed.number}",
+            "clipped_step_ratio": clipped_ratios[0]["ours, under_forward"],
+            "delayed_step_ratio": clipped_ratios[0]["ours, delayed (changes results)"],
+            "delayed_loss_gap": gap,
         },
         tables,
         raw=raw,

@@ -307,6 +307,9 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._asked_by.tell_loggers()
         if self._stepping is not None and self._save_follows(trainer) and not compat.accumulating(trainer):
             self.engine.expect_save(trainer.global_step + 1)
+        if not self._prepared and trainer.global_step and trainer.is_global_zero:  # at once in a run that is resumed
+            self._prepared = True
+            self.engine.prepare(pl_module, trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -316,9 +319,6 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         # Who saves comes later. The next update passes the barrier; a validation, or the end of an epoch, may change
         # weights before we hear of it.
         self._in_batch_end = not compat.leaves_training(trainer)
-        if not self._prepared and trainer.global_step and trainer.is_global_zero:
-            self._prepared = True
-            self.engine.prepare(pl_module, trainer.optimizers)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()

@@ -21,6 +21,7 @@ from lightning_efficient.coordination import ParameterChange, members
 from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
+from lightning_efficient.offload.callback import finish_first
 from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
 from lightning_efficient.offload.checkpoint_io import streaming
 from lightning_efficient.offload.placement import KINDS
@@ -150,7 +151,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
                 check_parameter_by_parameter(optimizer)
             except SubsetStepError as error:
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self._choose_schedule(trainer)  # for its errors, before the first step
+        schedule, _ = self._choose_schedule(trainer)  # for its errors, before the first step
+        if schedule == "delayed":
+            self._undo.callback(finish_first(trainer, self.finish_updates))
         self._allowed_settings(trainer)
         self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
         self._follow_batches(trainer)
@@ -305,6 +308,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
             schedule=schedule,
             complete=lambda: self._in_backward and self.in_last_micro_batch and not compat.accumulating(trainer),
             accumulates=accumulates(trainer),
+            delays=lambda: trainer.global_step >= settings.delay_after,
         )
 
     def _start(self, trainer: pl.Trainer) -> None:
@@ -316,6 +320,11 @@ class OffloadMixin(MicroBatchMixin, _Base):
             self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
         parts = self._session.summary(), f"schedule {self._schedule}: {self._why}", *self._session.ways()
         rank_zero_info(f"{type(self).__name__}: {'; '.join(parts)}")
+        if self._schedule == "delayed":
+            rank_zero_info(
+                f"{type(self).__name__}(schedule='delayed'): each update from step {self.settings.delay_after + 1} on "
+                "comes one step late, so that results differ from those of plain training."
+            )
 
     def _follow_batches(self, trainer: pl.Trainer) -> None:
         if self._control is None:

@@ -154,6 +154,12 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
                 "in the order in which each one's forward happens to use them, and wait for ever where these differ. "
                 "Use schedule='auto'."
             )
+        if self.settings.schedule == "delayed":
+            raise MisconfigurationException(
+                "schedule='delayed' cannot be with several ranks: they would have to send each other parameters in the "
+                "order in which each one's backward happens to be done with them, and wait for ever where these "
+                "differ. Use schedule='auto'."
+            )
         asked = self.settings.schedule == "after_backward"
         return "after_backward", "as asked for" if asked else "the ranks send each other what they updated"
 

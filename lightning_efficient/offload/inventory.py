@@ -16,7 +16,12 @@ __all__ = ["attributes_of", "to_device"]
 
 
 def attributes_of(
-    module: nn.Module, optimizers: Sequence[Optimizer], settings: Settings, *, gradients_stay: bool = True
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    settings: Settings,
+    *,
+    gradients_stay: bool = True,
+    steps_of_gradients: int = 1,
 ) -> list[Attribute]:
     """What there is to place: of each parameter itself, its gradient and its optimizer state, and the rest by kind.
 
@@ -25,6 +30,7 @@ def attributes_of(
         optimizers: Of its parameters.
         settings: Of the user.
         gradients_stay: Whether all gradients are alive at a time; else the largest one counts.
+        steps_of_gradients: Of how many steps they are.
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     by_parameter = {id(p): (optimizer, group) for optimizer, group in groups for p in group["params"]}
@@ -37,7 +43,7 @@ def attributes_of(
         if not parameter.requires_grad or id(parameter) not in by_parameter:
             continue
         if gradients_stay:
-            found.append(Attribute("gradient", name, nbytes, position))
+            found.append(Attribute("gradient", name, steps_of_gradients * nbytes, position))
         largest = max(largest, nbytes)
         optimizer, group = by_parameter[id(parameter)]
         in_full = settings.master_weights and parameter.element_size() < 4  # beside the state, which is in full too

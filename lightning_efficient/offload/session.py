@@ -24,6 +24,7 @@ from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
 from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
@@ -37,7 +38,7 @@ TOGETHER_BYTES = 4 << 20
 """Of parameters that are updated in one go, for records that are worth a disk's while."""
 _STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
 _SAVED = 1 << 20  # bytes of a saved tensor below which it stays
-Schedule = Literal["after_backward", "in_backward", "under_forward"]
+Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 
 
 class OffloadSession:
@@ -62,6 +63,7 @@ class OffloadSession:
         schedule: When updates take place.
         complete: Asked at each gradient whether it is complete.
         accumulates: Whether several backwards add to the gradients of a step.
+        delays: With ``schedule="delayed"``: asked at each step whether its update may be late.
 
     Raises:
         TierError: If there is no room.
@@ -79,8 +81,9 @@ class OffloadSession:
         schedule: Schedule,
         complete: Callable[[], bool],
         accumulates: bool = False,
+        delays: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._accumulates = accumulates
+        self._accumulates, self._delays = accumulates, delays
         self._module, self._optimizers, self._settings = module, list(optimizers), settings
         self._device, self._schedule, self._complete = device, schedule, complete
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
@@ -194,7 +197,8 @@ class OffloadSession:
     @property
     def may_retry(self) -> bool:
         """Whether the step in progress can be done again: nothing has been updated, and no gradient mixed."""
-        return not (self.torn or self._accumulates_elsewhere)
+        repeatable = self.updates is None or self.updates.repeatable
+        return repeatable and not (self.torn or self._accumulates_elsewhere)
 
     def give_up_attempt(self) -> None:
         """The step is done again: what it has made so far is of no use."""
@@ -235,7 +239,8 @@ class OffloadSession:
         better = keep_or_replan(current, [row.attribute for row in states], left, self._rules)
         if better is current:
             return False
-        self.finish_updates()
+        if self._schedule != "delayed":  # where that would change the run, by how much memory happens to be free
+            self.finish_updates()
         self.placement = Placement((*stay, *better.rows), tuple(rooms))
         return self.engine.move(self._tier_of)
 
@@ -298,6 +303,8 @@ class OffloadSession:
             away = [unit for unit in self.engine.units if unit.placed is not None]
             values["states_elsewhere"] = float(sum(len(unit.names) for unit in away))
             values["staging_bytes"] = float(self._staging.held_bytes)
+        if isinstance(self.updates, Delayed):
+            values["updates_behind"] = float(self.updates.behind)
         if self.stream is not None:
             values["parameter_resident_bytes"] = float(self.stream.statistics.resident_bytes)
         if self.saved is not None:
@@ -400,7 +407,10 @@ class OffloadSession:
 
     def _attributes(self) -> list[Attribute]:
         stay = self._schedule != "in_backward" or self._accumulates or self._settings.batch_feedback
-        return attributes_of(self._module, self._optimizers, self._settings, gradients_stay=stay)
+        steps = 2 if self._schedule == "delayed" else 1
+        return attributes_of(
+            self._module, self._optimizers, self._settings, gradients_stay=stay, steps_of_gradients=steps
+        )
 
     # -- tiers -------------------------------------------------------------------------------------------------------
 
@@ -446,6 +456,10 @@ class OffloadSession:
             return InBackward(self.engine, self._optimizers, self._complete, self.gradients)
         if self._schedule == "under_forward":
             return UnderForward(self.engine, self._optimizers, self._module, self.gradients)
+        if self._schedule == "delayed":
+            return Delayed(
+                self.engine, self._optimizers, self._module, self._complete, self.gradients, delays=self._delays
+            )
         return AfterBackward(self.engine, self._optimizers, self.gradients)
 
     def _gradient_store(self, names: Mapping[int, str]) -> GradientStore | None:
@@ -464,6 +478,7 @@ class OffloadSession:
             self._complete,
             self.staging_bytes // 4,
             keep_complete=self._schedule == "in_backward",
+            two_steps=self._schedule == "delayed",
         )
 
     def _tier_of(self, name: str) -> Tier | None:

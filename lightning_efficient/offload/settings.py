@@ -13,7 +13,7 @@ from lightning_efficient.offload.placement import KINDS, Rules
 __all__ = ["LossReduction", "ScheduleChoice", "Settings", "parse_settings"]
 
 LossReduction = Literal["mean", "sum"]
-ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward"]
+ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward", "delayed"]
 
 
 _NOT_PLACED = {
@@ -37,6 +37,7 @@ class Settings:
         master_weights: Whether parameters of 16 bits have values in full precision beside them.
         batch_feedback: Whether batches are split when memory is short.
         loss_reduction: What the loss is over the samples of a batch.
+        delay_after: Steps before the first one whose update may be late.
     """
 
     budgets: Mapping[str, int]
@@ -47,6 +48,7 @@ class Settings:
     master_weights: bool
     batch_feedback: bool = False
     loss_reduction: LossReduction = "mean"
+    delay_after: int = 40
 
     @property
     def rules(self) -> Rules:
@@ -68,6 +70,7 @@ def parse_settings(
     master_weights: bool,
     batch_feedback: bool = False,
     loss_reduction: str = "mean",
+    delay_after: int = 40,
 ) -> Settings:
     """Check and convert what the user gave.
 
@@ -78,6 +81,8 @@ def parse_settings(
         raise ValueError(f"schedule={schedule!r} is not allowed. Use one of {', '.join(get_args(ScheduleChoice))}.")
     if loss_reduction not in get_args(LossReduction):
         raise ValueError(f"loss_reduction={loss_reduction!r} is not allowed. Use 'mean' or 'sum'.")
+    if not isinstance(delay_after, int) or isinstance(delay_after, bool) or delay_after < 0:
+        raise ValueError(f"delay_after={delay_after!r} is not allowed. Give a number of steps, 0 or more.")
     if place is not None and not isinstance(place, Mapping):
         raise ValueError(f"place={place!r} is not allowed. Give a mapping, such as {{'optimizer_state': 'disk'}}.")
     if offload_dir is not None and not isinstance(offload_dir, str | Path):
@@ -99,6 +104,7 @@ def parse_settings(
         master_weights=bool(master_weights),
         batch_feedback=bool(batch_feedback),
         loss_reduction=loss_reduction,  # type: ignore[arg-type]
+        delay_after=delay_after,
     )
 
 

@@ -40,7 +40,8 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or ``numa:N``.
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
-            first that the run allows. All are exact.
+            first of these that the run allows. All of them are exact. ``delayed``: each in the backward of the next
+            step, which uses weights that are one update behind: results differ from those of plain training.
         staging: Most memory for records on their way to and from a disk, beside the budget: it is taken as it is
             needed, and one record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB,
             or what two of the largest records take.
@@ -50,6 +51,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             optimizer sees, the logged values and the loss are those of the whole.
         loss_reduction: What the loss of ``training_step`` is over the samples of a batch, ``mean`` or ``sum``; batches
             of other losses cannot be split.
+        delay_after: With ``schedule="delayed"``: so many steps at the beginning of the run are exact.
         enabled: False: begin when :meth:`enable_offload` is called, as
             ``GrowAndUnshareCallback(offload_on_switch=True)`` does when the full model begins.
 
@@ -71,6 +73,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         master_weights: bool = False,
         batch_feedback: bool = False,
         loss_reduction: LossReduction = "mean",
+        delay_after: int = 40,
         enabled: bool = True,
         accelerator: pl.accelerators.Accelerator | None = None,
         checkpoint_io: Any = None,
@@ -86,6 +89,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             master_weights=master_weights,
             batch_feedback=batch_feedback,
             loss_reduction=loss_reduction,
+            delay_after=delay_after,
             enabled=enabled,
         )
 

@@ -24,7 +24,7 @@ from lightning_efficient.offload.updates.gradients import GradientStore
 
 __all__ = ["Schedule", "accumulates", "allowed_settings", "choose_schedule", "clip_everywhere"]
 
-Schedule = Literal["after_backward", "in_backward", "under_forward"]
+Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 _WITH_GRADIENTS = ("on_before_optimizer_step", "on_after_backward", "on_before_zero_grad")  # hooks that find them
 
 
@@ -47,16 +47,17 @@ def choose_schedule(trainer: pl.Trainer, wanted: ScheduleChoice) -> tuple[Schedu
             f"schedule='in_backward' updates each parameter as soon as its gradient is there, which cannot be: "
             f"{never_earlier}. Use schedule='auto'."
         )
-    if wanted == "under_forward" and never_later:
+    if wanted in ("under_forward", "delayed") and never_later:
+        when = "forward" if wanted == "under_forward" else "backward"
         raise MisconfigurationException(
-            f"schedule='under_forward' updates parameters in the next forward, which cannot be: {never_later}. Use "
+            f"schedule='{wanted}' updates parameters in the next {when}, which cannot be: {never_later}. Use "
             "schedule='auto'."
         )
     return wanted, "as asked for"
 
 
 def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
-    """Why updates cannot wait for the next forward; empty if they can."""
+    """Why updates cannot wait for the next step; empty if they can."""
     module = trainer.lightning_module
     if not module.automatic_optimization:
         return "the LightningModule optimizes manually"

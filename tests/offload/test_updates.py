@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from lightning_efficient.core.torch_internals import without_torch_function
 from lightning_efficient.offload.updates.clipping import clip_norm_
+from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import MASTER, UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
@@ -94,6 +96,7 @@ class Job:
         self.store: GradientStore | None = None
         self.updates: Updates | None = None
         self.accumulating = False
+        self.delays = True
         self.norms: list[float] = []
 
     def offload(
@@ -113,7 +116,8 @@ class Job:
         if gradients:
             tiers = {p: self.gradient_tier for p in self.network.parameters() if p.requires_grad}
             keep = schedule == "in_backward"
-            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep)
+            two = schedule == "delayed"
+            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep, two_steps=two)
         names = {id(p): name for name, p in self.network.named_parameters()}
         self.staging = DeviceStaging(staging_bytes, torch.device("cpu")) if on_device else Staging(staging_bytes)
         self.engine = UpdateEngine(
@@ -127,6 +131,10 @@ class Job:
             self.updates = AfterBackward(self.engine, [self.optimizer], self.store)
         elif schedule == "in_backward":
             self.updates = InBackward(self.engine, [self.optimizer], complete, self.store)
+        elif schedule == "delayed":
+            self.updates = Delayed(
+                self.engine, [self.optimizer], self.network, complete, self.store, delays=lambda: self.delays
+            )
         else:
             self.updates = UnderForward(self.engine, [self.optimizer], self.network, self.store)
 
@@ -392,6 +400,22 @@ def test_a_hidden_reference_finds_weights_updated(jobs: Callable[..., Job]) -> N
     assert job.updates is not None
     job.updates.finish()
     assert all(map(torch.equal, job.network.parameters(), plain.network.parameters()))
+
+
+def test_weights_that_an_extension_reads_are_updated(jobs: Callable[..., Job]) -> None:
+    """Code in another language gets them from their module, and calls no operation of torch with them."""
+    plain, job = jobs(OPTIMIZERS["adamw"]), jobs(OPTIMIZERS["adamw"])
+    job.offload("under_forward", together_bytes=1)
+    for one in (job, plain):
+
+        def forward(hidden: Tensor, layer: nn.Linear = one.network.layers[1]) -> Tensor:
+            weight, bias = layer.weight, layer.bias
+            with without_torch_function():
+                return nn.functional.linear(hidden, weight, bias)
+
+        one.network.layers[1].forward = forward
+    assert job.train(5) == plain.train(5)
+    assert_same(job.weights(), plain.weights())
 
 
 def test_weights_read_through_the_modules_are_updated(jobs: Callable[..., Job]) -> None:

@@ -25,7 +25,7 @@ Clip = Callable[[Tensor], Any]
 
 @dataclass(frozen=True, eq=False)
 class GradientClaim:
-    """A gradient that somebody will want, whatever is cleared meanwhile; until the next backward.
+    """A gradient that somebody will want, whatever is cleared meanwhile; until the next backward, or the one after.
 
     Attributes:
         parameter: Whose it is.
@@ -61,6 +61,7 @@ class GradientStore:
         complete: Asked at each gradient whether it is complete, or more micro-batches will add to it.
         cap_bytes: Of gradients that are being written.
         keep_complete: Complete gradients stay in memory, where they are used at once.
+        two_steps: A claimed gradient stays while that of the next step comes; each has two places then.
     """
 
     def __init__(
@@ -71,13 +72,15 @@ class GradientStore:
         cap_bytes: int,
         *,
         keep_complete: bool = False,
+        two_steps: bool = False,
     ) -> None:
-        self._keep_complete = keep_complete
+        self._keep_complete, self._two_steps = keep_complete, two_steps
         self._tiers = dict(tiers)
         self._optimizers = list(optimizers)
         self._complete = complete
         self._cap_bytes = cap_bytes
         self._records: dict[nn.Parameter, Record] = {}
+        self._claimed: dict[nn.Parameter, Record] = {}  # where those of the last step are
         self._stored: dict[nn.Parameter, tuple[torch.dtype, Tensor | None]] = {}  # and the norm, once it is complete
         self._leaving: deque[tuple[Tensor, Pending]] = deque()
         self._leaving_bytes = 0
@@ -102,7 +105,14 @@ class GradientStore:
         stored = self._stored.pop(parameter, None)
         if stored is None:
             return None
-        return GradientClaim(parameter, self._tiers[parameter], self._records[parameter], stored[0], tuple(self._clips))
+        record = self._records[parameter]
+        if self._two_steps:
+            if (other := self._claimed.get(parameter)) is not None:
+                self._records[parameter] = other
+            else:
+                del self._records[parameter]
+            self._claimed[parameter] = record
+        return GradientClaim(parameter, self._tiers[parameter], record, stored[0], tuple(self._clips))
 
     def norm(self, parameter: nn.Parameter) -> Tensor:
         """The 2-norm of a gradient, a scalar, as ``torch.linalg.vector_norm`` gives it."""
@@ -133,9 +143,10 @@ class GradientStore:
                 parameter.grad = claim.take()
         self.clear()
         self._wait(0)
-        for parameter, record in self._records.items():
-            self._tiers[parameter].release([record])
-        self._records.clear()
+        for records in (self._records, self._claimed):
+            for parameter, record in records.items():
+                self._tiers[parameter].release([record])
+            records.clear()
 
     def _came(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad

@@ -1,8 +1,9 @@
 """When each unit is updated: all behind backward, each within backward, or (``under_forward.py``) before its next use.
 
-All three give the same weights to whoever reads them, bit for bit. In backward a gradient is freed as soon as it is
-there, but nothing may need all of them (Lv et al. 2023, LOMO). Under the next forward the updates can wait for the norm
-of all gradients, and transfers are hidden behind that forward (as in Yue et al. 2025, "GreedySnake").
+All three give the same weights to whoever reads them, bit for bit; a fourth (``delayed.py``) does not. In backward a
+gradient is freed as soon as it is there, but nothing may need all of them (Lv et al. 2023, LOMO). Under the next
+forward the updates can wait for the norm of all gradients, and transfers are hidden behind that forward (as in Yue et
+al. 2025, "GreedySnake").
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Updates(ABC):
     def begun(self) -> bool:
         """Whether some parameters have been updated in the step in progress, and others have not."""
         return self._updating_all
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the step in progress can be done again: no weight has changed since it began."""
+        return not self.begun
 
     def before_forward(self) -> None:
         """A training forward begins."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from lightning_efficient.offload.updates.access import ParameterWatch
 from lightning_efficient.offload.updates.awaited import await_no_more, await_update
 from lightning_efficient.offload.updates.engine import UpdateEngine
-from lightning_efficient.offload.updates.gradients import GradientClaim, GradientStore
+from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.held import HeldUpdate
 from lightning_efficient.offload.updates.schedule import Updates
 from lightning_efficient.offload.updates.units import Unit
 
@@ -27,8 +28,10 @@ class UnderForward(Updates):
     """Each unit right before the next forward uses it.
 
     Its gradients are held until then, also if somebody clears those of the parameters meanwhile. Whoever computes with
-    a weight meanwhile, however he came by it, finds it updated. For code that does not say what it reads (compiled
-    modules, other languages), :meth:`finish` must be called before.
+    a weight meanwhile, however he came by it, finds it updated. The modules say so (:mod:`.access`) for parameters that
+    are streamed, or of a class of their own, and for extensions, whose calls torch does not see; the parameters
+    themselves (:mod:`.awaited`) for references that are no module's: neither sees it all. For code that does not say
+    what it reads (memory shared with other libraries), :meth:`finish` must be called before.
 
     Args:
         engine: Of all ``optimizers``.
@@ -97,11 +100,8 @@ class UnderForward(Updates):
         ]
         self._update_all(at_once)
         for unit in (unit for unit in self._order if unit in mine.difference(at_once)):
-            group = {k: v.clone() if isinstance(v, Tensor) else v for k, v in unit.group.items() if k != "params"}
-            states = [unit.optimizer.state.get(parameter) for parameter in unit.parameters]
-            gradients = [_noted(gradient) for gradient in self._gradients(unit)]
-            versions = [parameter._version for parameter in unit.parameters]
-            self._waiting[unit] = _Waiting(group, gradients, states, versions)
+            update = HeldUpdate.of(unit, self._gradients(unit))
+            self._waiting[unit] = _Waiting(update, [parameter._version for parameter in unit.parameters])
             for parameter in unit.parameters:
                 await_update(parameter, self._used)
         if not at_once:
@@ -113,7 +113,7 @@ class UnderForward(Updates):
             self._run(unit)
 
     def _run(self, unit: Unit) -> None:
-        waiting, known = self._waiting.pop(unit), unit.optimizer.state
+        waiting = self._waiting.pop(unit)
         await_no_more(unit.parameters)
         self._updating_all = True
         for name, parameter, version in zip(unit.names, unit.parameters, waiting.versions, strict=True):
@@ -124,16 +124,7 @@ class UnderForward(Updates):
                     "schedule='after_backward'."
                 )
         self._ran.append(unit)
-        taken_out: dict[Tensor, dict[str, Any]] = {
-            parameter: state
-            for parameter, state in zip(unit.parameters, waiting.states, strict=True)
-            if state is not None and parameter not in known
-        }
-        known.update(taken_out)  # what somebody has taken out meanwhile, this update is still to have
-        gradients = [None if gradient is None else gradient.take() for gradient in waiting.gradients]
-        self._engine.update(unit, waiting.group, gradients)
-        for taken in taken_out:
-            known.pop(taken, None)
+        waiting.update.run(self._engine)
         self._updating_all = False
         if not self._waiting:  # the next updates read while forward and backward run
             self._engine.expect(dict.fromkeys((*self._ran, *self._order)))
@@ -141,39 +132,10 @@ class UnderForward(Updates):
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
-    """What a unit's update will need, as it was at the optimizer's step.
+    """The update of a unit, and how often each of its parameters had been changed when it was held."""
 
-    Attributes:
-        group: Its hyperparameters.
-        gradients: One for each of its parameters.
-        states: What the optimizer had of each; None: nothing.
-        versions: How often each had been changed.
-    """
-
-    group: Mapping[str, Any]
-    gradients: list[_Noted | GradientClaim | None]
-    states: list[dict[str, Any] | None]
+    update: HeldUpdate
     versions: list[int]
-
-
-@dataclass(frozen=True, eq=False)
-class _Noted:
-    """A gradient in memory, and how often it had been changed."""
-
-    gradient: Tensor
-    version: int
-
-    def take(self) -> Tensor:
-        if self.gradient._version != self.version:
-            raise RuntimeError(
-                "A gradient was changed in place after the optimizer's step and before its parameter was updated. "
-                "Clear gradients with zero_grad(set_to_none=True), or give schedule='after_backward'."
-            )
-        return self.gradient
-
-
-def _noted(gradient: Tensor | GradientClaim | None) -> _Noted | GradientClaim | None:
-    return _Noted(gradient, gradient._version) if isinstance(gradient, Tensor) else gradient
 
 
 def _leaves(results: Iterable[Tensor]) -> set[Tensor]:

@@ -1,0 +1,72 @@
+"""What updates that come one step late do to the loss: the same runs, exact and late, over several seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from benchmarks.harness import Options, Table, spread
+from lightning_efficient import OffloadStrategy
+from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
+
+__all__ = ["late_losses"]
+
+
+def late_losses(folder: Path, options: Options) -> tuple[Table, dict[str, list[float]], float]:
+    """Train a small language model with clipping, exactly (``under_forward``) and with late updates.
+
+    Args:
+        folder: For what goes to the disk.
+        options: Of the benchmark.
+
+    Returns:
+        The table, the losses by schedule and seed, and the mean difference in its standard errors.
+    """
+    steps, after = (12, 4) if options.quick else (300, 40)
+    losses = {
+        schedule: [_final_loss(folder, schedule, seed, steps, after) for seed in options.seeds]
+        for schedule in ("under_forward", "delayed")
+    }
+    exact, late = losses.values()
+    differences = [one - other for one, other in zip(late, exact, strict=True)]
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    gap = mean / error if error else 0.0
+    rows = [
+        ("under_forward (exact)", spread(exact, 4), "-", "-"),
+        ("delayed", spread(late, 4), f"{mean:+.4f}", f"{gap:+.1f}"),
+    ]
+    table = Table(
+        f"Loss with late updates: byte language model, {steps} steps, clipped, {len(differences)} seeds",
+        ("schedule", "final validation loss", "difference", "in its standard errors"),
+        rows,
+        f"The first {after} steps of both are exact; differences are between runs of the same seed.",
+    )
+    print(table.markdown(), flush=True)
+    return table, losses, gap
+
+
+def _final_loss(folder: Path, schedule: str, seed: int, steps: int, after: int) -> float:
+    pl.seed_everything(seed, verbose=False)
+    place = {"optimizer_state": "disk"}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=OffloadStrategy(offload_dir=folder, place=place, schedule=schedule, delay_after=after),  # type: ignore[arg-type]
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=0.5,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = ByteLanguageModel(layers=2, width=64, heads=4, context=64, learning_rate=1e-3, warmup_steps=20)
+    trainer.fit(model, StdlibDataModule(context=64, batch_size=16, seed=seed, validation_bytes=65536))
+    return float(trainer.callback_metrics["val_loss"])
