@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Entry", "Layout", "is_bulk"]
+__all__ = ["MASTER", "VALUE", "Entry", "Layout", "is_bulk"]
 
+MASTER = "master_weight"
+"""The key, beside the optimizer's own, of a parameter's value in full precision."""
+VALUE = "value_on_host"
+"""Likewise of a copy of its value, where it is stepped on the host; it is no part of the optimizer's state."""
 ALIGNMENT = 64  # bytes: a cache line, and what vectorized kernels like best
 
 

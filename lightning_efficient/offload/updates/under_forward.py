@@ -46,6 +46,7 @@ class UnderForward(Updates):
     ) -> None:
         super().__init__(engine, optimizers, store)
         self._waiting: dict[Unit, _Waiting] = {}
+        self._begun: set[Unit] = set()  # of those, on the host
         self._order: list[Unit] = list(engine.units)
         self._ran: list[Unit] = []
         self._watch = ParameterWatch(module, self._used)
@@ -75,6 +76,7 @@ class UnderForward(Updates):
     def finish(self) -> None:
         for unit in list(self._waiting):
             self._run(unit)
+        super().finish()
 
     def detach(self) -> None:
         try:
@@ -82,6 +84,7 @@ class UnderForward(Updates):
         finally:
             while self._waiting:  # what is left when an update has failed
                 await_no_more(self._waiting.popitem()[0].parameters)
+            self._begun.clear()
             if self._engine.stream is not None:
                 self._engine.stream.before_use = None
             self._watch.detach()
@@ -102,11 +105,22 @@ class UnderForward(Updates):
             gradients = [_noted(gradient) for gradient in self._gradients(unit)]
             versions = [parameter._version for parameter in unit.parameters]
             self._waiting[unit] = _Waiting(group, gradients, states, versions)
-            for parameter in unit.parameters:
-                await_update(parameter, self._used)
         if not at_once:
             self._engine.commit()
         self._engine.expect(self._waiting)
+        for unit in list(self._waiting):
+            if resident and self._engine.on_host(unit) and unit in self._waiting:
+                self._begin(unit)
+            for parameter in unit.parameters:
+                if unit in self._waiting:
+                    await_update(parameter, self._used)
+
+    def _begin(self, unit: Unit) -> None:
+        """The host need not wait until a forward uses the parameters: nobody reads them before :meth:`_run`."""
+        waiting = self._waiting[unit]
+        gradients = [one.gradient if isinstance(one, _Noted) else one for one in waiting.gradients]
+        self._engine.update(unit, waiting.group, gradients)
+        self._begun.add(unit)
 
     def _used(self, parameter: nn.Parameter) -> None:
         if self._waiting and (unit := self._engine.unit_of.get(parameter)) in self._waiting:
@@ -130,8 +144,12 @@ class UnderForward(Updates):
             if state is not None and parameter not in known
         }
         known.update(taken_out)  # what somebody has taken out meanwhile, this update is still to have
-        gradients = [None if gradient is None else gradient.take() for gradient in waiting.gradients]
-        self._engine.update(unit, waiting.group, gradients)
+        begun = unit in self._begun
+        self._begun.discard(unit)
+        gradients = [one.take() if isinstance(one, _Noted) else one for one in waiting.gradients]  # if unchanged
+        if not begun:
+            self._engine.update(unit, waiting.group, gradients)
+        self._engine.join([unit])
         for taken in taken_out:
             known.pop(taken, None)
         self._updating_all = False
