@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from lightning_efficient.core.units import parse_bytes
 from lightning_efficient.offload.placement import KINDS, Rules
 
-__all__ = ["LossReduction", "ScheduleChoice", "Settings", "parse_settings"]
+__all__ = ["LossReduction", "ScheduleChoice", "Settings", "SiteChoice", "parse_settings"]
 
 LossReduction = Literal["mean", "sum"]
 ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward"]
+SiteChoice = Literal["auto", "device", "host"]
 
 
 _NOT_PLACED = {
@@ -37,6 +38,7 @@ class Settings:
         master_weights: Whether parameters of 16 bits have values in full precision beside them.
         batch_feedback: Whether batches are split when memory is short.
         loss_reduction: What the loss is over the samples of a batch.
+        step_on: Where updates are computed whose optimizer state is elsewhere.
     """
 
     budgets: Mapping[str, int]
@@ -47,6 +49,7 @@ class Settings:
     master_weights: bool
     batch_feedback: bool = False
     loss_reduction: LossReduction = "mean"
+    step_on: SiteChoice = "auto"
 
     @property
     def rules(self) -> Rules:
@@ -68,6 +71,7 @@ def parse_settings(
     master_weights: bool,
     batch_feedback: bool = False,
     loss_reduction: str = "mean",
+    step_on: str = "auto",
 ) -> Settings:
     """Check and convert what the user gave.
 
@@ -76,6 +80,8 @@ def parse_settings(
     """
     if schedule not in get_args(ScheduleChoice):
         raise ValueError(f"schedule={schedule!r} is not allowed. Use one of {', '.join(get_args(ScheduleChoice))}.")
+    if step_on not in get_args(SiteChoice):
+        raise ValueError(f"step_on={step_on!r} is not allowed. Use one of {', '.join(get_args(SiteChoice))}.")
     if loss_reduction not in get_args(LossReduction):
         raise ValueError(f"loss_reduction={loss_reduction!r} is not allowed. Use 'mean' or 'sum'.")
     if place is not None and not isinstance(place, Mapping):
@@ -99,6 +105,7 @@ def parse_settings(
         master_weights=bool(master_weights),
         batch_feedback=bool(batch_feedback),
         loss_reduction=loss_reduction,  # type: ignore[arg-type]
+        step_on=step_on,  # type: ignore[arg-type]
     )
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient.offload.common import OffloadMixin
-from lightning_efficient.offload.settings import LossReduction, ScheduleChoice
+from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, SiteChoice
 
 __all__ = ["OffloadStrategy"]
 
@@ -33,6 +33,10 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
             first that the run allows. All are exact.
+        step_on: Where updates of parameters on a GPU are computed whose optimizer state is elsewhere. ``device``:
+            there, and the state comes and goes; ``host``: by the CPU, which gets gradients and sends new values, and
+            whose kernels may round differently; ``auto``: what is faster, measured when training begins. Without a
+            GPU there is one place only.
         staging: Memory for records on their way to and from a disk, beside the budget; None: 256 MiB, or what two of
             the largest records take.
         master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
@@ -58,6 +62,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         offload_dir: str | Path | None = None,
         place: dict[str, str] | None = None,
         schedule: ScheduleChoice = "auto",
+        step_on: SiteChoice = "auto",
         staging: int | str | None = None,
         master_weights: bool = False,
         batch_feedback: bool = False,
@@ -73,6 +78,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             offload_dir=offload_dir,
             place=place,
             schedule=schedule,
+            step_on=step_on,
             staging=staging,
             master_weights=master_weights,
             batch_feedback=batch_feedback,

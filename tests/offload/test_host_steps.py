@@ -227,9 +227,9 @@ def test_what_a_step_ends_with_is_said_where_it_is_waited_for(
         with pytest.raises(type(error), match=str(error)):
             job.train(2, start=2)
     assert job.engine.updating, "weights may be half new"
+    unit = job.engine.units[0]
     with pytest.raises(RuntimeError, match="An update on the host has failed"):
-        for unit in job.engine.units:
-            job.engine.update(unit, unit.group, [torch.ones_like(p) for p in unit.parameters])
+        job.engine.update(unit, unit.group, [torch.ones_like(p) for p in unit.parameters])
     job.updates.detach()
     job.engine.rest()
 

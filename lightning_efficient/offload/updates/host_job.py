@@ -133,7 +133,7 @@ class HostJob:
         Returns:
             Of each parameter whose value is on the host too, how often it has been changed, and its bits' sum.
         """
-        unit, known = self._unit, {}
+        unit, known = self._unit, dict[Tensor, tuple[int, Tensor]]()
         if self.sent is not None:
             self._crossing.follow(self.sent)
         for index in self._stepping:
