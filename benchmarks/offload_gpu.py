@@ -245,8 +245,8 @@ def measure(plan: Plan, device: torch.device, folder: Path) -> Result:
     limits = {**sites, CHOSEN: min(sites.values())}
     device_ms, host_ms = (ns * elements / 1e6 for ns in (measured.device_ns, measured.host_ns))
     note = (
-        f"{elements / 1e6:.0f} million parameters. Limits: forward and backward {computing * 1e3:.0f} ms; updates on the "
-        f"device {device_ms:.0f} ms (link {measured.link_bytes_per_second / 1e9:.1f} GB/s each way), on the host "
+        f"{elements / 1e6:.0f} million parameters. Limits: forward and backward {computing * 1e3:.0f} ms; updates on "
+        f"the device {device_ms:.0f} ms (link {measured.link_bytes_per_second / 1e9:.1f} GB/s each way), on the host "
         f"{host_ms:.0f} ms ({measured.host_step_ns:.2f} ns an element)."
     )
     tables, found = [exact_table], {}

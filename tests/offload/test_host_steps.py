@@ -28,6 +28,10 @@ from tests.offload.test_updates import OPTIMIZERS, SCHEDULES, Job, assert_same, 
 ADAMW = OPTIMIZERS["adamw"]
 
 
+def fused(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True)
+
+
 class HostJobs(Job):
     """A job whose updates the host makes; its state is in memory of the host, or on what stands for a disk."""
 
@@ -255,6 +259,42 @@ def test_a_disk_that_fails_is_said(jobs: Callable[..., HostJobs], monkeypatch: p
     monkeypatch.setattr(DictTier, "read", read)
     with pytest.raises(TierError, match="the disk is dying"):
         job.train(2, start=2)
+
+
+@pytest.mark.parametrize("site", ["device", "host"])
+def test_backward_cannot_use_a_weight_that_is_being_updated(site: str, jobs: Callable[..., HostJobs]) -> None:
+    job = jobs(OPTIMIZERS["sgd"])
+    if site == "device":
+        job.offload("in_backward", together_bytes=1)
+    else:
+        job.on_host("in_backward", "memory", together_bytes=1)
+    network, weight = job.network, job.network.layers[2].weight
+
+    def forward(tokens: Tensor) -> Tensor:
+        hidden = nn.functional.linear(network.embedding(tokens), weight.detach())  # which backward comes to last
+        return network.layers[2](torch.tanh(network.layers[1](hidden))) @ network.embedding.weight.detach().T
+
+    network.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        job.train(1)
+
+
+class Scaled(torch.optim.AdamW):
+    """Keeps tensors of the device for its step, as a gradient scaler gives them to fused optimizers."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.found_inf is not self.of_the_device or threading.current_thread() is threading.main_thread()
+        return torch.optim.AdamW.step.__wrapped__(self, closure)
+
+
+def test_what_a_scaler_gives_to_the_optimizer_comes_along(jobs: Callable[..., HostJobs]) -> None:
+    job, plain = jobs(lambda groups: Scaled(groups, fused=True)), jobs(fused)
+    job.on_host("after_backward", "memory")
+    for one in (job, plain):
+        one.optimizer.found_inf = one.optimizer.of_the_device = torch.zeros(())
+        one.optimizer.grad_scale = torch.full((), 4.0)
+        one.train(3)
+    assert_same(job.weights(), plain.weights())
 
 
 def test_hyperparameters_are_those_of_the_optimizers_step(jobs: Callable[..., HostJobs]) -> None:

@@ -7,15 +7,20 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_efficient import OffloadStrategy
+from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback, OffloadDDPStrategy, OffloadStrategy
 from lightning_efficient.offload import site_choice
 from lightning_efficient.offload.placement import Attribute, Row
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import parse_settings
+from lightning_efficient.offload.sharded.ranks import Ranks
+from lightning_efficient.offload.sharded.session import ShardedSession
 from lightning_efficient.offload.site import (
     SiteMeasurements,
     calibrate,
@@ -26,6 +31,9 @@ from lightning_efficient.offload.site import (
 from lightning_efficient.offload.site_choice import ChosenSite
 from lightning_efficient.offload.tiers.tier import TierError
 from tests.helpers.fitting import assert_same_tree, fit
+from tests.helpers.ranks import run_on_two_ranks
+from tests.offload.dividing import run as ranks_run
+from tests.offload.dividing import saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 
@@ -227,6 +235,75 @@ def test_checkpoints_are_plain_both_ways(place: str, schedule: str, tmp_path: Pa
     resumed = fit(None, build=on_host(**build), ckpt_path=plain.checkpoints[3], max_steps=6)
     assert_same_tree(resumed.weights, plain.weights, "weights")
     assert_same_tree(resumed.optimizers, plain.optimizers, "optimizers")
+
+
+def grow() -> GrowAndUnshareCallback:
+    return GrowAndUnshareCallback(mode="stack", stages=[{"depth": 2, "until": 3}, {"depth": 4}])
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "averaged weights": {"before": lambda: [EMAWeightAveraging(decay=0.8)], "limit_val_batches": 1},
+    "asynchronous checkpoints": {"after": lambda: [AsyncCheckpointIO(in_memory=1)]},
+    "growth": {"before": lambda: [grow()]},
+    "clamped weights": {"before": lambda: [Clamps()]},
+    "looked at": {"before": lambda: [Reads()]},
+}
+
+
+class Clamps(pl.Callback):
+    """Writes to weights as people did before there was ``no_grad``."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.clamp_(-0.1, 0.1)
+
+
+class Reads(pl.Callback):
+    """Looks at gradients before the step, and at weights behind it."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        assert any(parameter.grad is not None for parameter in pl_module.parameters())
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        assert all(parameter.isfinite().all() for parameter in pl_module.parameters())
+
+
+@pytest.mark.parametrize("schedule", ["auto", "under_forward"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_beside_others_that_read_and_write_weights(beside: str, schedule: str, tmp_path: Path) -> None:
+    def run(build: dict[str, Any] | None, root: Path) -> Any:
+        case = {key: value() if callable(value) else value for key, value in BESIDE[beside].items()}
+        return fit(None, build=build, root=root, checkpoints={}, each_step=True, max_steps=6, **case)
+
+    ours = run(on_host(place=PLACES["memory"], schedule=schedule), tmp_path / "ours")
+    plain = run(None, tmp_path / "plain")
+    assert ours.losses == plain.losses
+    assert_same_tree(ours.weights_at, plain.weights_at, "weights at each step")
+    for step in (2, 6):
+        one, other = (torch.load(run.checkpoints[step], weights_only=True) for run in (ours, plain))
+        assert_same_tree(one["state_dict"], other["state_dict"], "state_dict")
+        assert_same_tree(one["optimizer_states"], other["optimizer_states"], "optimizer_states")
+
+
+class OnHostDDP(OffloadDDPStrategy):
+    """Likewise, on each rank."""
+
+    def _new_session(self, *args: Any, **kwargs: Any) -> OffloadSession:
+        return ShardedSession(Ranks(self.root_device, self.num_processes), *args, **kwargs, site="host")
+
+
+def of_two_ranks(rank: int, root: Path) -> None:
+    for name, arguments in {"plain": {}, "clipped": {"gradient_clip_val": 0.3}}.items():
+        for place in ("disk", "memory"):
+            where = root / f"{name}-{place}"
+            plain = ranks_run(where / "plain", DDPStrategy(), **arguments)
+            ours = ranks_run(where / "ours", OnHostDDP(offload_dir="swap", place=PLACES[place]), **arguments)
+            assert ours.losses == plain.losses
+            assert_same_tree(saved(ours), saved(plain), f"{name}: checkpoint")
+
+
+def test_two_ranks_step_their_shares_on_the_host(tmp_path: Path) -> None:
+    run_on_two_ranks(of_two_ranks, tmp_path, tmp_path)
 
 
 def test_room_for_values_is_planned_in_memory_and_said(caplog: pytest.LogCaptureFixture) -> None:

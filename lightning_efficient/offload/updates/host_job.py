@@ -94,6 +94,7 @@ class HostJob:
         """
         unit, way = self._unit, self._way
         self._twin = twin(unit.optimizer)
+        way.update({("own", key): one for key, one in vars(self._twin).items() if isinstance(one, Tensor)})
         self.group = {key: value for key, value in group.items() if key != "params"}
         way.update({("group", key): value for key, value in self.group.items() if isinstance(value, Tensor)})
         self._small = [unit.optimizer.state.get(parameter) for parameter in unit.parameters]
@@ -112,7 +113,7 @@ class HostJob:
                     with self.stream.ensure([parameter]):
                         way["value", index] = parameter.detach().clone()
                 continue
-            self._targets[index] = target = parameter.data  # what the thread writes is a change when it is delivered
+            self._targets[index] = target = parameter.data
             if index in self._full:
                 if not self._has_master(index):
                     way["value", index] = target
@@ -120,6 +121,7 @@ class HostJob:
                 way["changed", index] = fingerprint(target) != known[parameter][1]
             else:
                 way["value", index] = target
+            torch.autograd.graph.increment_version(parameter)  # whoever has saved it for backward must not use it now
         self.nbytes = sum(one.numel() * one.element_size() for one in way.values() if one.layout == torch.strided)
         self._after = self._crossing.mark()
 
@@ -145,7 +147,6 @@ class HostJob:
                     parameter.copy_(self._values[index], non_blocking=True)
                 self.stream.changed(parameter)
                 continue
-            torch.autograd.graph.increment_version(parameter)
             if self._keeps and index not in self._full and parameter.numel() > 1:
                 known[parameter] = parameter._version, fingerprint(self._targets[index])
         return known
@@ -192,6 +193,7 @@ class HostJob:
             shown[index] = self._shown(index, whole)
             if state := {key: one for key, one in whole.items() if key not in _VALUES}:
                 self._twin.state[shown[index]] = state
+        vars(self._twin).update({key[1]: one for key, one in self._way.items() if key[0] == "own"})  # as scalers set
         step_alone(self._twin, self._group_on_host(), list(shown.values()))
         for index, value in shown.items():
             value.grad = None

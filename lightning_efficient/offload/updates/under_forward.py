@@ -120,6 +120,7 @@ class UnderForward(Updates):
         waiting = self._waiting[unit]
         gradients = [one.gradient if isinstance(one, _Noted) else one for one in waiting.gradients]
         self._engine.update(unit, waiting.group, gradients)
+        waiting.versions[:] = [parameter._version for parameter in unit.parameters]
         self._begun.add(unit)
 
     def _used(self, parameter: nn.Parameter) -> None:
