@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import offload_gpu
 from benchmarks.bounded import kills, trains_in_bounds
 from benchmarks.harness import Options, Result, Table, spread
 from benchmarks.late_updates import late_losses
@@ -308,7 +309,9 @@ def _exact(folder: Path, steps: int) -> tuple[Table, bool, float]:
 
 
 def run(options: Options) -> Result:
-    """All of it; about ten minutes."""
+    """All of it; about ten minutes. On a GPU: :mod:`benchmarks.offload_gpu`."""
+    if options.device == "cuda":
+        return offload_gpu.run(options)
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="offload-", dir=Path.cwd()))
     try:

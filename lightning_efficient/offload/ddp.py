@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.offload.common import OffloadMixin
 from lightning_efficient.offload.session import OffloadSession
-from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, Settings
+from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, Settings, SiteChoice
 from lightning_efficient.offload.sharded.ranks import Ranks
 from lightning_efficient.offload.sharded.session import ShardedSession
 from lightning_efficient.offload.trainer import Schedule, allowed_settings
@@ -41,6 +41,7 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
         offload_dir: Folder for what goes to a disk; each rank makes a file of its own there.
         place: See :class:`~lightning_efficient.OffloadStrategy`. Parameters and gradients stay on the device.
         schedule: ``auto`` and ``after_backward`` are possible.
+        step_on: See ``OffloadStrategy``; each rank measures for itself.
         staging: Memory of each rank for records on their way to and from a disk; see ``OffloadStrategy``.
         master_weights: Keep parameters of 16 bits in float32 beside them, on the rank that updates them.
         batch_feedback: See :class:`~lightning_efficient.OffloadStrategy`; the ranks go back together.
@@ -74,6 +75,7 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
         offload_dir: str | Path | None = None,
         place: dict[str, str] | None = None,
         schedule: ScheduleChoice = "auto",
+        step_on: SiteChoice = "auto",
         staging: int | str | None = None,
         master_weights: bool = False,
         batch_feedback: bool = False,
@@ -116,6 +118,7 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
             offload_dir=offload_dir,
             place=place,
             schedule=schedule,
+            step_on=step_on,
             staging=staging,
             master_weights=master_weights,
             batch_feedback=batch_feedback,

@@ -22,6 +22,7 @@ def attributes_of(
     *,
     gradients_stay: bool = True,
     steps_of_gradients: int = 1,
+    values_stay: bool = False,
 ) -> list[Attribute]:
     """What there is to place: of each parameter itself, its gradient and its optimizer state, and the rest by kind.
 
@@ -31,6 +32,7 @@ def attributes_of(
         settings: Of the user.
         gradients_stay: Whether all gradients are alive at a time; else the largest one counts.
         steps_of_gradients: Of how many steps they are.
+        values_stay: Whether the values of parameters are beside their state too, and not only those in full precision.
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     by_parameter = {id(p): (optimizer, group) for optimizer, group in groups for p in group["params"]}
@@ -51,7 +53,8 @@ def attributes_of(
         if key not in ratios:
             like = torch.empty([0] * parameter.dim()) if in_full else parameter
             ratios[key] = state_bytes_per_element(optimizer, group, like)
-        state_bytes = (ratios[key] + 4 * in_full) * parameter.numel()
+        values = 4 if in_full else parameter.element_size() * values_stay
+        state_bytes = (ratios[key] + values) * parameter.numel()
         found.append(Attribute("optimizer_state", name, int(state_bytes), position))
     if not gradients_stay:
         found.append(Attribute("gradient", "*", largest))

@@ -19,15 +19,20 @@ from lightning_efficient.offload.limit import LimitMeter, Work
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, keep_or_replan, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
+from lightning_efficient.offload.site import Site
+from lightning_efficient.offload.site_choice import ChosenSite, with_values
 from lightning_efficient.offload.step_means import StepMeans
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
 from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.crossing import crossing_for
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.host_staging import HostStaging
+from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, Updates
 from lightning_efficient.offload.updates.staging import Staging
 from lightning_efficient.offload.updates.under_forward import UnderForward
@@ -64,6 +69,7 @@ class OffloadSession:
         complete: Asked at each gradient whether it is complete.
         accumulates: Whether several backwards add to the gradients of a step.
         delays: With ``schedule="delayed"``: asked at each step whether its update may be late.
+        site: Where updates are computed, whatever the settings say.
 
     Raises:
         TierError: If there is no room.
@@ -82,8 +88,11 @@ class OffloadSession:
         complete: Callable[[], bool],
         accumulates: bool = False,
         delays: Callable[[], bool] = lambda: True,
+        site: Site | None = None,
     ) -> None:
         self._accumulates, self._delays = accumulates, delays
+        self._chosen = ChosenSite(site or (settings.step_on if device.type != "cpu" else "device"), device)
+        self._host: HostSteps | None = None
         self._module, self._optimizers, self._settings = module, list(optimizers), settings
         self._device, self._schedule, self._complete = device, schedule, complete
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
@@ -119,6 +128,8 @@ class OffloadSession:
         waited = self._staging.waited_seconds if self._staging is not None else 0.0
         if self.updates is not None:
             waited += self.engine.waited_seconds
+        if self._host is not None:
+            waited += self._host.waited_seconds
         if self.stream is not None:
             waited += self.stream.statistics.wait_seconds
         if self.saved is not None:
@@ -140,8 +151,18 @@ class OffloadSession:
             return
         if self._arrangement() != self._placed_for:
             self._place_what_came()
-        on_cpu = self._device.type == "cpu"
-        self._staging = Staging(self.staging_bytes) if on_cpu else DeviceStaging(self.staging_bytes, self._device)
+        if self._chosen.site == "host":
+            self._staging = HostStaging(self.staging_bytes)
+            self._host = HostSteps(
+                crossing_for(self._device),
+                self._staging,
+                master_weights=self._settings.master_weights,
+                in_flight_bytes=self.staging_bytes // 2,
+            )
+        elif self._device.type == "cpu":
+            self._staging = Staging(self.staging_bytes)
+        else:
+            self._staging = DeviceStaging(self.staging_bytes, self._device)
         self._begin()
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
@@ -165,7 +186,8 @@ class OffloadSession:
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
         if gradients:
             self._means.step()
-            self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds))
+            host = self._host.busy_seconds if self._host is not None else 0.0
+            self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds, host))
         if self.stream is not None:
             self.stream.end_step()
             self.stream.begin_step(gradients=gradients)
@@ -263,6 +285,9 @@ class OffloadSession:
             if self._staging is not None:
                 ending.callback(self._staging.close)
                 self._staging = None
+            if self._host is not None:
+                ending.callback(self._host.close)
+                self._host = None
             for handle in self._handles:
                 ending.callback(handle.remove)
             self._handles.clear()
@@ -284,6 +309,8 @@ class OffloadSession:
             if kinds:
                 amounts = ", ".join(f"{kind} {human_bytes(amount)}" for kind, amount in kinds.items())
                 parts.append(f"{room.tier}: {amounts}")
+        if site := self._chosen.summary():
+            parts.append(site)
         return "; ".join(parts)
 
     def ways(self) -> list[str]:
@@ -309,7 +336,8 @@ class OffloadSession:
             values["parameter_resident_bytes"] = float(self.stream.statistics.resident_bytes)
         if self.saved is not None:
             values["activation_resident_bytes"] = float(self.saved.statistics().stash.peak_resident_bytes)
-        return values | self.tiers.measurements(self._means.means()) | self._limit.measurements()
+        values |= self.tiers.measurements(self._means.means())
+        return values | self._chosen.measurements() | self._limit.measurements()
 
     def _totals(self) -> dict[str, float]:
         """What grows, by the tag of its mean over batches."""
@@ -370,6 +398,7 @@ class OffloadSession:
         rooms = self.tiers.rooms(self._parameters, self._optimizers)
         self.placement = plan_with_window(self.attributes, rooms, self._rules, used_at_once(self._module))
         self._window_bytes = window_bytes(self.placement)
+        self._choose_site()
         check_disk(self.placement)
         check_staging(self.placement, self._module, self._optimizers, self._settings)
         placed = {
@@ -386,10 +415,29 @@ class OffloadSession:
             self.tiers.commit()
             self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
 
+    def _choose_site(self) -> None:
+        away = [row for row in self.placement.rows if row.tier != self.tiers.fastest]
+        states = [row for row in away if row.attribute.kind == "optimizer_state"]
+        if self.updates is None:
+            if any(row.tier == "disk" for row in states):
+                self.tiers.get("disk")  # makes its folder
+            self._chosen.choose(
+                states,
+                self._module,
+                self._optimizers,
+                streams=any(row.attribute.kind == "parameter" for row in away),
+                master_weights=self._settings.master_weights,
+                staging_bytes=self._settings.staging_bytes or _STAGING,
+                directory=self.tiers.directory,
+            )
+        if self._chosen.site == "host":
+            plain, self.attributes = self.attributes, self._attributes(values_stay=True)
+            self.placement = with_values(self.placement, plain, self.attributes, self._rules)
+
     def _place_what_came(self) -> None:
         """Plan for what the optimizers have now and had not; the rest stays where it is."""
         known = {(row.attribute.kind, row.attribute.name) for row in self.placement.rows}
-        self.attributes = self._attributes()
+        self.attributes = self._attributes(values_stay=self._chosen.site == "host")
         self._placed_for = self._arrangement()
         came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
         came_to = plan(came, self._left(self.placement.rooms, self.placement), self._rules)
@@ -405,11 +453,16 @@ class OffloadSession:
         """Which parameters the optimizers have, by group."""
         return [[id(p) for p in group["params"]] for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def _attributes(self) -> list[Attribute]:
+    def _attributes(self, *, values_stay: bool = False) -> list[Attribute]:
         stay = self._schedule != "in_backward" or self._accumulates or self._settings.batch_feedback
         steps = 2 if self._schedule == "delayed" else 1
         return attributes_of(
-            self._module, self._optimizers, self._settings, gradients_stay=stay, steps_of_gradients=steps
+            self._module,
+            self._optimizers,
+            self._settings,
+            gradients_stay=stay,
+            steps_of_gradients=steps,
+            values_stay=values_stay,
         )
 
     # -- tiers -------------------------------------------------------------------------------------------------------
@@ -449,6 +502,7 @@ class OffloadSession:
             "master_weights": self._settings.master_weights,
             "stream": self.stream,
             "together_bytes": together_bytes,
+            "host": self._host,
         }
 
     def _new_updates(self) -> Updates:

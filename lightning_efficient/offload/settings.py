@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from lightning_efficient.core.units import parse_bytes
 from lightning_efficient.offload.placement import KINDS, Rules
 
-__all__ = ["LossReduction", "ScheduleChoice", "Settings", "parse_settings"]
+__all__ = ["LossReduction", "ScheduleChoice", "Settings", "SiteChoice", "parse_settings"]
 
 LossReduction = Literal["mean", "sum"]
 ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward", "delayed"]
+SiteChoice = Literal["auto", "device", "host"]
 
 
 _NOT_PLACED = {
@@ -38,6 +39,7 @@ class Settings:
         batch_feedback: Whether batches are split when memory is short.
         loss_reduction: What the loss is over the samples of a batch.
         delay_after: Steps before the first one whose update may be late.
+        step_on: Where updates are computed whose optimizer state is elsewhere.
     """
 
     budgets: Mapping[str, int]
@@ -49,6 +51,7 @@ class Settings:
     batch_feedback: bool = False
     loss_reduction: LossReduction = "mean"
     delay_after: int = 40
+    step_on: SiteChoice = "auto"
 
     @property
     def rules(self) -> Rules:
@@ -71,6 +74,7 @@ def parse_settings(
     batch_feedback: bool = False,
     loss_reduction: str = "mean",
     delay_after: int = 40,
+    step_on: str = "auto",
 ) -> Settings:
     """Check and convert what the user gave.
 
@@ -79,6 +83,8 @@ def parse_settings(
     """
     if schedule not in get_args(ScheduleChoice):
         raise ValueError(f"schedule={schedule!r} is not allowed. Use one of {', '.join(get_args(ScheduleChoice))}.")
+    if step_on not in get_args(SiteChoice):
+        raise ValueError(f"step_on={step_on!r} is not allowed. Use one of {', '.join(get_args(SiteChoice))}.")
     if loss_reduction not in get_args(LossReduction):
         raise ValueError(f"loss_reduction={loss_reduction!r} is not allowed. Use 'mean' or 'sum'.")
     if not isinstance(delay_after, int) or isinstance(delay_after, bool) or delay_after < 0:
@@ -105,6 +111,7 @@ def parse_settings(
         batch_feedback=bool(batch_feedback),
         loss_reduction=loss_reduction,  # type: ignore[arg-type]
         delay_after=delay_after,
+        step_on=step_on,  # type: ignore[arg-type]
     )
 
 

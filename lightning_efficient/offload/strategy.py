@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient.offload.common import OffloadMixin
-from lightning_efficient.offload.settings import LossReduction, ScheduleChoice
+from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, SiteChoice
 
 __all__ = ["OffloadStrategy"]
 
@@ -42,6 +42,10 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
             first of these that the run allows. All of them are exact. ``delayed``: each in the backward of the next
             step, which uses weights that are one update behind: results differ from those of plain training.
+        step_on: Where updates of parameters on a GPU are computed whose optimizer state is elsewhere. ``device``:
+            there, and the state comes and goes; ``host``: by the CPU, which gets gradients and sends new values, and
+            whose kernels may round differently; ``auto``: what is faster, measured when training begins. Without a
+            GPU there is one place only.
         staging: Most memory for records on their way to and from a disk, beside the budget: it is taken as it is
             needed, and one record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB,
             or what two of the largest records take.
@@ -69,6 +73,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         offload_dir: str | Path | None = None,
         place: dict[str, str] | None = None,
         schedule: ScheduleChoice = "auto",
+        step_on: SiteChoice = "auto",
         staging: int | str | None = None,
         master_weights: bool = False,
         batch_feedback: bool = False,
@@ -85,6 +90,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             offload_dir=offload_dir,
             place=place,
             schedule=schedule,
+            step_on=step_on,
             staging=staging,
             master_weights=master_weights,
             batch_feedback=batch_feedback,

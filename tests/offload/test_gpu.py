@@ -30,7 +30,8 @@ GPU: dict[str, Any] = {"accelerator": "gpu", "devices": 1}
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_on_a_gpu_is_the_same_bit_for_bit_o3_o4(place: str, clip: float | None) -> None:
     arguments = {**GPU, "gradient_clip_val": clip}
-    ours = fit(None, build={"strategy": OffloadStrategy(offload_dir="swap", place=PLACES[place])}, **arguments)
+    strategy = OffloadStrategy(offload_dir="swap", place=PLACES[place], step_on="device")
+    ours = fit(None, build={"strategy": strategy}, **arguments)
     plain = fit(None, **arguments)
     assert ours.losses == plain.losses
     assert_same_tree(ours.weights, plain.weights, "weights")
@@ -40,7 +41,8 @@ def test_a_run_on_a_gpu_is_the_same_bit_for_bit_o3_o4(place: str, clip: float | 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
 def test_precisions_on_a_gpu_o3(precision: str) -> None:
     arguments = {**GPU, "precision": precision}
-    ours = fit(None, build={"strategy": OffloadStrategy(place={"optimizer_state": "host"})}, **arguments)
+    strategy = OffloadStrategy(place={"optimizer_state": "host"}, step_on="device")
+    ours = fit(None, build={"strategy": strategy}, **arguments)
     plain = fit(None, **arguments)
     assert ours.losses == plain.losses
     assert_same_tree(ours.weights, plain.weights, "weights")

@@ -161,6 +161,7 @@ class ShardedEngine(UpdateEngine):
         return all_forms, own, transfer
 
     def _settle(self) -> None:
+        self.join()
         if any(unit.placed is not None for unit in self.units):
             self._staging.flush()
 
@@ -190,10 +191,16 @@ class ShardedUpdates(AfterBackward):
             engine.expect(units)
             self._check_frozen(units)
         self._updating_all = True
+        own = [unit for unit in units if engine.mine(unit)]
+        for unit in (unit for unit in own if engine.on_host(unit) and first.error is None):
+            with first:  # the next are stepped while the first are sent
+                engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
         for unit in units:
             if engine.mine(unit) and first.error is None:
                 with first:
-                    engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
+                    if not engine.on_host(unit):
+                        engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
+                    engine.join([unit])
             engine.exchange.post(engine.owner[unit], [p for p in unit.parameters if p.requires_grad])
         engine.exchange.finish()
         engine.ranks.agree(first.error)

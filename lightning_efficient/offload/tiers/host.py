@@ -137,6 +137,28 @@ class HostTier:
         self._check_whole(slot)
         return memory.tensor()
 
+    def memory(self, record: Record) -> Tensor:
+        """The bytes of a record, uint8 ``[record.nbytes]``, to be changed where they are.
+
+        Those that somebody has mapped stay as they are, in memory that is not of the budget while he uses them.
+
+        Raises:
+            TierError: If nothing was written there, or the write failed.
+            ValueError: If it is versioned.
+        """
+        self._check_open()
+        with self._lock:
+            place, slot, before = self._slots.to_change(record, self._slabs.take_unchecked)
+            if place.last is not None:
+                place.last.wait()
+            source = slot if before is None else before
+            self._check_whole(source)
+            tensor = slot.extent.memory().tensor[: record.nbytes]
+            if before is not None:
+                tensor.copy_(before.extent.memory().tensor[: record.nbytes])
+                slot.whole = True
+        return tensor
+
     def keep(self, record: Record) -> Tensor:
         """See :meth:`.Tier.keep`."""
         return self.mapped(record)

@@ -67,8 +67,12 @@ class Slabs:
 
     def take(self, nbytes: int) -> Slab:
         """One more; the memory is taken later."""
+        self.check(round_up(nbytes))
+        return self.take_unchecked(nbytes)
+
+    def take_unchecked(self, nbytes: int) -> Slab:
+        """One more, also beyond the budget."""
         slab = Slab(self, round_up(nbytes))
-        self.check(slab.nbytes)
         self.reserved_bytes += slab.nbytes
         return slab
 

@@ -132,13 +132,36 @@ class RecordSlots(Generic[E]):
         slot = next(slot for slot in place.slots if slot is not place.committed)
         if self._is_mapped(slot):
             self._collect()
-            replacement: Slot[E] = Slot(self._take(record.nbytes))
-            place.slots[place.slots.index(slot)] = replacement
-            self._retired.append(_Retired(slot, 0, place.last))
-            slot = replacement
+            slot = self._replace(place, slot, self._take(record.nbytes))
         place.newest = slot
         self.changed |= record.versioned
         return place, slot
+
+    def to_change(self, record: Record, take: Callable[[int], E]) -> tuple[Place[E], Slot[E], Slot[E] | None]:
+        """The place, the slot in which its bytes may be changed, and the one to copy them from first, if there is one.
+
+        Args:
+            record: That is not versioned.
+            take: Room for a slot, in place of one that is mapped.
+
+        Raises:
+            TierError: If there is nothing in it, or no room.
+            ValueError: If it is versioned.
+        """
+        place, slot = self.to_read(record)
+        if record.versioned:
+            raise ValueError("A versioned record cannot be changed where it is: nothing would be left to go back to.")
+        if not self._is_mapped(slot):
+            return place, slot, None
+        self._collect()
+        place.newest = self._replace(place, slot, take(record.nbytes))
+        return place, place.newest, slot
+
+    def _replace(self, place: Place[E], slot: Slot[E], extent: E) -> Slot[E]:
+        replacement = Slot(extent)
+        place.slots[place.slots.index(slot)] = replacement
+        self._retired.append(_Retired(slot, 0, place.last))
+        return replacement
 
     def map(self, slot: Slot[E], memory: Any) -> None:
         """``memory`` uses the slot: for as long as it lives, until the second commit after this."""

@@ -84,6 +84,7 @@ class Delayed(Updates):
         self._mixed |= self._computing and self.behind
         for unit in list(self._waiting):
             self._run(unit)
+        super().finish()
 
     def detach(self) -> None:
         try:
@@ -96,6 +97,7 @@ class Delayed(Updates):
         for unit in units:
             if unit in self._waiting:
                 self._run(unit)
+        self._engine.join(units)
         self._order = list(dict.fromkeys((*self._ran, *self._order)))
         self._ran = []
         if not self._delays():
@@ -129,6 +131,7 @@ class Delayed(Updates):
         missing.discard(parameter)
         if not missing and unit in self._waiting:
             self._run(unit)
+            self._engine.relieve()
 
     def _run(self, unit: Unit) -> None:
         if not self._ran:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +21,14 @@ from lightning_efficient.core.torch_internals import not_compiling
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
-from lightning_efficient.offload.updates.layout import Layout, is_bulk
+from lightning_efficient.offload.updates.gradients import GradientClaim, taken
+from lightning_efficient.offload.updates.host_steps import HostSteps
+from lightning_efficient.offload.updates.layout import MASTER, VALUE, Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
 from lightning_efficient.offload.updates.subset_step import step_subset
 from lightning_efficient.offload.updates.units import Unit, make_units
 
 __all__ = ["MASTER", "UpdateEngine"]
-
-MASTER = "master_weight"
-"""The key, beside the optimizer's own, of a parameter's value in full precision."""
 
 
 class UpdateEngine:
@@ -38,6 +37,7 @@ class UpdateEngine:
     Attributes:
         units: All, in the order of the optimizers and their groups.
         stream: See below.
+        host: Likewise.
         updating: Whether an update has begun and not ended; also if it failed, and weights may be half new.
         waited_seconds: For tiers to commit; what records on their way were waited for, ``staging`` knows.
 
@@ -49,6 +49,7 @@ class UpdateEngine:
         together_bytes: See :func:`~.units.make_units`.
         master_weights: Keep parameters of fewer than 32 bits in float32 too, and update those.
         stream: Has the parameters that are elsewhere; None: all are where they are used.
+        host: Steps the units whose state is elsewhere; None: they are stepped where their parameters are.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class UpdateEngine:
         together_bytes: int = 4 << 20,
         master_weights: bool = False,
         stream: ParameterStream | None = None,
+        host: HostSteps | None = None,
     ) -> None:
-        self.stream = stream
+        self.stream, self.host = stream, host
         self._staging = staging
         self._master_weights = master_weights
         self.units = self._make_units(optimizers, names, tier_of, together_bytes)
@@ -94,6 +96,14 @@ class UpdateEngine:
             tier.commit()
         self.waited_seconds += time.perf_counter() - begin
 
+    def _stop(self) -> None:
+        """Nothing is on its way, and what was read ahead is not what is in the records any more."""
+        self.join()
+        if self.host is not None:
+            self.host.settle()
+        self._staging.flush()
+        self._staging.forget()
+
     def follow_groups(self, optimizer: Optimizer) -> None:
         """Its groups may be others than before, of the same parameters.
 
@@ -123,7 +133,32 @@ class UpdateEngine:
         """These are updated next, in this order."""
         self._staging.expect(unit.placed for unit in units if unit.placed is not None)
 
-    def update(self, unit: Unit, group: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> None:
+    def on_host(self, unit: Unit) -> bool:
+        """Whether the host steps ``unit``, so that :meth:`update` begins that, and :meth:`join` ends it."""
+        return self.host is not None and unit.tier is not None
+
+    def join(self, units: Iterable[Unit] | None = None) -> None:
+        """Updates of these units, or of all, that the host was asked for are done.
+
+        Raises:
+            BaseException: What one of them ended with.
+        """
+        if self.host is not None:
+            with self._torn_if_that_fails():
+                self.host.join(units)
+
+    @contextlib.contextmanager
+    def _torn_if_that_fails(self) -> Iterator[None]:
+        before, self.updating = self.updating, True
+        yield
+        self.updating = before
+
+    def relieve(self) -> None:
+        """Until little of the device's memory is held by gradients on their way to the host."""
+        if self.host is not None:
+            self.host.relieve()
+
+    def update(self, unit: Unit, group: Mapping[str, Any], gradients: Sequence[Tensor | GradientClaim | None]) -> None:
         """Step the optimizer for the parameters of ``unit`` that have a gradient.
 
         Args:
@@ -136,6 +171,10 @@ class UpdateEngine:
             TierError: If the state cannot be read, or earlier states could not be written.
             MemoryError: If the state of the unit is larger than the memory for records on their way.
         """
+        if self.host is not None and unit.tier is not None:
+            with self._torn_if_that_fails():
+                self.host.begin(unit, group, gradients, self._keep, self.stream)
+            return
         self.updating = True
         optimizer = unit.optimizer
         with (
@@ -148,7 +187,7 @@ class UpdateEngine:
             bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
             turns = [
                 _Turn(parameter, gradient, held if parameter in optimizer.state else _value_of(held))
-                for parameter, gradient, held in zip(unit.parameters, gradients, bulk, strict=True)
+                for parameter, gradient, held in zip(unit.parameters, taken(gradients), bulk, strict=True)
             ]
             stepping = [turn for turn in turns if turn.gradient is not None]
             if not stepping:
@@ -181,14 +220,13 @@ class UpdateEngine:
         small = [unit.optimizer.state.get(parameter, {}) for parameter in unit.parameters]
         merged = []
         for state, bulk, keys in zip(small, unit.layout.views_to_save(record, len(small)), unit.keys, strict=True):
-            whole = {**state, **bulk}
+            whole = {key: value for key, value in {**state, **bulk}.items() if key != VALUE}
             merged.append({key: whole[key] for key in dict.fromkeys((*keys, *whole)) if key in whole})
         return merged
 
     def rest(self) -> None:
         """The tiers can be closed: all state is in the optimizers, on memory that what was on a disk need not take."""
-        self._staging.flush()
-        self._staging.forget()
+        self._stop()
         for unit in self.units:
             if unit.placed is not None:
                 self._put(unit, self._states_on(unit, unit.placed.tier.keep(unit.placed.record)))
@@ -196,8 +234,7 @@ class UpdateEngine:
 
     def adopt(self, unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
         """Take ``states``, one for each parameter, for the state of the unit."""
-        self._staging.flush()
-        self._staging.forget()
+        self._stop()
         self._put(unit, states)
         if unit.tier is not None:
             if not any(is_bulk(value) for state in states for value in state.values()):
@@ -228,20 +265,28 @@ class UpdateEngine:
             self._bring_back(unit)
 
     def _bring_back(self, unit: Unit) -> None:
-        if unit.placed is not None:
-            self._staging.flush()
-            self._staging.forget()
-            self._put(
-                unit,
-                [
-                    {
-                        key: value.to(parameter.device, copy=True) if is_bulk(value) else value
-                        for key, value in s.items()
-                    }
-                    for parameter, s in zip(unit.parameters, self.states(unit), strict=True)
-                ],
-            )
-            self._release(unit)
+        if unit.placed is None and not self.on_host(unit):
+            return
+        self._stop()
+        self._put(
+            unit,
+            [
+                {key: self._at_home(unit, parameter, key, value) for key, value in state.items()}
+                for parameter, state in zip(unit.parameters, self.states(unit), strict=True)
+            ],
+        )
+        self._release(unit)
+
+    def _at_home(self, unit: Unit, parameter: nn.Parameter, key: str, value: Any) -> Any:
+        """A value of a state, where an optimizer that steps on the parameter's device has it."""
+        if is_bulk(value):
+            return value.to(parameter.device, copy=True) if unit.placed is not None else value
+        if not (self.on_host(unit) and isinstance(value, Tensor)):
+            return value
+        counts_there = unit.group.get("capturable") or unit.group.get(
+            "fused"
+        )  # as ``Optimizer.load_state_dict`` has it
+        return value.to(parameter.device if key != "step" or counts_there else "cpu")
 
     def _move_out(self, unit: Unit) -> None:
         """From the optimizer to the record; the optimizer keeps what is small."""
@@ -291,7 +336,8 @@ class UpdateEngine:
             if unit.placed is not None and unit.placed.record.nbytes != layout.nbytes:
                 self._release(unit)
             if unit.placed is None:
-                unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=True)[0])
+                versioned = self.host is None or not self.host.in_place(tier)
+                unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=versioned)[0])
             unit.layout = layout
         layout.fill(lease.data, states)
         self._staging.write(lease, unit.placed)

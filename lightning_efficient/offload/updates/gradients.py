@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.core.torch_internals import bytes_of
 from lightning_efficient.offload.tiers.tier import Pending, Record, Tier
 
-__all__ = ["GradientClaim", "GradientStore"]
+__all__ = ["GradientClaim", "GradientStore", "taken"]
 
 Clip = Callable[[Tensor], Any]
 
@@ -41,9 +41,9 @@ class GradientClaim:
     dtype: torch.dtype
     clips: tuple[Clip, ...]
 
-    def take(self) -> Tensor:
-        """The gradient, in memory."""
-        gradient = _read(self.parameter, self.tier, self.record, self.dtype)
+    def take(self, device: torch.device | None = None) -> Tensor:
+        """The gradient, in memory: of ``device``, or where its parameter is."""
+        gradient = _read(self.parameter, self.tier, self.record, self.dtype, device)
         for clip in self.clips:
             clip(gradient)
         return gradient
@@ -199,8 +199,15 @@ class GradientStore:
         optimizer.__dict__["zero_grad"] = zero_grad
 
 
-def _read(parameter: nn.Parameter, tier: Tier, record: Record, dtype: torch.dtype) -> Tensor:
-    gradient = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+def taken(gradients: Iterable[Tensor | GradientClaim | None]) -> list[Tensor | None]:
+    """All in memory, where their parameters are."""
+    return [gradient.take() if isinstance(gradient, GradientClaim) else gradient for gradient in gradients]
+
+
+def _read(
+    parameter: nn.Parameter, tier: Tier, record: Record, dtype: torch.dtype, device: torch.device | None = None
+) -> Tensor:
+    gradient = torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
     tier.read(record, _bytes(gradient)).wait()
     return gradient
 

@@ -43,8 +43,18 @@ class HeldUpdate:
         """The parameters that it will change: those that have a gradient."""
         return [p for p, gradient in zip(self.unit.parameters, self.gradients, strict=True) if gradient is not None]
 
-    def run(self, engine: UpdateEngine) -> None:
-        """Update the weights, as they are now.
+    def begin(self, engine: UpdateEngine) -> None:
+        """Let the host do it meanwhile, where it is one that the host steps; :meth:`run` ends it."""
+        engine.update(
+            self.unit, self.group, [one.gradient if isinstance(one, _Noted) else one for one in self.gradients]
+        )
+
+    def run(self, engine: UpdateEngine, *, begun: bool = False) -> None:
+        """Update the weights, as they are now; what the host steps is done when it is joined.
+
+        Args:
+            engine: Of the unit.
+            begun: Whether :meth:`begin` was called.
 
         Raises:
             RuntimeError: If a gradient was changed meanwhile.
@@ -56,7 +66,9 @@ class HeldUpdate:
             if state is not None and parameter not in known
         }
         known.update(taken_out)  # what somebody has taken out meanwhile, this update is still to have
-        engine.update(self.unit, self.group, [None if one is None else one.take() for one in self.gradients])
+        gradients = [one.take() if isinstance(one, _Noted) else one for one in self.gradients]
+        if not begun:
+            engine.update(self.unit, self.group, gradients)
         for taken in taken_out:
             known.pop(taken, None)
 

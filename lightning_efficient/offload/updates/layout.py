@@ -11,8 +11,12 @@ from torch import Tensor
 
 from lightning_efficient.offload.tiers.mapped_memory import alone
 
-__all__ = ["Entry", "Layout", "is_bulk"]
+__all__ = ["MASTER", "VALUE", "Entry", "Layout", "is_bulk"]
 
+MASTER = "master_weight"
+"""The key, beside the optimizer's own, of a parameter's value in full precision."""
+VALUE = "value_on_host"
+"""Likewise of a copy of its value, where it is stepped on the host; it is no part of the optimizer's state."""
 ALIGNMENT = 64  # bytes: a cache line, and what vectorized kernels like best
 
 

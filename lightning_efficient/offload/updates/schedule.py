@@ -66,12 +66,13 @@ class Updates(ABC):
 
     def finish(self) -> None:
         """All updates that were begun are done, and the weights may be read."""
-        return
+        self._engine.join()
 
     def detach(self) -> None:
         """The optimizers step by themselves again; what was still to be done is done."""
         try:
-            self.finish()
+            if self._engine.host is None or not self._engine.host.failed:
+                self.finish()
         finally:
             for optimizer, groups in self._hidden.items():  # of a step that has failed
                 optimizer.param_groups = groups
@@ -103,7 +104,9 @@ class Updates(ABC):
         self._engine.expect(units)
         self._updating_all = True
         for unit in units:
-            self._engine.update(unit, unit.group, _taken(self._gradients(unit)))
+            self._engine.update(unit, unit.group, self._gradients(unit))
+            self._engine.relieve()
+        self._engine.join(units)
         self._updating_all = False
 
     def _gradients(self, unit: Unit) -> list[Tensor | GradientClaim | None]:
@@ -177,7 +180,7 @@ class InBackward(Updates):
         if not missing:  # what others have may be of earlier micro-batches only
             self._update(unit, [p.grad if p in self._came else None for p in unit.parameters])
 
-    def _update(self, unit: Unit, gradients: Sequence[Tensor | None]) -> None:
+    def _update(self, unit: Unit, gradients: Sequence[Tensor | GradientClaim | None]) -> None:
         if not self._updated:
             self._engine.commit()
             self._engine.expect(self._order)
@@ -187,20 +190,17 @@ class InBackward(Updates):
                 parameter.grad = None
                 self._came.discard(parameter)
                 self._updated[parameter] = None
+        self._engine.relieve()
 
     def _step(self, units: list[Unit]) -> None:
         for unit in units:
-            gradients = _taken(self._gradients(unit))
+            gradients = self._gradients(unit)
             if any(gradient is not None for gradient in gradients):
                 self._update(unit, gradients)
+        self._engine.join(units)
         for unit in units:
             self._expected[unit] = {parameter for parameter in unit.parameters if parameter in self._updated}
         ran = dict.fromkeys(self._engine.unit_of[parameter] for parameter in self._updated)
         self._order = list(dict.fromkeys((*ran, *self._order)))
         self._updated.clear()
         self._engine.expect(self._order)
-
-
-def _taken(gradients: Iterable[Tensor | GradientClaim | None]) -> list[Tensor | None]:
-    """All in memory."""
-    return [gradient.take() if isinstance(gradient, GradientClaim) else gradient for gradient in gradients]

@@ -14,7 +14,17 @@ from torch.optim import Optimizer
 from lightning_efficient.core.torch_internals import global_step_hooks, unhooked_step
 from lightning_efficient.offload.updates.layout import is_bulk
 
-__all__ = ["SubsetStepError", "check_parameter_by_parameter", "state_bytes", "state_bytes_per_element", "step_subset"]
+__all__ = [
+    "SubsetStepError",
+    "check_parameter_by_parameter",
+    "state_bytes",
+    "state_bytes_per_element",
+    "step_alone",
+    "step_subset",
+    "tell_after",
+    "tell_before",
+    "twin",
+]
 
 
 class SubsetStepError(ValueError):
@@ -38,16 +48,29 @@ def step_subset(
     Raises:
         SubsetStepError: If the step changed hyperparameters: the optimizer keeps a state in its groups.
     """
-    before, after = global_step_hooks()
-    as_known = {**group, "params": list(changed or shown)}
-    for hook in before:
-        _with_group(optimizer, as_known, hook, optimizer, (optimizer,), {})
-    _step_alone(optimizer, group, shown)
-    for hook in after:
-        _with_group(optimizer, as_known, hook, optimizer, (optimizer,), {})
+    tell_before(optimizer, group, changed or shown)
+    step_alone(optimizer, group, shown)
+    tell_after(optimizer, group, changed or shown)
 
 
-def _step_alone(optimizer: Optimizer, group: Mapping[str, Any], shown: Sequence[Tensor]) -> None:
+def tell_before(optimizer: Optimizer, group: Mapping[str, Any], changed: Sequence[Tensor]) -> None:
+    """Call the hooks of all optimizers that come before a step, for these parameters of ``group``."""
+    for hook in global_step_hooks()[0]:
+        _with_group(optimizer, {**group, "params": list(changed)}, hook, optimizer, (optimizer,), {})
+
+
+def tell_after(optimizer: Optimizer, group: Mapping[str, Any], changed: Sequence[Tensor]) -> None:
+    """Call the hooks of all optimizers that come behind a step."""
+    for hook in global_step_hooks()[1]:
+        _with_group(optimizer, {**group, "params": list(changed)}, hook, optimizer, (optimizer,), {})
+
+
+def step_alone(optimizer: Optimizer, group: Mapping[str, Any], shown: Sequence[Tensor]) -> None:
+    """:func:`step_subset` without hooks.
+
+    Raises:
+        SubsetStepError: Likewise.
+    """
     alone = {**group, "params": list(shown)}
     _with_group(optimizer, alone, unhooked_step, optimizer)
     touched = [key for key, value in alone.items() if key != "params" and value is not group.get(key)]
@@ -78,16 +101,16 @@ def check_parameter_by_parameter(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for dimensions in sorted({parameter.dim() for parameter in group["params"]}):
             together, apart = (_stand_ins(group, dimensions) for _ in range(2))
-            probe, single = _probe(optimizer), _probe(optimizer)
+            probe, single = twin(optimizer), twin(optimizer)
             for turn in range(2):
                 for index, parameter in enumerate((*together, *apart)):
                     generator = torch.Generator().manual_seed(100 * turn + index % len(together))
                     gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
                     parameter.grad = _of_its_kind(optimizer, gradient)
                 try:
-                    _step_alone(probe, group, together)
+                    step_alone(probe, group, together)
                     for parameter in apart:
-                        _step_alone(single, group, [parameter])
+                        step_alone(single, group, [parameter])
                 except TypeError as error:
                     raise SubsetStepError(
                         f"{type(optimizer).__name__} cannot be stepped without a closure ({error}), which offloading "
@@ -110,7 +133,7 @@ def _moves(optimizer: Optimizer, group: Mapping[str, Any], dimensions: int) -> b
     """Whether a step changes what it is given; with a rate that can be seen, for a warm-up may begin with none."""
     changed, before = (_stand_ins(group, dimensions)[0] for _ in range(2))
     changed.grad = _of_its_kind(optimizer, torch.ones_like(changed))
-    _step_alone(_probe(optimizer), {**group, "lr": 0.1}, [changed])
+    step_alone(twin(optimizer), {**group, "lr": 0.1}, [changed])
     return not torch.equal(changed, before)
 
 
@@ -118,8 +141,8 @@ def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], para
     """About how many bytes of state the optimizer keeps for each element of ``parameter``."""
     stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size=16)[0]
     stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
-    probe = _probe(optimizer)
-    _step_alone(probe, group, [stand_in])
+    probe = twin(optimizer)
+    step_alone(probe, group, [stand_in])
     state = probe.state[stand_in]
     nbytes = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
     return nbytes / stand_in.numel()
@@ -142,8 +165,8 @@ def _measured(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor,
     """The elements of a stand-in whose sides are ``size``, and the bytes of its state."""
     stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size)[0]
     stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
-    probe = _probe(optimizer)
-    _step_alone(probe, group, [stand_in])
+    probe = twin(optimizer)
+    step_alone(probe, group, [stand_in])
     return stand_in.numel(), sum(v.numel() * v.element_size() for v in probe.state[stand_in].values() if is_bulk(v))
 
 
@@ -152,8 +175,8 @@ def _of_its_kind(optimizer: Optimizer, gradient: Tensor) -> Tensor:
     return gradient.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam) and gradient.dim() else gradient
 
 
-def _probe(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer with another state."""
+def twin(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer with another state, which may be stepped while somebody else uses the first."""
     probe = object.__new__(type(optimizer))  # copying would leave out what it does not pickle
     probe.__dict__.update(optimizer.__dict__)
     probe.state = defaultdict(dict)

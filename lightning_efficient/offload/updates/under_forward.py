@@ -49,6 +49,7 @@ class UnderForward(Updates):
     ) -> None:
         super().__init__(engine, optimizers, store)
         self._waiting: dict[Unit, _Waiting] = {}
+        self._begun: set[Unit] = set()  # of those, on the host
         self._order: list[Unit] = list(engine.units)
         self._ran: list[Unit] = []
         self._watch = ParameterWatch(module, self._used)
@@ -78,6 +79,7 @@ class UnderForward(Updates):
     def finish(self) -> None:
         for unit in list(self._waiting):
             self._run(unit)
+        super().finish()
 
     def detach(self) -> None:
         try:
@@ -85,6 +87,7 @@ class UnderForward(Updates):
         finally:
             while self._waiting:  # what is left when an update has failed
                 await_no_more(self._waiting.popitem()[0].parameters)
+            self._begun.clear()
             if self._engine.stream is not None:
                 self._engine.stream.before_use = None
             self._watch.detach()
@@ -102,11 +105,22 @@ class UnderForward(Updates):
         for unit in (unit for unit in self._order if unit in mine.difference(at_once)):
             update = HeldUpdate.of(unit, self._gradients(unit))
             self._waiting[unit] = _Waiting(update, [parameter._version for parameter in unit.parameters])
-            for parameter in unit.parameters:
-                await_update(parameter, self._used)
         if not at_once:
             self._engine.commit()
         self._engine.expect(self._waiting)
+        for unit in list(self._waiting):
+            if resident and self._engine.on_host(unit) and unit in self._waiting:
+                self._begin(unit)
+            for parameter in unit.parameters:
+                if unit in self._waiting:
+                    await_update(parameter, self._used)
+
+    def _begin(self, unit: Unit) -> None:
+        """The host need not wait until a forward uses the parameters: nobody reads them before :meth:`_run`."""
+        waiting = self._waiting[unit]
+        waiting.update.begin(self._engine)
+        waiting.versions[:] = [parameter._version for parameter in unit.parameters]
+        self._begun.add(unit)
 
     def _used(self, parameter: nn.Parameter) -> None:
         if self._waiting and (unit := self._engine.unit_of.get(parameter)) in self._waiting:
@@ -124,7 +138,9 @@ class UnderForward(Updates):
                     "schedule='after_backward'."
                 )
         self._ran.append(unit)
-        waiting.update.run(self._engine)
+        waiting.update.run(self._engine, begun=unit in self._begun)
+        self._begun.discard(unit)
+        self._engine.join([unit])
         self._updating_all = False
         if not self._waiting:  # the next updates read while forward and backward run
             self._engine.expect(dict.fromkeys((*self._ran, *self._order)))
