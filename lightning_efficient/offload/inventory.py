@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.placement import Attribute
 from lightning_efficient.offload.settings import Settings
 from lightning_efficient.offload.updates.subset_step import state_bytes_per_element
@@ -19,6 +20,8 @@ def attributes_of(
     module: nn.Module, optimizers: Sequence[Optimizer], settings: Settings, *, gradients_stay: bool = True
 ) -> list[Attribute]:
     """What there is to place: of each parameter itself, its gradient and its optimizer state, and the rest by kind.
+
+    Of what is spread over ranks, it is this rank's part.
 
     Args:
         module: Whose parameters they are.
@@ -32,7 +35,8 @@ def attributes_of(
     largest = 0
     found = []
     for position, (name, parameter) in enumerate(module.named_parameters()):
-        nbytes = parameter.numel() * parameter.element_size()
+        elements = local_part(parameter).numel()
+        nbytes = elements * parameter.element_size()
         found.append(Attribute("parameter", name, nbytes, position))
         if not parameter.requires_grad or id(parameter) not in by_parameter:
             continue
@@ -45,7 +49,7 @@ def attributes_of(
         if key not in ratios:
             like = torch.empty([0] * parameter.dim()) if in_full else parameter
             ratios[key] = state_bytes_per_element(optimizer, group, like)
-        state_bytes = (ratios[key] + 4 * in_full) * parameter.numel()
+        state_bytes = (ratios[key] + 4 * in_full) * elements
         found.append(Attribute("optimizer_state", name, int(state_bytes), position))
     if not gradients_stay:
         found.append(Attribute("gradient", "*", largest))
@@ -56,7 +60,7 @@ def attributes_of(
 def to_device(module: nn.Module, device: torch.device, without: Collection[str]) -> None:
     """Everything of ``module`` but the parameters ``without``, which stay the same objects."""
     for name, parameter in module.named_parameters():
-        if name not in without:
+        if name not in without and parameter.device != device:
             parameter.data = parameter.data.to(device)
     for part in module.modules():
         for name, buffer in part._buffers.items():

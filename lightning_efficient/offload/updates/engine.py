@@ -139,7 +139,7 @@ class UpdateEngine:
             not_compiling(),
             self.stream.ensure(unit.parameters) if self.stream else contextlib.nullcontext(),
         ):
-            lease = self._staging.read(unit.placed) if unit.placed is not None else None
+            lease = self._lease(unit)
             bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
             turns = [
                 _Turn(parameter, gradient, held if parameter in optimizer.state else _value_of(held))
@@ -164,6 +164,10 @@ class UpdateEngine:
             if unit.tier is not None:
                 self._keep(unit, lease, [turn.state for turn in turns])
         self.updating = False
+
+    def _lease(self, unit: Unit) -> Lease | None:
+        """The bytes of the unit's record, if it has one."""
+        return self._staging.read(unit.placed) if unit.placed is not None else None
 
     def states(self, unit: Unit) -> list[dict[str, Any]]:
         """The whole state of each parameter, to be read only, without taking memory for what is on a disk."""
