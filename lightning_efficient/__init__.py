@@ -4,7 +4,7 @@ from lightning_efficient.activation_compression import ActivationCompressionPlug
 from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
 from lightning_efficient.monitoring import EfficiencyMonitor
-from lightning_efficient.offload import OffloadDDPStrategy, OffloadStrategy
+from lightning_efficient.offload import OffloadDDPStrategy, OffloadFSDP2Strategy, OffloadStrategy
 
 __all__ = [
     "ActivationCompressionPlugin",
@@ -12,6 +12,7 @@ __all__ = [
     "EfficiencyMonitor",
     "GrowAndUnshareCallback",
     "OffloadDDPStrategy",
+    "OffloadFSDP2Strategy",
     "OffloadStrategy",
     "load_grown",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_efficient.core.torch_internals import compiled_entry
 
@@ -26,6 +26,7 @@ __all__ = [
     "log_step",
     "rewrap_ddp",
     "saves_every_n_steps",
+    "shard_over_all",
     "should_log",
     "step_is_compiled",
     "validation_metrics",
@@ -66,6 +67,13 @@ def rewrap_ddp(strategy: DDPStrategy) -> None:
         raise RuntimeError("The strategy has no LightningModule to wrap: this must run inside `Trainer.fit`.")
     strategy.model = module
     strategy.configure_ddp()
+
+
+def shard_over_all(strategy: ModelParallelStrategy) -> None:
+    """Where nobody said how many ranks shard a parameter, all of a tensor-parallel group's rank; before they are set up."""
+    if strategy._data_parallel_size == "auto":
+        ranks = strategy.num_nodes * strategy.num_processes
+        strategy._data_parallel_size = max(1, ranks // int(strategy._tensor_parallel_size))
 
 
 def defer_links(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.storage import TypedStorage, UntypedStorage
@@ -35,9 +36,12 @@ __all__ = [
     "innermost_saved_tensors_hooks",
     "is_of_checkpointing",
     "likely_size",
+    "local_part",
     "not_compiling",
     "rebuild_tensor",
     "shares_version",
+    "spread_of",
+    "spread_over_ranks",
     "storage_key",
     "storage_use_count",
     "tensor_version",
@@ -262,6 +266,26 @@ def unhooked_step(optimizer: Optimizer) -> None:
     """Step without calling a hook."""
     step: Any = type(optimizer).step
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor that is spread over ranks, which may be nothing; of any other, itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def spread_of(tensor: Tensor) -> Any:
+    """How a tensor is spread over ranks: to be compared, and for :func:`spread_over_ranks`; None if it is not."""
+    return tensor._spec if isinstance(tensor, DTensor) else None
+
+
+def spread_over_ranks(local: Tensor, how: Any) -> Tensor:
+    """The tensor of which this rank has ``local``, wherever that is; nothing is communicated.
+
+    Args:
+        local: That part.
+        how: See :func:`spread_of`.
+    """
+    return local if how is None else DTensor(local, how, requires_grad=False)
 
 
 def in_backward() -> bool:

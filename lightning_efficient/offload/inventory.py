@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.placement import Attribute
 from lightning_efficient.offload.settings import Settings
 from lightning_efficient.offload.updates.subset_step import state_bytes_per_element
@@ -26,6 +27,8 @@ def attributes_of(
 ) -> list[Attribute]:
     """What there is to place: of each parameter itself, its gradient and its optimizer state, and the rest by kind.
 
+    Of what is spread over ranks, it is this rank's part.
+
     Args:
         module: Whose parameters they are.
         optimizers: Of its parameters.
@@ -40,7 +43,8 @@ def attributes_of(
     largest = 0
     found = []
     for position, (name, parameter) in enumerate(module.named_parameters()):
-        nbytes = parameter.numel() * parameter.element_size()
+        elements = local_part(parameter).numel()
+        nbytes = elements * parameter.element_size()
         found.append(Attribute("parameter", name, nbytes, position))
         if not parameter.requires_grad or id(parameter) not in by_parameter:
             continue
@@ -54,7 +58,7 @@ def attributes_of(
             like = torch.empty([0] * parameter.dim()) if in_full else parameter
             ratios[key] = state_bytes_per_element(optimizer, group, like)
         values = 4 if in_full else parameter.element_size() * values_stay
-        state_bytes = (ratios[key] + values) * parameter.numel()
+        state_bytes = (ratios[key] + values) * elements
         found.append(Attribute("optimizer_state", name, int(state_bytes), position))
     if not gradients_stay:
         found.append(Attribute("gradient", "*", largest))
@@ -65,7 +69,7 @@ def attributes_of(
 def to_device(module: nn.Module, device: torch.device, without: Collection[str]) -> None:
     """Everything of ``module`` but the parameters ``without``, which stay the same objects."""
     for name, parameter in module.named_parameters():
-        if name not in without:
+        if name not in without and parameter.device != device:
             parameter.data = parameter.data.to(device)
     for part in module.modules():
         for name, buffer in part._buffers.items():

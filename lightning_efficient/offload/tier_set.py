@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.batches.free_memory import free_bytes
 from lightning_efficient.offload.placement import Room
 from lightning_efficient.offload.tiers.disk import DiskTier
@@ -144,6 +145,6 @@ class TierSet:
         return free_bytes(device) // (self._host_share if device.type == "cpu" else 1)
 
     def _room(self, device: torch.device, held: Iterable[Tensor]) -> int:
-        there = sum(t.numel() * t.element_size() for t in held if t.device.type == device.type)
+        there = sum(local_part(t).numel() * t.element_size() for t in held if t.device.type == device.type)
         free = self._free_bytes(device)
         return max(0, there + free - self._reserves.setdefault(device.type, int(_RESERVED * free)))

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
 from tests.technique_settings import STEPS, TechniqueSetting, demo_data, demo_model
@@ -156,13 +157,18 @@ def optimizer_by_name(optimizer: torch.optim.Optimizer, module: torch.nn.Module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     return {
-        "state": {order[place]: copy.deepcopy(state) for place, state in optimizer.state_dict()["state"].items()},
+        "state": {order[place]: _copied(state) for place, state in optimizer.state_dict()["state"].items()},
         "names": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
         "options": [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
         ],
     }
+
+
+def _copied(tree: Any) -> Any:
+    """A copy; ``deepcopy`` cannot copy tensors that are spread over ranks."""
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v), tree)
 
 
 def make_trainer(*callbacks: Callback, **arguments: Any) -> pl.Trainer:

@@ -126,6 +126,11 @@ class SavedTensorOffload:
         finally:
             self._references, self._index = before
 
+    def hold(self, held: Iterable[Tensor]) -> None:
+        """Within the context that is open, these too stay in memory, or come back to where they are now by themselves."""
+        with without_torch_function():
+            self._references.update((t.untyped_storage()._cdata, t) for t in held if is_plain(t))
+
     def statistics(self) -> ActivationStatistics:
         """Since the beginning."""
         with self._lock:

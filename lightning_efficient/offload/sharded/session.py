@@ -8,10 +8,11 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_efficient.offload.placement import Attribute, Placement
-from lightning_efficient.offload.session import TOGETHER_BYTES, OffloadSession
+from lightning_efficient.offload.session import TOGETHER_BYTES
 from lightning_efficient.offload.sharded.engine import ShardedEngine, ShardedUpdates
+from lightning_efficient.offload.sharded.joint_session import JointSession
 from lightning_efficient.offload.sharded.owners import share_out
-from lightning_efficient.offload.sharded.ranks import FirstError, Ranks
+from lightning_efficient.offload.sharded.ranks import FirstError
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.schedule import Updates
@@ -19,37 +20,15 @@ from lightning_efficient.offload.updates.schedule import Updates
 __all__ = ["ShardedSession"]
 
 
-class ShardedSession(OffloadSession):
-    """A session of each of several ranks, which begin, change and save together.
+class ShardedSession(JointSession):
+    """A joint session that keeps the state of this rank's share of the parameters; always ``after_backward``.
 
-    Args:
-        ranks: Among which optimizer state is divided.
-        *args: See :class:`~..session.OffloadSession`; ``schedule`` must be ``after_backward``.
-        **kwargs: Likewise.
-
-    Raises:
-        OtherRankError: If another rank cannot; here, and from whatever all ranks do together.
+    Attributes:
+        engine: Of this rank.
     """
 
     engine: ShardedEngine
-
-    def __init__(self, ranks: Ranks, *args: Any, **kwargs: Any) -> None:
-        self._ranks = ranks
-        self._owner_of: dict[int, int] = {}
-        with ranks.agreed():
-            super().__init__(*args, **kwargs)
-
-    def begin_again(self) -> None:
-        with self._ranks.agreed():
-            self._place()
-        if self.updates is not None:
-            self._begin()
-
-    def adapt(self) -> bool:
-        moved = False
-        with self._ranks.agreed():
-            moved = super().adapt()
-        return moved
+    _owner_of: dict[int, int]
 
     def collected_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """``optimizer.state_dict()`` with the state of all ranks, on rank zero; an empty one on the others.
@@ -99,22 +78,11 @@ class ShardedSession(OffloadSession):
             if attribute.kind not in ("optimizer_state", "master_weight") or attribute.name not in elsewhere
         ]
 
-    @property
-    def _host_share(self) -> int:
-        return self._ranks.on_host
-
     def _place_what_came(self) -> None:
-        with self._ranks.agreed():
-            super()._place_what_came()
+        super()._place_what_came()
         mine = {(attribute.kind, attribute.name) for attribute in self.attributes}  # the shares may be others now
         rows = [row for row in self.placement.rows if (row.attribute.kind, row.attribute.name) in mine]
         self.placement = Placement(tuple(rows), self.placement.rooms)
-
-    def _begin(self) -> None:
-        first = FirstError()
-        with first:
-            super()._begin()
-        self._ranks.agree(first.error)
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
         arguments = self._engine_arguments()

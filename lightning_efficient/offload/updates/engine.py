@@ -183,7 +183,7 @@ class UpdateEngine:
             not_compiling(),
             self.stream.ensure(unit.parameters) if self.stream else contextlib.nullcontext(),
         ):
-            lease = self._staging.read(unit.placed) if unit.placed is not None else None
+            lease = self._lease(unit)
             bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
             turns = [
                 _Turn(parameter, gradient, held if parameter in optimizer.state else _value_of(held))
@@ -209,6 +209,10 @@ class UpdateEngine:
                 self._keep(unit, lease, [turn.state for turn in turns])
         self.updating = False
 
+    def _lease(self, unit: Unit) -> Lease | None:
+        """The bytes of the unit's record, if it has one."""
+        return self._staging.read(unit.placed) if unit.placed is not None else None
+
     def states(self, unit: Unit) -> list[dict[str, Any]]:
         """The whole state of each parameter, to be read only, without taking memory for what is on a disk."""
         if unit.placed is None:
@@ -219,7 +223,7 @@ class UpdateEngine:
     def _states_on(unit: Unit, record: Tensor) -> list[dict[str, Any]]:
         small = [unit.optimizer.state.get(parameter, {}) for parameter in unit.parameters]
         merged = []
-        for state, bulk, keys in zip(small, unit.layout.views_to_save(record, len(small)), unit.keys, strict=True):
+        for state, bulk, keys in zip(small, unit.layout.views(record, len(small), to_save=True), unit.keys, strict=True):
             whole = {key: value for key, value in {**state, **bulk}.items() if key != VALUE}
             merged.append({key: whole[key] for key in dict.fromkeys((*keys, *whole)) if key in whole})
         return merged

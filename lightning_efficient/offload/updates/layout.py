@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_efficient.core.torch_internals import local_part, spread_of, spread_over_ranks
 from lightning_efficient.offload.tiers.mapped_memory import alone
 
 __all__ = ["MASTER", "VALUE", "Entry", "Layout", "is_bulk"]
@@ -21,13 +22,16 @@ ALIGNMENT = 64  # bytes: a cache line, and what vectorized kernels like best
 
 
 def is_bulk(value: Any) -> bool:
-    """Whether a value of an optimizer's state is moved with the record; step counters and the like stay resident."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.numel() > 1
+    """Whether a value of an optimizer's state is moved with the record; step counters and the like stay resident.
+
+    Of a tensor that is spread over ranks, this rank's part counts.
+    """
+    return isinstance(value, Tensor) and value.layout == torch.strided and local_part(value).numel() > 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the state of one parameter.
+    """One tensor of the state of one parameter, or this rank's part of one that is spread over ranks.
 
     Attributes:
         parameter: Its index in the unit.
@@ -37,6 +41,7 @@ class Entry:
         stride: In elements; its elements fill its place without gaps.
         offset: Of its first byte in the record.
         nbytes: Its size.
+        spread: How it is spread over ranks; None if it is not.
     """
 
     parameter: int
@@ -46,9 +51,10 @@ class Entry:
     stride: tuple[int, ...]
     offset: int
     nbytes: int
+    spread: Any = None
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The tensor, on the bytes of ``buffer``: uint8 ``[at least offset + nbytes]``."""
+        """What is here of the tensor, on the bytes of ``buffer``: uint8 ``[at least offset + nbytes]``."""
         return buffer[self.offset : self.offset + self.nbytes].view(self.dtype).as_strided(self.size, self.stride)
 
 
@@ -71,30 +77,32 @@ class Layout:
         for index, state in enumerate(states):
             for key, value in state.items():
                 if is_bulk(value):
-                    nbytes = value.numel() * value.element_size()
-                    size, stride = tuple(value.shape), _dense_stride(value)
-                    entries.append(Entry(index, key, value.dtype, size, stride, offset, nbytes))
+                    local = local_part(value)
+                    nbytes = local.numel() * local.element_size()
+                    size, stride = tuple(local.shape), _dense_stride(local)
+                    entries.append(Entry(index, key, value.dtype, size, stride, offset, nbytes, spread_of(value)))
                     offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return cls(tuple(entries), offset)
 
-    def views(self, buffer: Tensor, parameters: int) -> list[dict[str, Tensor]]:
-        """The tensors in ``buffer``, uint8 ``[nbytes]``, by key, for each of so many parameters."""
-        found: list[dict[str, Tensor]] = [{} for _ in range(parameters)]
-        for entry in self.entries:
-            found[entry.parameter][entry.key] = entry.view(buffer)
-        return found
+    def views(self, buffer: Tensor, parameters: int, *, to_save: bool = False) -> list[dict[str, Tensor]]:
+        """The tensors in ``buffer``, by key, for each of so many parameters.
 
-    def views_to_save(self, buffer: Tensor, parameters: int) -> list[dict[str, Tensor]]:
-        """The same, on the host; of several types each on a storage of its own, since ``torch.save`` refuses others."""
-        found = self.views(buffer, parameters)
-        if len({entry.dtype for entry in self.entries}) < 2:
-            return found
-        return [{key: alone(view) for key, view in views.items()} for views in found]
+        Args:
+            buffer: uint8 ``[nbytes]``.
+            parameters: How many.
+            to_save: It is on the host; tensors of several types get a storage each, for ``torch.save`` refuses others.
+        """
+        found: list[dict[str, Tensor]] = [{} for _ in range(parameters)]
+        apart = to_save and len({entry.dtype for entry in self.entries}) > 1
+        for entry in self.entries:
+            view = entry.view(buffer)
+            found[entry.parameter][entry.key] = spread_over_ranks(alone(view) if apart else view, entry.spread)
+        return found
 
     def fill(self, buffer: Tensor, states: Sequence[Mapping[str, Any]]) -> None:
         """Copy the bulk of ``states`` into ``buffer``; a tensor that lies there already is left alone."""
         for entry in self.entries:
-            place, value = entry.view(buffer), states[entry.parameter][entry.key]
+            place, value = entry.view(buffer), local_part(states[entry.parameter][entry.key])
             if place.data_ptr() != value.data_ptr():
                 place.copy_(value)
 

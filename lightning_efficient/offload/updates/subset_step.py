@@ -24,6 +24,7 @@ __all__ = [
     "tell_after",
     "tell_before",
     "twin",
+    "updates_by_element",
 ]
 
 
@@ -135,6 +136,25 @@ def _moves(optimizer: Optimizer, group: Mapping[str, Any], dimensions: int) -> b
     changed.grad = _of_its_kind(optimizer, torch.ones_like(changed))
     step_alone(twin(optimizer), {**group, "lr": 0.1}, [changed])
     return not torch.equal(changed, before)
+
+
+def updates_by_element(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether what a step does to an element depends on that element alone; tried on small stand-ins.
+
+    Then whoever has a part of a parameter can step that, without the rest of it.
+    """
+    for dimensions in sorted({parameter.dim() for parameter in group["params"]} - {0}):
+        whole = _stand_ins(group, dimensions, size={1: 512, 2: 32, 3: 16}.get(dimensions, 8))[0]
+        parts = [nn.Parameter(part.detach().clone()) for part in whole.chunk(2)]
+        generator = torch.Generator().manual_seed(1)
+        gradient = torch.randn(whole.shape, generator=generator).to(whole.dtype)
+        for parameter, own in zip((whole, *parts), (gradient, *gradient.chunk(2)), strict=True):
+            parameter.grad = _of_its_kind(optimizer, own.clone())
+        for stepped in ([whole], parts):
+            step_alone(twin(optimizer), {**group, "lr": 0.1}, stepped)
+        if not torch.equal(whole, torch.cat(parts)):
+            return False
+    return True
 
 
 def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.layout import Layout
 from lightning_efficient.offload.updates.staging import Placed
@@ -80,7 +81,7 @@ def cut_units(
     nbytes = 0
     for position, parameter in enumerate(parameters):
         name = names.get(id(parameter), f"<unnamed {index}.{position}>")
-        tier, size = tier_of(name), parameter.numel() * parameter.element_size()
+        tier, size = tier_of(name), local_part(parameter).numel() * parameter.element_size()
         if unit is None or unit.tier is not tier or nbytes + size > together_bytes:
             if unit is not None:
                 yield unit
