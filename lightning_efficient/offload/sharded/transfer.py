@@ -60,7 +60,7 @@ class StateForm:
             bulk: What was sent; None if there was nothing.
             devices: Where each parameter is, for values that were with it; None: all stay on the host.
         """
-        views = self.layout.views_to_save(bulk, len(self.keys)) if bulk is not None else [{} for _ in self.keys]
+        views = self.layout.views(bulk, len(self.keys), to_save=True) if bulk is not None else [{} for _ in self.keys]
         found = []
         for index, (keys, small, large) in enumerate(zip(self.keys, self.small, views, strict=True)):
             whole: dict[str, Any] = {**small, **large}
