@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -171,6 +172,23 @@ def test_weights_are_updated_within_the_next_backward_o10(jobs: Made) -> None:
     assert not torch.equal(before, job.network.narrow.weight)
     assert not job.updates.behind
     assert not job.updates.repeatable
+
+
+def test_gradients_are_freed_as_the_next_ones_come_o10(jobs: Made) -> None:
+    job, _ = both(jobs)
+    job.train(2)
+    held = [weakref.ref(parameter.grad) for parameter in job.network.parameters() if parameter.grad is not None]
+    loss = job.forward(2)
+    job.optimizer.zero_grad()
+    assert all(gradient() is not None for gradient in held)
+    alive: list[int] = []
+    for parameter in job.network.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _: alive.append(sum(g() is not None for g in held)))
+    loss.backward()
+    assert alive == sorted(alive, reverse=True)
+    assert alive[len(alive) // 2] < len(held)
+    assert alive[-1] == 0
 
 
 def test_parameters_that_only_some_steps_use_o10(jobs: Made) -> None:
