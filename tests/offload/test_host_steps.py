@@ -23,7 +23,7 @@ from lightning_efficient.offload.updates.schedule import AfterBackward, InBackwa
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier
 from tests.offload.late_crossing import LateCrossing
-from tests.offload.test_updates import OPTIMIZERS, SCHEDULES, Job, assert_same, full_state, plain_state
+from tests.offload.test_updates import OPTIMIZERS, SCHEDULES, Job, Network, assert_same, full_state, plain_state
 
 ADAMW = OPTIMIZERS["adamw"]
 
@@ -145,6 +145,35 @@ def test_muon(schedule: str, jobs: Callable[..., HostJobs]) -> None:
     job.on_host(schedule, "memory")
     assert job.train(5) == plain.train(5)
     assert_same(job.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sparse_gradients_and_parameters_of_one_element(
+    schedule: str, kind: str, jobs: Callable[..., HostJobs]
+) -> None:
+    def make(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1, momentum=0.9)
+
+    plain, job = jobs(make), jobs(make)
+    for one in (plain, job):
+        one.network.embedding = nn.Embedding(11, 16, sparse=True)
+        one.network.scale = nn.Parameter(torch.ones(()))
+        one.network.embedding.load_state_dict(Network().embedding.state_dict())
+        one.optimizer = make([{"params": list(one.network.parameters())}])
+        one.scheduler = torch.optim.lr_scheduler.ExponentialLR(one.optimizer, 0.9)
+        network = one.network
+
+        def forward(tokens: Tensor, network: Any = network) -> Tensor:
+            hidden = network.norm(network.embedding(tokens)) * network.scale
+            return torch.cat([network.narrow(network.layers[0](hidden)), hidden], -1)
+
+        network.forward = forward
+    job.on_host(schedule, kind)
+    assert job.train(5) == plain.train(5)
+    assert_same(job.weights(), plain.weights())
+    for one, other in zip(full_state(job), plain_state(plain, job.engine), strict=True):
+        assert_same({k: v.to_dense() for k, v in one.items()}, {k: v.to_dense() for k, v in other.items()})
 
 
 @pytest.mark.parametrize("kind", KINDS)

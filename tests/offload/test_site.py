@@ -214,6 +214,13 @@ def test_a_run_is_the_same_bit_for_bit_o3(place: str, arguments: dict[str, Any])
     assert not any("host-step" in thread.name for thread in threading.enumerate())
 
 
+def test_batches_in_parts_and_done_again() -> None:
+    build = on_host(place=PLACES["memory"], schedule="under_forward", batch_feedback=True)
+    ours, plain = fit(None, build=build, max_steps=6), fit(None, max_steps=6)
+    assert ours.losses == plain.losses
+    assert_same_tree(ours.weights, plain.weights, "weights")
+
+
 def test_full_precision_on_the_host_is_that_on_the_device() -> None:
     arguments: dict[str, Any] = {"precision": "bf16-true", "max_steps": 6}
     ours = fit(None, build=on_host(master_weights=True, place=PLACES["memory"]), **arguments)
