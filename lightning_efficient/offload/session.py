@@ -119,9 +119,8 @@ class OffloadSession:
     @property
     def _waited_seconds(self) -> float:
         """That computing waited for transfers."""
-        waited = self._staging.waited_seconds if self._staging is not None else 0.0
-        if self._host is not None:
-            waited += self._host.waited_seconds
+        updating = self._host or self._staging  # what the host waits for, computing does not
+        waited = updating.waited_seconds if updating is not None else 0.0
         if self.stream is not None:
             waited += self.stream.statistics.wait_seconds
         if self.saved is not None:
@@ -310,7 +309,7 @@ class OffloadSession:
             away = [unit for unit in self.engine.units if unit.placed is not None]
             values["states_elsewhere"] = float(sum(len(unit.names) for unit in away))
             values["staging_bytes"] = float(self._staging.held_bytes)
-            values["wait_ms"] = self._staging.waited_seconds * 1e3
+            values["wait_ms"] = (self._host or self._staging).waited_seconds * 1e3
         if self.stream is not None:
             streamed = self.stream.statistics
             values["parameter_wait_ms"] = streamed.wait_seconds * 1e3
@@ -360,6 +359,7 @@ class OffloadSession:
     def _place(self) -> None:
         """Plan, and give each parameter its place."""
         self._parameters = list(self._module.parameters())  # to look at them without anybody taking it for a use
+        self._values_stay = False  # on the host, beside their state
         self.attributes = self._attributes()
         self._placed_for = self._arrangement()
         self.placement = plan(self.attributes, self.tiers.rooms(self._parameters, self._optimizers), self._rules)
@@ -402,13 +402,14 @@ class OffloadSession:
                 directory=self.tiers.directory,
             )
         if self._chosen.site == "host":
-            plain, self.attributes = self.attributes, self._attributes(values_stay=True)
+            plain, self._values_stay = self.attributes, True
+            self.attributes = self._attributes()
             self.placement = with_values(self.placement, plain, self.attributes, self._rules)
 
     def _place_what_came(self) -> None:
         """Plan for what the optimizers have now and had not; the rest stays where it is."""
         known = {(row.attribute.kind, row.attribute.name) for row in self.placement.rows}
-        self.attributes = self._attributes(values_stay=self._chosen.site == "host")
+        self.attributes = self._attributes()
         self._placed_for = self._arrangement()
         came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
         rooms, used = self.placement.rooms, self.placement.used
@@ -419,10 +420,10 @@ class OffloadSession:
         """Which parameters the optimizers have, by group."""
         return [[id(p) for p in group["params"]] for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def _attributes(self, *, values_stay: bool = False) -> list[Attribute]:
+    def _attributes(self) -> list[Attribute]:
         stay = self._schedule != "in_backward" or self._accumulates or self._settings.batch_feedback
         return attributes_of(
-            self._module, self._optimizers, self._settings, gradients_stay=stay, values_stay=values_stay
+            self._module, self._optimizers, self._settings, gradients_stay=stay, values_stay=self._values_stay
         )
 
     # -- tiers -------------------------------------------------------------------------------------------------------

@@ -424,3 +424,19 @@ def test_mapped_bytes_outlast_changes_also_where_the_budget_is_used_up() -> None
     tier.memory(record).fill_(3)
     assert tier.reserved_bytes <= 4096
     tier.close()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_counters_go_back_to_where_a_step_on_the_device_has_them(there: bool, jobs: Callable[..., HostJobs]) -> None:
+    job = jobs(ADAMW)
+    job.on_host("after_backward", "memory")
+    job.train(1)
+    job.updates.finish()
+    unit = job.engine.units[0]
+    unit.group["fused"] = there
+    far = nn.Parameter(torch.empty(2, device="meta"))  # stands for a GPU
+    steps = job.engine._at_home(unit, far, "step", torch.tensor(3.0))
+    assert steps.device.type == ("meta" if there else "cpu")
+    assert job.engine._at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
+    assert job.engine._at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
+    assert job.engine._at_home(unit, far, "name", 5) == 5

@@ -86,7 +86,7 @@ class ShardedSession(OffloadSession):
             values["exchange_wait_ms"] = exchange.waited_seconds * 1e3
         return values
 
-    def _attributes(self, *, values_stay: bool = False) -> list[Attribute]:
+    def _attributes(self) -> list[Attribute]:
         self._owner_of = share_out(self._optimizers, self._ranks.size, TOGETHER_BYTES)
         elsewhere = {
             name
@@ -95,7 +95,7 @@ class ShardedSession(OffloadSession):
         }
         return [
             attribute
-            for attribute in super()._attributes(values_stay=values_stay)
+            for attribute in super()._attributes()
             if attribute.kind not in ("optimizer_state", "master_weight") or attribute.name not in elsewhere
         ]
 
