@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from lightning_efficient.demos.model import ByteTransformer
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import parse_settings
 from lightning_efficient.offload.site import Site
+from lightning_efficient.offload.updates.schedule import Updates
 
 __all__ = ["ARMS", "RIVALS", "Arm", "Job", "Size", "Skipped", "built", "elsewhere"]
 
@@ -143,15 +144,16 @@ def ours(site: Site | None, *kinds: str) -> Arm:
             job.session.start()
             updates = job.session.updates
             assert updates is not None
-            job.before = lambda: (_begin(job), updates.before_forward())[1]
+            job.before = lambda: before(job, updates)
             job.after = lambda loss: updates.after_forward([loss])
             yield
         finally:
             job.session.close()
 
-    def _begin(job: Job) -> None:
+    def before(job: Job, updates: Updates) -> None:
         if job.session is not None:
             job.session.begin_batch(gradients=True)
+        updates.before_forward()
 
     return build
 
@@ -159,14 +161,12 @@ def ours(site: Site | None, *kinds: str) -> Arm:
 @contextlib.contextmanager
 def torchao(job: Job, folder: Path) -> Iterator[None]:
     """``torchao.optim.CPUOffloadOptimizer`` with gradients offloaded."""
-    _installed("torchao")
     if job.device.type != "cuda":
         raise Skipped("it needs a GPU")
     if job.clip is not None:
         raise Skipped("it copies gradients before they are clipped")
-    from torchao.optim import CPUOffloadOptimizer
-
-    job.optimizer = CPUOffloadOptimizer(job.model.parameters(), torch.optim.AdamW, offload_gradients=True, lr=1e-4)
+    offloading = _installed("torchao.optim").CPUOffloadOptimizer
+    job.optimizer = offloading(job.model.parameters(), torch.optim.AdamW, offload_gradients=True, lr=1e-4)
     yield
 
 
@@ -195,13 +195,11 @@ def fsdp2(job: Job, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deepspeed(job: Job, folder: Path) -> Iterator[None]:
+def zero_offload(job: Job, folder: Path) -> Iterator[None]:
     """ZeRO-Offload: stage 2, the optimizer on the host."""
-    _installed("deepspeed")
     if job.device.type != "cuda":
         raise Skipped("it needs a GPU")
-    import deepspeed
-
+    deepspeed = _installed("deepspeed")
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": job.tokens.shape[0],
         "bf16": {"enabled": True},
@@ -225,9 +223,11 @@ def deepspeed(job: Job, folder: Path) -> Iterator[None]:
     engine.destroy()
 
 
-def _installed(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise Skipped("not installed")
+def _installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Skipped("not installed") from error
 
 
 BASE = "in the GPU's memory"
@@ -240,7 +240,7 @@ ARMS: dict[str, Arm] = {
 RIVALS: dict[str, Arm] = {
     "torchao CPUOffloadOptimizer": torchao,
     "FSDP2 CPUOffloadPolicy": fsdp2,
-    "DeepSpeed ZeRO-Offload": deepspeed,
+    "DeepSpeed ZeRO-Offload": zero_offload,
 }
 ALL_ELSEWHERE = ours("device", "parameter", "gradient", "activation")
 

@@ -125,11 +125,10 @@ class OffloadSession:
     @property
     def _waited_seconds(self) -> float:
         """That computing waited for transfers."""
-        waited = self._staging.waited_seconds if self._staging is not None else 0.0
+        updating = self._host or self._staging  # what the host waits for, computing does not
+        waited = updating.waited_seconds if updating is not None else 0.0
         if self.updates is not None:
             waited += self.engine.waited_seconds
-        if self._host is not None:
-            waited += self._host.waited_seconds
         if self.stream is not None:
             waited += self.stream.statistics.wait_seconds
         if self.saved is not None:
@@ -343,7 +342,8 @@ class OffloadSession:
         """What grows, by the tag of its mean over batches."""
         totals: dict[str, float] = {}
         if self.updates is not None and self._staging is not None:
-            totals["wait_ms"] = (self._staging.waited_seconds + self.engine.waited_seconds) * 1e3
+            waited = (self._host or self._staging).waited_seconds
+            totals["wait_ms"] = (waited + self.engine.waited_seconds) * 1e3
         if self.stream is not None:
             streamed = self.stream.statistics
             totals["parameter_wait_ms"] = streamed.wait_seconds * 1e3
@@ -390,9 +390,8 @@ class OffloadSession:
 
     def _place(self) -> None:
         """Plan, and give each parameter its place."""
-        self._parameters = list(
-            self._module.parameters()
-        )  # where they are used; nobody takes a look at these for a use
+        self._parameters = list(self._module.parameters())  # where they are used; a look at these is no use of them
+        self._values_stay = False  # on the host, beside their state
         self.attributes = self._attributes()
         self._placed_for = self._arrangement()
         rooms = self.tiers.rooms(self._parameters, self._optimizers)
@@ -431,13 +430,14 @@ class OffloadSession:
                 directory=self.tiers.directory,
             )
         if self._chosen.site == "host":
-            plain, self.attributes = self.attributes, self._attributes(values_stay=True)
+            plain, self._values_stay = self.attributes, True
+            self.attributes = self._attributes()
             self.placement = with_values(self.placement, plain, self.attributes, self._rules)
 
     def _place_what_came(self) -> None:
         """Plan for what the optimizers have now and had not; the rest stays where it is."""
         known = {(row.attribute.kind, row.attribute.name) for row in self.placement.rows}
-        self.attributes = self._attributes(values_stay=self._chosen.site == "host")
+        self.attributes = self._attributes()
         self._placed_for = self._arrangement()
         came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
         came_to = plan(came, self._left(self.placement.rooms, self.placement), self._rules)
@@ -453,7 +453,7 @@ class OffloadSession:
         """Which parameters the optimizers have, by group."""
         return [[id(p) for p in group["params"]] for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def _attributes(self, *, values_stay: bool = False) -> list[Attribute]:
+    def _attributes(self) -> list[Attribute]:
         stay = self._schedule != "in_backward" or self._accumulates or self._settings.batch_feedback
         steps = 2 if self._schedule == "delayed" else 1
         return attributes_of(
@@ -462,7 +462,7 @@ class OffloadSession:
             self._settings,
             gradients_stay=stay,
             steps_of_gradients=steps,
-            values_stay=values_stay,
+            values_stay=self._values_stay,
         )
 
     # -- tiers -------------------------------------------------------------------------------------------------------

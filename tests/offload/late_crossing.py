@@ -44,13 +44,14 @@ class LateCrossing:
         sources = [tensor.detach() for tensor in tensors]
         found = [source.clone() for source in sources]
         for there in found:
-            there.view(-1).view(torch.uint8).fill_(255) if there.is_contiguous() and there.dim() else None  # NaN
+            if there.layout == torch.strided and there.is_contiguous() and there.dim():
+                there.view(-1).view(torch.uint8).fill_(255)  # NaN
 
         def copy() -> None:
             after.synchronize()
             for source, there in zip(sources, found, strict=True):
                 there.copy_(source)
-                self.brought += there.nbytes
+                self.brought += there.nbytes if there.layout == torch.strided else 0
 
         return found, self._later(copy)
 

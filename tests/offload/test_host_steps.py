@@ -23,7 +23,7 @@ from lightning_efficient.offload.updates.schedule import AfterBackward, InBackwa
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier
 from tests.offload.late_crossing import LateCrossing
-from tests.offload.test_updates import OPTIMIZERS, SCHEDULES, Job, assert_same, full_state, plain_state
+from tests.offload.test_updates import OPTIMIZERS, SCHEDULES, Job, Network, assert_same, full_state, plain_state
 
 ADAMW = OPTIMIZERS["adamw"]
 
@@ -145,6 +145,35 @@ def test_muon(schedule: str, jobs: Callable[..., HostJobs]) -> None:
     job.on_host(schedule, "memory")
     assert job.train(5) == plain.train(5)
     assert_same(job.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sparse_gradients_and_parameters_of_one_element(
+    schedule: str, kind: str, jobs: Callable[..., HostJobs]
+) -> None:
+    def make(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for group in groups for p in group["params"]], lr=0.1, momentum=0.9)
+
+    plain, job = jobs(make), jobs(make)
+    for one in (plain, job):
+        one.network.embedding = nn.Embedding(11, 16, sparse=True)
+        one.network.scale = nn.Parameter(torch.ones(()))
+        one.network.embedding.load_state_dict(Network().embedding.state_dict())
+        one.optimizer = make([{"params": list(one.network.parameters())}])
+        one.scheduler = torch.optim.lr_scheduler.ExponentialLR(one.optimizer, 0.9)
+        network = one.network
+
+        def forward(tokens: Tensor, network: Any = network) -> Tensor:
+            hidden = network.norm(network.embedding(tokens)) * network.scale
+            return torch.cat([network.narrow(network.layers[0](hidden)), hidden], -1)
+
+        network.forward = forward
+    job.on_host(schedule, kind)
+    assert job.train(5) == plain.train(5)
+    assert_same(job.weights(), plain.weights())
+    for one, other in zip(full_state(job), plain_state(plain, job.engine), strict=True):
+        assert_same({k: v.to_dense() for k, v in one.items()}, {k: v.to_dense() for k, v in other.items()})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -395,3 +424,19 @@ def test_mapped_bytes_outlast_changes_also_where_the_budget_is_used_up() -> None
     tier.memory(record).fill_(3)
     assert tier.reserved_bytes <= 4096
     tier.close()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_counters_go_back_to_where_a_step_on_the_device_has_them(there: bool, jobs: Callable[..., HostJobs]) -> None:
+    job = jobs(ADAMW)
+    job.on_host("after_backward", "memory")
+    job.train(1)
+    job.updates.finish()
+    unit = job.engine.units[0]
+    unit.group["fused"] = there
+    far = nn.Parameter(torch.empty(2, device="meta"))  # stands for a GPU
+    steps = job.engine._at_home(unit, far, "step", torch.tensor(3.0))
+    assert steps.device.type == ("meta" if there else "cpu")
+    assert job.engine._at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
+    assert job.engine._at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
+    assert job.engine._at_home(unit, far, "name", 5) == 5

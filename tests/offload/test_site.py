@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from pathlib import Path
@@ -30,7 +31,7 @@ from lightning_efficient.offload.site import (
 )
 from lightning_efficient.offload.site_choice import ChosenSite
 from lightning_efficient.offload.tiers.tier import TierError
-from tests.helpers.fitting import assert_same_tree, fit
+from tests.helpers.fitting import Run, assert_same_tree, fit
 from tests.helpers.ranks import run_on_two_ranks
 from tests.offload.dividing import run as ranks_run
 from tests.offload.dividing import saved
@@ -203,15 +204,30 @@ PLACES = {
 }
 
 
+def short(build: dict[str, Any] | None, **arguments: Any) -> Run:
+    return fit(None, build=build, limit_val_batches=1, val_check_interval=3, max_steps=6, **arguments)
+
+
+@functools.cache
+def plain_run(*arguments: tuple[str, Any]) -> Run:
+    return short(None, **dict(arguments))
+
+
 @pytest.mark.parametrize("arguments", [{}, {"gradient_clip_val": 0.3}, {"accumulate_grad_batches": 2}])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_is_the_same_bit_for_bit_o3(place: str, arguments: dict[str, Any]) -> None:
-    arguments = {"limit_val_batches": 1, "val_check_interval": 3, "max_steps": 6, **arguments}
-    ours, plain = fit(None, build=on_host(place=PLACES[place]), **arguments), fit(None, **arguments)
+    ours, plain = short(on_host(place=PLACES[place]), **arguments), plain_run(*arguments.items())
     assert ours.losses == plain.losses
     assert_same_tree(ours.weights, plain.weights, "weights")
     assert_same_tree(ours.optimizers, plain.optimizers, "optimizers")
     assert not any("host-step" in thread.name for thread in threading.enumerate())
+
+
+def test_batches_in_parts_and_done_again() -> None:
+    build = on_host(place=PLACES["memory"], schedule="under_forward", batch_feedback=True)
+    ours, plain = fit(None, build=build, max_steps=6), fit(None, max_steps=6)
+    assert ours.losses == plain.losses
+    assert_same_tree(ours.weights, plain.weights, "weights")
 
 
 def test_full_precision_on_the_host_is_that_on_the_device() -> None:

@@ -65,7 +65,7 @@ class ShardedSession(JointSession):
             totals["exchange_wait_ms"] = exchange.waited_seconds * 1e3
         return totals
 
-    def _attributes(self, *, values_stay: bool = False) -> list[Attribute]:
+    def _attributes(self) -> list[Attribute]:
         self._owner_of = share_out(self._optimizers, self._ranks.size, TOGETHER_BYTES)
         elsewhere = {
             name
@@ -74,7 +74,7 @@ class ShardedSession(JointSession):
         }
         return [
             attribute
-            for attribute in super()._attributes(values_stay=values_stay)
+            for attribute in super()._attributes()
             if attribute.kind not in ("optimizer_state", "master_weight") or attribute.name not in elsewhere
         ]
 
