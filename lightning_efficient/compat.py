@@ -70,7 +70,7 @@ def rewrap_ddp(strategy: DDPStrategy) -> None:
 
 
 def shard_over_all(strategy: ModelParallelStrategy) -> None:
-    """Where nobody said how many ranks shard a parameter, all of a tensor-parallel group's rank; before they are set up."""
+    """Where nobody said among how many ranks parameters are sharded: all that tensor parallelism leaves."""
     if strategy._data_parallel_size == "auto":
         ranks = strategy.num_nodes * strategy.num_processes
         strategy._data_parallel_size = max(1, ranks // int(strategy._tensor_parallel_size))

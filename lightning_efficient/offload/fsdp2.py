@@ -18,7 +18,6 @@ from lightning_efficient import compat
 from lightning_efficient.core.torch_internals import spread_of
 from lightning_efficient.offload.common import STATE_KEY, OffloadMixin
 from lightning_efficient.offload.local_shards.engine import communicates
-from lightning_efficient.offload.local_shards.modules import any_is_compiled
 from lightning_efficient.offload.local_shards.session import LocalShardSession
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import ScheduleChoice, Settings
@@ -33,8 +32,8 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
 
     You shard the model in ``configure_model`` with ``fully_shard``, as for ``ModelParallelStrategy``, without an
     ``offload_policy``. Each rank then has the optimizer state of its shards where the plan or you put it, and results
-    are bit for bit those of ``ModelParallelStrategy``. Checkpoints are its own, too: they can be resumed with or without
-    this strategy. (Rajbhandari et al. 2021, "ZeRO-Infinity", 5.)
+    are bit for bit those of ``ModelParallelStrategy``. So are checkpoints, which can be resumed with or without this
+    strategy. (Rajbhandari et al. 2021, "ZeRO-Infinity", 5.)
 
     ``strategy="offload_fsdp2"`` stands for it after ``import lightning_efficient``.
 
@@ -80,9 +79,9 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
     ) -> None:
         if master_weights:
             raise ValueError(
-                "master_weights=True is not possible with OffloadFSDP2Strategy: torch loads optimizer state in the dtype "
-                "of its parameter. Keep the parameters in float32, and give fully_shard "
-                "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16): they are the master weights."
+                "master_weights=True is not possible with OffloadFSDP2Strategy: torch loads optimizer state in the "
+                "dtype of its parameter. Keep the parameters in float32, where they are the master weights, and give "
+                "fully_shard mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
             )
         if batch_feedback:
             raise ValueError(
@@ -139,7 +138,7 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
         schedule, why = super()._choose_schedule(trainer)
         if schedule == "under_forward":
             return "after_backward", why
-        if schedule == "in_backward" and (never := self._never_in_backward(trainer)):
+        if schedule == "in_backward" and (never := self._never_in_backward()):
             if self.settings.schedule == "in_backward":
                 raise MisconfigurationException(
                     f"schedule='in_backward' updates shards while backward goes on, which cannot be: {never}. Use "
@@ -148,12 +147,10 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
             return "after_backward", never
         return schedule, why
 
-    def _never_in_backward(self, trainer: pl.Trainer) -> str:
+    def _never_in_backward(self) -> str:
         for optimizer in self.optimizers:
             if any(communicates(optimizer, group) for group in optimizer.param_groups):
                 return f"{type(optimizer).__name__} needs more than its own shard, and waits for the other ranks"
-        if any_is_compiled(trainer.lightning_module):
-            return "compiled modules do not tell how often they run, and one that runs twice is gathered twice"
         return ""
 
     def _allowed_settings(self, trainer: pl.Trainer) -> Settings:

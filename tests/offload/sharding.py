@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,7 +18,7 @@ from tests.helpers.fitting import Run, fit
 from tests.helpers.models import ScheduledModel
 from tests.technique_settings import demo_model
 
-__all__ = ["DISK", "RANKS", "STEPS", "ShardedModel", "ours", "plain", "run", "saved", "sharded"]
+__all__ = ["DISK", "RANKS", "STEPS", "ShardedModel", "contents", "local", "ours", "plain", "run", "saved", "sharded"]
 
 RANKS = {"devices": 2, "use_distributed_sampler": False}
 DISK = {"optimizer_state": "disk"}
@@ -26,32 +26,18 @@ STEPS = 5
 
 
 class ShardedModel(ScheduledModel):
-    """Sharded by its user, in the way of FSDP2: each block, and what is left.
+    """Sharded by its user, in the way of FSDP2: each block, and what is left; see :func:`sharded`."""
 
-    Args:
-        sharding: Further arguments of ``fully_shard``.
-        make_optimizers: Called with the module; None: AdamW for all parameters.
-        **arguments: See :class:`ScheduledModel`.
-    """
-
-    def __init__(
-        self,
-        *,
-        sharding: dict[str, Any] | None = None,
-        make_optimizers: Callable[[nn.Module], Any] | None = None,
-        **arguments: Any,
-    ) -> None:
-        super().__init__(**arguments)
-        self.sharding = sharding or {}
-        self.make_optimizers = make_optimizers
-        self.is_sharded = False
+    sharding: Mapping[str, Any] = {}
+    make_optimizers: Callable[[nn.Module], Any] | None = None
+    is_sharded = False
 
     def configure_model(self) -> None:
         if self.is_sharded:
             return
         self.is_sharded = True
         arguments = {"mesh": self.device_mesh["data_parallel"], **self.sharding}
-        for block in self.model.blocks:
+        for block in dict.fromkeys(self.model.blocks):
             fully_shard(block, **arguments)
         fully_shard(self.model, **arguments)
 
@@ -59,9 +45,24 @@ class ShardedModel(ScheduledModel):
         return self.make_optimizers(self) if self.make_optimizers else super().configure_optimizers()
 
 
-def sharded(cls: type[ShardedModel] = ShardedModel, **arguments: Any) -> Any:
-    """The same weights each time."""
-    return demo_model(cls, **arguments)
+def sharded(
+    cls: type[ShardedModel] = ShardedModel,
+    *,
+    sharding: Mapping[str, Any] | None = None,
+    make_optimizers: Callable[[nn.Module], Any] | None = None,
+    **arguments: Any,
+) -> Any:
+    """A model with the same weights each time.
+
+    Args:
+        cls: Its class.
+        sharding: Further arguments of ``fully_shard``.
+        make_optimizers: Called with the module; None: one for all parameters.
+        **arguments: See :class:`ScheduledModel`.
+    """
+    module: Any = demo_model(cls, **arguments)
+    module.sharding, module.make_optimizers = sharding or {}, make_optimizers
+    return module
 
 
 def ours(**arguments: Any) -> OffloadFSDP2Strategy:
@@ -104,7 +105,3 @@ def contents(path: Path) -> dict[str, Any]:
     load(found, storage_reader=reader, no_dist=True)
     found["lr_schedulers"] = torch.load(path / "meta.pt", weights_only=True)["lr_schedulers"]
     return found
-
-
-def in_bytes(value: Tensor) -> Tensor:
-    return value

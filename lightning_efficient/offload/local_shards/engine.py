@@ -1,8 +1,8 @@
 """The updates of one rank's shards of all parameters.
 
-A shard's optimizer state is as the user's optimizer makes it: tensors that are spread over the ranks like the parameter,
-of which this rank's part lies in its record. (Rajbhandari et al. 2021, "ZeRO-Infinity", 5: each rank moves its own shard
-of the optimizer state, so that all ranks' links and disks work.)
+A shard's optimizer state is as the user's optimizer makes it: tensors that are spread over the ranks like the
+parameter, of which this rank's part lies in its record. (Rajbhandari et al. 2021, "ZeRO-Infinity", 5: each rank moves
+its own shard of the optimizer state, so that all ranks' links and disks work.)
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["ShardEngine", "communicates"]
 
 
 def communicates(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a step for parameters of this group has the ranks wait for one another, as where it needs a whole matrix."""
+    """Whether a step for parameters of this group has the ranks wait for one another, for it needs whole matrices."""
     return any(spread_of(p) is not None for p in group["params"]) and not updates_by_element(optimizer, group)
 
 
 class ShardEngine(UpdateEngine):
     """An engine whose units, and their order, are the same on all ranks; where their state is, is each rank's affair.
 
-    Ranks have parts of different sizes, or none, and other budgets. A unit ends where it would on any rank, so that none
-    is larger than one rank wants it, and an optimizer that communicates finds all ranks at the same parameter.
+    Ranks have parts of different sizes, or none, and other budgets. A unit ends where it would on any rank, so that
+    none is larger than one rank wants it, and an optimizer that communicates finds all ranks at the same parameter.
 
     Args:
         ranks: Of the run.

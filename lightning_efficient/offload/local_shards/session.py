@@ -6,17 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import spread_of
 from lightning_efficient.offload.local_shards.engine import ShardEngine
-from lightning_efficient.offload.local_shards.modules import (
-    any_is_compiled,
-    own_parameters,
-    parameters_by_module,
-    show_shards,
-)
+from lightning_efficient.offload.local_shards.modules import own_parameters, sharded_modules, show_shards
 from lightning_efficient.offload.local_shards.updates import ShardsAfterBackward, ShardsInBackward
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.sharded.joint_session import JointSession
@@ -75,8 +71,8 @@ class LocalShardSession(JointSession):
     def _begin(self) -> None:
         show_shards(self._module)
         super()._begin()
-        if self.saved is not None and not any_is_compiled(self._module):
-            for part in parameters_by_module(self._module):
+        if self.saved is not None:
+            for part in sharded_modules(self._module):
                 self._handles.append(part.register_forward_pre_hook(_holding(self.saved)))
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
@@ -84,13 +80,14 @@ class LocalShardSession(JointSession):
 
     def _new_updates(self) -> Updates:
         if self._schedule == "in_backward":
-            return ShardsInBackward(self.engine, self._optimizers, self._complete, self._module)
+            return ShardsInBackward(self.engine, self._optimizers, self._complete)
         return ShardsAfterBackward(self.engine, self._optimizers)
 
 
 def _holding(saved: SavedTensorOffload) -> Callable[..., None]:
     """Before a forward: what the module has gathered, which FSDP2 frees behind it, and gathers again for backward."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hold(part: nn.Module, *_: Any) -> None:
         saved.hold(p for p in own_parameters(part) if spread_of(p) is None)
 

@@ -127,7 +127,7 @@ class SavedTensorOffload:
             self._references, self._index = before
 
     def hold(self, held: Iterable[Tensor]) -> None:
-        """Within the context that is open, these too stay in memory, or come back to where they are now by themselves."""
+        """Within the context that is open these, too, stay in memory or are brought back to it by somebody."""
         with without_torch_function():
             self._references.update((t.untyped_storage()._cdata, t) for t in held if is_plain(t))
 

@@ -223,7 +223,9 @@ class UpdateEngine:
     def _states_on(unit: Unit, record: Tensor) -> list[dict[str, Any]]:
         small = [unit.optimizer.state.get(parameter, {}) for parameter in unit.parameters]
         merged = []
-        for state, bulk, keys in zip(small, unit.layout.views(record, len(small), to_save=True), unit.keys, strict=True):
+        for state, bulk, keys in zip(
+            small, unit.layout.views(record, len(small), to_save=True), unit.keys, strict=True
+        ):
             whole = {key: value for key, value in {**state, **bulk}.items() if key != VALUE}
             merged.append({key: whole[key] for key in dict.fromkeys((*keys, *whole)) if key in whole})
         return merged

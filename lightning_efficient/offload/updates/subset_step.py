@@ -145,7 +145,7 @@ def updates_by_element(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """
     for dimensions in sorted({parameter.dim() for parameter in group["params"]} - {0}):
         whole = _stand_ins(group, dimensions, size={1: 512, 2: 32, 3: 16}.get(dimensions, 8))[0]
-        parts = [nn.Parameter(part.detach().clone()) for part in whole.chunk(2)]
+        parts: list[Tensor] = [nn.Parameter(part.detach().clone()) for part in whole.chunk(2)]
         generator = torch.Generator().manual_seed(1)
         gradient = torch.randn(whole.shape, generator=generator).to(whole.dtype)
         for parameter, own in zip((whole, *parts), (gradient, *gradient.chunk(2)), strict=True):
