@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lightning_efficient"
 ROLES = {"callback.py", "strategy.py", "common.py", "ddp.py", "precision.py", "checkpoint_io.py", "trainer.py"}
+ROLES |= {"fsdp2.py"}
 ROLES |= {"autosave.py", "exact_resume.py", "outcomes.py"}  # parts of checkpoint_io.py
 ROLES |= {"micro_batches.py", "split_step.py", "step_logs.py", "step_metrics.py"}
 ROLES |= {"loss_check.py", "recovery.py"}  # of the offload strategy.py

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
@@ -377,3 +377,14 @@ def test_compiled_parts_are_found(what: str) -> None:
         pl.trainer.trainer._maybe_unwrap_optimized(compiled)  # as `Trainer.fit` does
     assert compat.compiled_parts(model) == expected
     assert compat.step_is_compiled(model) == (what == "module")
+
+
+@pytest.mark.parametrize(("tensor_parallel", "expected"), [(1, 4), (2, 2)])
+def test_parameters_are_sharded_over_all_ranks(tensor_parallel: int, expected: int) -> None:
+    strategy = ModelParallelStrategy(tensor_parallel_size=tensor_parallel)
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    compat.shard_over_all(strategy)
+    assert strategy._data_parallel_size == expected
+    given = ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=1)
+    compat.shard_over_all(given)
+    assert given._data_parallel_size == 3

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -25,10 +28,13 @@ from lightning_efficient.core.torch_internals import (
     innermost_pack_hook,
     innermost_saved_tensors_hooks,
     is_of_checkpointing,
+    local_part,
     not_compiling,
     rebuild_tensor,
     saved_tensors_hooks_are_allowed,
     shares_version,
+    spread_of,
+    spread_over_ranks,
     storage_key,
     storage_use_count,
     tensor_version,
@@ -37,6 +43,7 @@ from lightning_efficient.core.torch_internals import (
     without_mode,
     without_torch_function,
 )
+from tests.helpers.ranks import run_on_two_ranks
 
 
 def test_tensors_are_rebuilt_by_the_function_that_files_name() -> None:
@@ -312,3 +319,25 @@ def test_what_runs_while_a_compiler_looks_can_run_as_ever() -> None:
 
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
     assert seen == [True, False, True]
+
+
+def spread(rank: int) -> None:
+    whole = torch.arange(6.0).view(3, 2)
+    tensor = distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(0)])
+    mine = whole[:2] if rank == 0 else whole[2:]
+    assert torch.equal(local_part(tensor), mine)
+    assert local_part(tensor).data_ptr() == tensor.to_local().data_ptr()
+    again = spread_over_ranks(mine + 1, spread_of(tensor))
+    assert again.placements == tensor.placements
+    assert again.shape == tensor.shape
+    assert spread_of(again) == spread_of(tensor) == spread_of(torch.zeros_like(tensor))
+    assert torch.equal(again.full_tensor(), whole + 1)
+    assert not again.requires_grad
+
+
+def test_a_tensor_that_is_spread_over_ranks_is_taken_apart_and_put_together(tmp_path: Path) -> None:
+    run_on_two_ranks(spread, tmp_path)
+    whole = torch.ones(2)
+    assert local_part(whole) is whole
+    assert spread_of(whole) is None
+    assert spread_over_ranks(whole, None) is whole

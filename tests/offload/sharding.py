@@ -70,7 +70,7 @@ def ours(**arguments: Any) -> OffloadFSDP2Strategy:
 
 
 def plain(**arguments: Any) -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **arguments)
+    return ModelParallelStrategy(**({"data_parallel_size": 2, "tensor_parallel_size": 1} | arguments))
 
 
 def run(root: Path, strategy: Any, *, module: Any = None, **arguments: Any) -> Run:
