@@ -15,7 +15,11 @@ from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 __all__ = ["late_losses"]
 
 
-def late_losses(folder: Path, options: Options) -> tuple[Table, dict[str, list[float]], float]:
+RATES = (1e-3, 2e-4)
+"""Learning rates: one that is about as high as this model bears, and one of small steps."""
+
+
+def late_losses(folder: Path, options: Options) -> tuple[Table, dict[str, list[float]], list[float]]:
     """Train a small language model with clipping, exactly (``under_forward``) and with late updates.
 
     Args:
@@ -23,33 +27,34 @@ def late_losses(folder: Path, options: Options) -> tuple[Table, dict[str, list[f
         options: Of the benchmark.
 
     Returns:
-        The table, the losses by schedule and seed, and the mean difference in its standard errors.
+        The table; the losses by schedule and rate, one for each seed; and for each rate the mean difference in its
+        standard errors.
     """
     steps, after = (12, 4) if options.quick else (300, 40)
-    losses = {
-        schedule: [_final_loss(folder, schedule, seed, steps, after) for seed in options.seeds]
-        for schedule in ("under_forward", "delayed")
-    }
-    exact, late = losses.values()
-    differences = [one - other for one, other in zip(late, exact, strict=True)]
-    mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    gap = mean / error if error else 0.0
-    rows = [
-        ("under_forward (exact)", spread(exact, 4), "-", "-"),
-        ("delayed", spread(late, 4), f"{mean:+.4f}", f"{gap:+.1f}"),
-    ]
+    rows, found, gaps = [], {}, []
+    for rate in RATES:
+        exact, late = (
+            [_final_loss(folder, schedule, rate, seed, steps, after) for seed in options.seeds]
+            for schedule in ("under_forward", "delayed")
+        )
+        found[f"exact, {rate:g}"], found[f"late, {rate:g}"] = exact, late
+        differences = [one - other for one, other in zip(late, exact, strict=True)]
+        mean = statistics.fmean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        gaps.append(mean / error if error else 0.0)
+        rows.append((f"{rate:g}", "under_forward (exact)", spread(exact, 4), "-", "-"))
+        rows.append((f"{rate:g}", "delayed", spread(late, 4), f"{mean:+.4f}", f"{gaps[-1]:+.1f}"))
+        print("late updates  " + "  ".join(rows[-2]) + "\nlate updates  " + "  ".join(rows[-1]), flush=True)
     table = Table(
-        f"Loss with late updates: byte language model, {steps} steps, clipped, {len(differences)} seeds",
-        ("schedule", "final validation loss", "difference", "in its standard errors"),
+        f"Loss with late updates: byte language model, {steps} steps, clipped, {len(options.seeds)} seeds",
+        ("learning rate", "schedule", "final validation loss", "difference", "in its standard errors"),
         rows,
         f"The first {after} steps of both are exact; differences are between runs of the same seed.",
     )
-    print(table.markdown(), flush=True)
-    return table, losses, gap
+    return table, found, gaps
 
 
-def _final_loss(folder: Path, schedule: str, seed: int, steps: int, after: int) -> float:
+def _final_loss(folder: Path, schedule: str, rate: float, seed: int, steps: int, after: int) -> float:
     pl.seed_everything(seed, verbose=False)
     place = {"optimizer_state": "disk"}
     trainer = pl.Trainer(
@@ -67,6 +72,6 @@ def _final_loss(folder: Path, schedule: str, seed: int, steps: int, after: int) 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model = ByteLanguageModel(layers=2, width=64, heads=4, context=64, learning_rate=1e-3, warmup_steps=20)
+    model = ByteLanguageModel(layers=2, width=64, heads=4, context=64, learning_rate=rate, warmup_steps=20)
     trainer.fit(model, StdlibDataModule(context=64, batch_size=16, seed=seed, validation_bytes=65536))
     return float(trainer.callback_metrics["val_loss"])

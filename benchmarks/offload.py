@@ -331,7 +331,7 @@ def run(options: Options) -> Result:
             tables.append(table)
             raw[f"{number}: {size}, clipped"] = values
             clipped_ratios[number] = {name: statistics.median(arm["ratios"]) for name, arm in values["arms"].items()}
-        table, losses, gap = late_losses(folder / "late", options)
+        table, losses, gaps = late_losses(folder / "late", options)
         tables.append(table)
         raw["late updates"] = losses
         bounds = trains_in_bounds(folder / "bounds", quick=options.quick)
@@ -354,7 +354,8 @@ def run(options: Options) -> Result:
             "kills": f"{killed.survived}/{killed.number}",
             "clipped_step_ratio": clipped_ratios[0]["ours, under_forward"],
             "delayed_step_ratio": clipped_ratios[0]["ours, delayed (changes results)"],
-            "delayed_loss_gap": gap,
+            "delayed_loss_gap": gaps[0],
+            "delayed_loss_gap_small_steps": gaps[1],
         },
         tables,
         raw=raw,

@@ -64,6 +64,21 @@ def test_validation_finds_weights_that_are_not_behind_o10() -> None:
     assert float(loss) == validated["val_loss"]
 
 
+def test_who_asks_for_state_gets_that_of_the_last_step_o10() -> None:
+    class Asks(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:
+                self.state = trainer.optimizers[0].state_dict()["state"][0]["exp_avg"].clone()
+            if trainer.global_step == 7:
+                trainer.strategy.finish_updates()
+
+    asks, plain = Asks(), fit(None)
+    same(fit(None, build=delayed(), before=[asks]), by_hand(plain, asked=(5, 7)))
+    plain.batches, plain.rates = plain.batches[:5], plain.rates[:5]
+    [optimizer] = by_hand(plain).optimizers
+    assert torch.equal(asks.state, optimizer["state"][optimizer["names"][0][0]]["exp_avg"])
+
+
 def test_free_memory_that_changes_does_not_change_the_run_o10(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
     monkeypatch.setattr(tier_set, "free_bytes", lambda device: next(free))
