@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,8 @@ class MappedMemory:
 class FileMapping(MappedMemory):
     """A part of a file as memory; what is written to it stays in it, on pages of its own, unless it is ``shared``.
 
-    Where memory that may be written to counts against a limit (``RLIMIT_DATA``, a system that promises no more than it
-    has) and there is not that much, it can only be read: writing to it ends the process.
+    Where all memory that may be written to counts as taken (with ``RLIMIT_DATA``, or on a system that promises no more
+    than it has) it can only be read: writing to it ends the process.
 
     Args:
         file: That it is a part of.
@@ -58,10 +60,8 @@ class FileMapping(MappedMemory):
 
     def __init__(self, file: DirectFile, offset: int, nbytes: int, *, shared: bool = False) -> None:
         kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _NO_RESERVE
-        for access in (mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_READ):
-            address = _libc().mmap(None, nbytes, access, kind, file.descriptor, offset)
-            if shared or address not in (None, _FAILED):
-                break
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if shared or _costs_nothing_unwritten() else 0)
+        address = _libc().mmap(None, nbytes, access, kind, file.descriptor, offset)
         if address in (None, _FAILED):
             code = ctypes.get_errno()
             raise TierError(code, f"{nbytes:,} bytes of the offload file cannot be mapped ({os.strerror(code)}). Raise "
@@ -82,6 +82,19 @@ class FileMapping(MappedMemory):
             self.owner.forget(self._offset, round_up(self.nbytes))
 
 
+def _costs_nothing_unwritten() -> bool:
+    """Whether memory that may be written to counts as taken only where it is."""
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY and _promises_freely()
+
+
+@cache
+def _promises_freely() -> bool:
+    try:
+        return _OVERCOMMIT.read_text().strip() != "2"
+    except OSError:
+        return True
+
+
 def _has_own_pages(address: int, nbytes: int) -> bool:
     """Whether memory that was mapped from a file has pages that are not the file's any more, or may have."""
     first, last = address // PAGE, -(-(address + nbytes) // PAGE)
@@ -97,6 +110,7 @@ def _has_own_pages(address: int, nbytes: int) -> bool:
     return bool(((bits & 6 != 0) & (bits & 1 == 0)).any())
 
 
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _PAGEMAP, _ENTRY = Path("/proc/self/pagemap"), 8  # bytes of an entry
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
