@@ -135,6 +135,11 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
                 "schedule='under_forward' cannot be with FSDP2: it gathers parameters from their shards ahead of the "
                 "forward that uses them, in an order of its own. Use schedule='auto'."
             )
+        if self.settings.schedule == "delayed":
+            raise MisconfigurationException(
+                "schedule='delayed' cannot be with several ranks: each would change its shards as its own backward "
+                "goes on, and one that fails would leave the others with weights of another step. Use schedule='auto'."
+            )
         schedule, why = super()._choose_schedule(trainer)
         if schedule == "under_forward":
             return "after_backward", why
@@ -172,7 +177,7 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
         )
 
     def _new_session(self, *args: Any, **kwargs: Any) -> OffloadSession:
-        return LocalShardSession(Ranks(self.root_device, self.num_processes), *args, **kwargs)
+        return LocalShardSession(Ranks(self.root_device, self.num_processes), *args, site="device", **kwargs)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -130,6 +130,7 @@ def test_no_checkpoint_of_weights_of_two_steps_is_written(schedule: str, tmp_pat
 
 REFUSED: dict[str, Any] = {
     "schedule='under_forward' cannot be with FSDP2": lambda: {"strategy": ours(schedule="under_forward")},
+    "schedule='delayed' cannot be with several ranks": lambda: {"strategy": ours(schedule="delayed")},
     "schedule='in_backward' updates shards while backward goes on, which cannot be: Muon needs more": lambda: {
         "strategy": ours(schedule="in_backward"),
         "module": sharded(make_optimizers=muon),
