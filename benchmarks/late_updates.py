@@ -27,8 +27,8 @@ def late_losses(folder: Path, options: Options) -> tuple[Table, dict[str, list[f
         options: Of the benchmark.
 
     Returns:
-        The table; the losses by schedule and rate, one for each seed; and for each rate the mean difference in its
-        standard errors.
+        The table; the losses by schedule and rate, one for each seed; and for each rate the difference of the means in
+        its standard errors.
     """
     steps, after = (12, 4) if options.quick else (300, 40)
     rows, found, gaps = [], {}, []
@@ -39,19 +39,25 @@ def late_losses(folder: Path, options: Options) -> tuple[Table, dict[str, list[f
         )
         found[f"exact, {rate:g}"], found[f"late, {rate:g}"] = exact, late
         differences = [one - other for one, other in zip(late, exact, strict=True)]
-        mean = statistics.fmean(differences)
-        error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-        gaps.append(mean / error if error else 0.0)
+        gaps.append(_gap(late, exact))
         rows.append((f"{rate:g}", "under_forward (exact)", spread(exact, 4), "-", "-"))
-        rows.append((f"{rate:g}", "delayed", spread(late, 4), f"{mean:+.4f}", f"{gaps[-1]:+.1f}"))
+        rows.append((f"{rate:g}", "delayed", spread(late, 4), spread(differences, 4), f"{gaps[-1]:+.1f}"))
         print("late updates  " + "  ".join(rows[-2]) + "\nlate updates  " + "  ".join(rows[-1]), flush=True)
     table = Table(
         f"Loss with late updates: byte language model, {steps} steps, clipped, {len(options.seeds)} seeds",
-        ("learning rate", "schedule", "final validation loss", "difference", "in its standard errors"),
+        ("learning rate", "schedule", "final validation loss", "difference", "in standard errors"),
         rows,
-        f"The first {after} steps of both are exact; differences are between runs of the same seed.",
+        f"The first {after} steps of both are exact. Differences are between runs of the same seed; the standard error "
+        "is that of the difference of the means, from the spread over the seeds.",
     )
     return table, found, gaps
+
+
+def _gap(late: list[float], exact: list[float]) -> float:
+    if len(late) < 2:
+        return 0.0
+    error = math.sqrt((statistics.variance(late) + statistics.variance(exact)) / len(late))
+    return (statistics.fmean(late) - statistics.fmean(exact)) / error if error else 0.0
 
 
 def _final_loss(folder: Path, schedule: str, rate: float, seed: int, steps: int, after: int) -> float:

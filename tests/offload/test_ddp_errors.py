@@ -115,6 +115,7 @@ def test_a_disk_that_dies_while_parameters_come_ends_both_g6(tmp_path: Path) -> 
 REFUSED: dict[str, Any] = {
     "schedule='in_backward' cannot be with several ranks": lambda: {"strategy": ours(schedule="in_backward")},
     "schedule='under_forward' cannot be with several ranks": lambda: {"strategy": ours(schedule="under_forward")},
+    "schedule='delayed' cannot be with several ranks": lambda: {"strategy": ours(schedule="delayed")},
     "place['parameter']='disk' cannot be: DistributedDataParallel needs all": lambda: {
         "strategy": ours(place={"parameter": "disk"})
     },

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_efficient import GrowAndUnshareCallback, OffloadDDPStrategy, OffloadStrategy
+from lightning_efficient import GrowAndUnshareCallback, OffloadStrategy
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.offload import tier_set
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
@@ -217,14 +217,12 @@ def test_runs_that_it_cannot_be_used_in_are_refused_by_name_o10(model: type[Byte
         fit(None, build=delayed(), module=demo_model(model))
 
 
-def test_compiled_steps_scalers_and_several_ranks_are_refused_by_name_o10() -> None:
+def test_compiled_steps_and_scalers_are_refused_by_name_o10() -> None:
     with pytest.raises(MisconfigurationException, match=r"schedule='delayed' .* training step is compiled as a whole"):
         fit(None, build=delayed(), compiled=torch.compile(demo_model(), backend="eager"))
     scaler = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(MisconfigurationException, match=r"schedule='delayed' .* the gradient scaler decides"):
         fit(None, build=delayed(), plugins=[scaler])
-    with pytest.raises(MisconfigurationException, match="schedule='delayed' cannot be with several ranks"):
-        fit(None, build={"strategy": OffloadDDPStrategy(place=PLACES["state"], schedule="delayed")})
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, "many", True])
