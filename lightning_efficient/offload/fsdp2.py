@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
@@ -128,6 +129,10 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         ModelParallelStrategy.load_optimizer_state_dict(self, checkpoint)  # has been done with the weights
+
+    def _open(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # else there is nothing that could be elsewhere
+            super()._open(trainer)
 
     def _choose_schedule(self, trainer: pl.Trainer) -> tuple[Schedule, str]:
         if self.settings.schedule == "under_forward":

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from lightning_efficient import OffloadFSDP2Strategy
-from tests.helpers.fitting import assert_same_tree
+from tests.helpers.fitting import assert_same_tree, make_trainer
 from tests.helpers.ranks import run_on_two_ranks
-from tests.offload.sharding import STEPS, contents, local, ours, plain, run, saved, sharded
+from tests.offload.sharding import RANKS, STEPS, contents, local, ours, plain, run, saved, sharded
+from tests.technique_settings import demo_data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
@@ -104,6 +105,28 @@ def loaded_while_training(rank: int, root: Path, schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["in_backward", "after_backward"])
 def test_a_checkpoint_is_loaded_while_state_is_elsewhere_o3(schedule: str, tmp_path: Path) -> None:
     run_on_two_ranks(loaded_while_training, tmp_path, tmp_path, schedule, timeout=200)
+
+
+def evaluated(rank: int, root: Path) -> None:
+    """Fit, evaluated, and fit again by the same Trainer; and evaluated by one that does not train."""
+    found = []
+    for name, build in (("plain", plain), ("ours", lambda: ours(memory_budget="64KiB"))):
+        finished = run(root / name, build(), limit_val_batches=1)
+        torch.distributed.barrier()
+        trainer, module, data = finished.trainer, finished.module, demo_data()
+        path = finished.checkpoints[AFTER]
+        values = [trainer.validate(module, data, ckpt_path=path, verbose=False)]
+        trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
+        trainer.fit(module, data, ckpt_path=finished.checkpoints[STEPS])
+        values.append(local(dict(module.state_dict())))
+        other = make_trainer(strategy=build(), **RANKS, default_root_dir=root, limit_val_batches=1)
+        values.append(other.validate(sharded(), data, ckpt_path=path, verbose=False))
+        found.append(values)
+    assert_same_tree(found[1], found[0], "values")
+
+
+def test_fit_evaluated_and_fit_again_o3(tmp_path: Path) -> None:
+    run_on_two_ranks(evaluated, tmp_path, tmp_path, timeout=300)
 
 
 class SavesFirst(pl.Callback):

@@ -82,7 +82,7 @@ class ShardsInBackward(InBackward):
 @contextlib.contextmanager
 def _on(stream: torch.cuda.Stream | None, gradient: Tensor | None) -> Any:
     """On the stream of the computation: FSDP2 calls hooks on that on which it reduced the gradient."""
-    if stream is None or gradient is None:
+    if stream is None or gradient is None or gradient.device.type != "cuda":
         yield
         return
     stream.wait_stream(torch.cuda.current_stream())
