@@ -1,0 +1,286 @@
+"""What a training run has in which tier, and what that costs; ``session.py`` says when it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_efficient.core.units import human_bytes
+from lightning_efficient.offload.feasible import check_disk, check_staging, plan_with_window, window_bytes
+from lightning_efficient.offload.inventory import attributes_of, to_device
+from lightning_efficient.offload.limit import LimitMeter
+from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, plan
+from lightning_efficient.offload.saved.activations import SavedTensorOffload
+from lightning_efficient.offload.settings import Settings
+from lightning_efficient.offload.site import Site
+from lightning_efficient.offload.site_choice import ChosenSite, with_values
+from lightning_efficient.offload.step_means import StepMeans
+from lightning_efficient.offload.streaming.streaming import ParameterStream
+from lightning_efficient.offload.streaming.sub_modules import used_at_once
+from lightning_efficient.offload.tier_set import TierSet
+from lightning_efficient.offload.tiers.tier import Tier
+from lightning_efficient.offload.updates.delayed import Delayed
+from lightning_efficient.offload.updates.device_staging import DeviceStaging
+from lightning_efficient.offload.updates.engine import UpdateEngine
+from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.host_steps import HostSteps
+from lightning_efficient.offload.updates.schedule import Updates
+from lightning_efficient.offload.updates.staging import Staging
+
+__all__ = ["TOGETHER_BYTES", "PlacedRun", "Schedule"]
+
+TOGETHER_BYTES = 4 << 20
+"""Of parameters that are updated in one go, for records that are worth a disk's while."""
+_STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
+Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
+
+
+class PlacedRun:
+    """The tensors of a run, each in the tier that a plan or the user gives it.
+
+    Attributes:
+        placement: What is where.
+        stream: Has the parameters that are elsewhere; None if there are none.
+        saved: Has what backward needs, if it is elsewhere.
+        gradients: Has the gradients that are elsewhere.
+        engine: Has the optimizers' state.
+        updates: Runs the optimizers' updates; None until training starts.
+
+    Args:
+        module: That is trained, or evaluated.
+        optimizers: Its optimizers.
+        settings: Of the user.
+        device: On which it computes.
+        directory: For what goes to a disk.
+        schedule: When updates take place.
+        complete: Asked at each gradient whether it is complete.
+        accumulates: Whether several backwards add to the gradients of a step.
+        delays: With ``schedule="delayed"``: asked at each step whether its update may be late.
+        site: Where updates are computed, whatever the settings say.
+
+    Raises:
+        TierError: If there is no room.
+        ValueError: If parameters cannot be streamed, or a budget is too small for the largest part of the model.
+    """
+
+    engine: UpdateEngine
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        settings: Settings,
+        *,
+        device: torch.device,
+        directory: Path,
+        schedule: Schedule,
+        complete: Callable[[], bool],
+        accumulates: bool = False,
+        delays: Callable[[], bool] = lambda: True,
+        site: Site | None = None,
+    ) -> None:
+        self._accumulates, self._delays = accumulates, delays
+        self._chosen = ChosenSite(site or (settings.step_on if device.type != "cpu" else "device"), device)
+        self._host: HostSteps | None = None
+        self._module, self._optimizers, self._settings = module, list(optimizers), settings
+        self._device, self._schedule, self._complete = device, schedule, complete
+        self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
+        self._limit, self._means = LimitMeter(), StepMeans(self._totals)
+        self._handles: list[RemovableHandle] = []
+        on_cpu = device.type == "cpu"  # where the device's memory is that of the host
+        place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
+        self._rules = Rules(place)
+        self.updates: Updates | None = None
+        self.gradients: GradientStore | None = None
+        self.stream: ParameterStream | None = None
+        self.saved: SavedTensorOffload | None = None
+        self._staging: Staging | DeviceStaging | None = None
+        self._accumulates_elsewhere = False
+        self.placement = Placement((), ())
+        try:
+            self._place()
+        except BaseException:
+            self.tiers.close()
+            raise
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory for records on their way: as given, or enough for two of the largest ones."""
+        if self._settings.staging_bytes is not None:
+            return self._settings.staging_bytes
+        sizes = [a.nbytes for a in self.attributes if self._elsewhere(a.kind, a.name) is not None]
+        return max(_STAGING, 2 * max(sizes, default=0) + TOGETHER_BYTES)
+
+    @property
+    def _waited_seconds(self) -> float:
+        """That computing waited for transfers."""
+        updating = self._host or self._staging  # what the host waits for, computing does not
+        waited = updating.waited_seconds if updating is not None else 0.0
+        if self.updates is not None:
+            waited += self.engine.waited_seconds
+        if self.stream is not None:
+            waited += self.stream.statistics.wait_seconds
+        if self.saved is not None:
+            stash = self.saved.statistics().stash
+            waited += stash.wait_seconds + stash.back_pressure_seconds
+        return waited
+
+    @property
+    def _host_share(self) -> int:
+        """Processes that share the memory of the host."""
+        return 1
+
+    # -- measurements ------------------------------------------------------------------------------------------------
+
+    def summary(self) -> str:
+        """In a few words, what is where."""
+        parts = []
+        if all(row.tier == self.tiers.fastest for row in self.placement.rows):
+            parts.append("everything fits")
+        for room in self.placement.rooms:
+            kinds: dict[str, int] = {}
+            for row in self.placement.rows:
+                if row.tier == room.tier and row.attribute.nbytes:
+                    kinds[row.attribute.kind] = kinds.get(row.attribute.kind, 0) + row.attribute.nbytes
+            if kinds:
+                amounts = ", ".join(f"{kind} {human_bytes(amount)}" for kind, amount in kinds.items())
+                parts.append(f"{room.tier}: {amounts}")
+        if site := self._chosen.summary():
+            parts.append(site)
+        return "; ".join(parts)
+
+    def ways(self) -> list[str]:
+        """Of what is elsewhere: the memory for it on its way, and the folder of what is on a disk."""
+        tiers = {row.tier for row in self.placement.rows} - {self.tiers.fastest}
+        parts = [f"staging up to {human_bytes(self.staging_bytes)}, beside the budget"] if tiers else []
+        return [*parts, f"files in {self.tiers.directory.absolute()}"] if "disk" in tiers else parts
+
+    def look(self) -> None:
+        """As a batch begins: the means among the measurements are of the batches since the last look from now on."""
+        self._means.look()
+
+    def measurements(self) -> dict[str, float]:
+        """By tag, without the technique's name: what is where now, and means over training batches."""
+        values: dict[str, float] = {}
+        if self.updates is not None and self._staging is not None:
+            away = [unit for unit in self.engine.units if unit.placed is not None]
+            values["states_elsewhere"] = float(sum(len(unit.names) for unit in away))
+            values["staging_bytes"] = float(self._staging.held_bytes)
+        if isinstance(self.updates, Delayed):
+            values["updates_behind"] = float(self.updates.behind)
+        if self.stream is not None:
+            values["parameter_resident_bytes"] = float(self.stream.statistics.resident_bytes)
+        if self.saved is not None:
+            values["activation_resident_bytes"] = float(self.saved.statistics().stash.peak_resident_bytes)
+        values |= self.tiers.measurements(self._means.means())
+        return values | self._chosen.measurements() | self._limit.measurements()
+
+    def _totals(self) -> dict[str, float]:
+        """What grows, by the tag of its mean over batches."""
+        totals: dict[str, float] = {}
+        if self.updates is not None and self._staging is not None:
+            waited = (self._host or self._staging).waited_seconds
+            totals["wait_ms"] = (waited + self.engine.waited_seconds) * 1e3
+        if self.stream is not None:
+            streamed = self.stream.statistics
+            totals["parameter_wait_ms"] = streamed.wait_seconds * 1e3
+            totals["parameter_fetches"] = float(streamed.fetches)
+        if self.saved is not None:
+            stash = self.saved.statistics().stash
+            totals["activation_wait_ms"] = (stash.wait_seconds + stash.back_pressure_seconds) * 1e3
+        return totals | self.tiers.totals()
+
+    # -- placing -----------------------------------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Plan, and give each parameter its place."""
+        self._parameters = list(self._module.parameters())  # where they are used; a look at these is no use of them
+        self._values_stay = False  # on the host, beside their state
+        self.attributes = self._attributes()
+        self._placed_for = self._arrangement()
+        rooms = self.tiers.rooms(self._parameters, self._optimizers)
+        self.placement = plan_with_window(self.attributes, rooms, self._rules, used_at_once(self._module))
+        self._window_bytes = window_bytes(self.placement)
+        self._choose_site()
+        check_disk(self.placement)
+        check_staging(self.placement, self._module, self._optimizers, self._settings)
+        placed = {
+            name: self.tiers.get(tier)
+            for name, _ in self._module.named_parameters()
+            if (tier := self._elsewhere("parameter", name)) is not None
+        }
+        if self._device.type != "cpu":
+            to_device(self._module, self._device, placed)
+        if placed:
+            self.stream = ParameterStream(
+                self._module, placed, budget_bytes=max(self._window_bytes, 1), device=self._device
+            )
+            self.tiers.commit()
+            self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
+
+    def _choose_site(self) -> None:
+        away = [row for row in self.placement.rows if row.tier != self.tiers.fastest]
+        states = [row for row in away if row.attribute.kind == "optimizer_state"]
+        if self.updates is None:
+            if any(row.tier == "disk" for row in states):
+                self.tiers.get("disk")  # makes its folder
+            self._chosen.choose(
+                states,
+                self._module,
+                self._optimizers,
+                streams=any(row.attribute.kind == "parameter" for row in away),
+                master_weights=self._settings.master_weights,
+                staging_bytes=self._settings.staging_bytes or _STAGING,
+                directory=self.tiers.directory,
+            )
+        if self._chosen.site == "host":
+            plain, self._values_stay = self.attributes, True
+            self.attributes = self._attributes()
+            self.placement = with_values(self.placement, plain, self.attributes, self._rules)
+
+    def _place_what_came(self) -> None:
+        """Plan for what the optimizers have now and had not; the rest stays where it is."""
+        known = {(row.attribute.kind, row.attribute.name) for row in self.placement.rows}
+        self.attributes = self._attributes()
+        self._placed_for = self._arrangement()
+        came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
+        came_to = plan(came, self._left(self.placement.rooms, self.placement), self._rules)
+        self.placement = Placement((*self.placement.rows, *came_to.rows), self.placement.rooms)
+
+    def _left(self, rooms: Sequence[Room], fixed: Placement) -> list[Room]:
+        """What of the rooms is left beside what is fixed, and the parameters on their way."""
+        taken = {room.tier: fixed.used(room.tier) for room in rooms}
+        taken[self.tiers.fastest] += self._window_bytes
+        return [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - taken[r.tier])) for r in rooms]
+
+    def _arrangement(self) -> list[list[int]]:
+        """Which parameters the optimizers have, by group."""
+        return [[id(p) for p in group["params"]] for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def _attributes(self) -> list[Attribute]:
+        stay = self._schedule != "in_backward" or self._accumulates or self._settings.batch_feedback
+        steps = 2 if self._schedule == "delayed" else 1
+        return attributes_of(
+            self._module,
+            self._optimizers,
+            self._settings,
+            gradients_stay=stay,
+            steps_of_gradients=steps,
+            values_stay=self._values_stay,
+        )
+
+    def _tier_of(self, name: str) -> Tier | None:
+        """Where the optimizer state of a parameter goes; None: it stays in the optimizer."""
+        tier = self._elsewhere("optimizer_state", name)
+        return None if tier is None else self.tiers.get(tier)
+
+    def _elsewhere(self, kind: Kind, name: str) -> str | None:
+        """The tier of a tensor; None: it stays where it is used."""
+        tier = self.placement.tier(kind, name)
+        return None if tier == self.tiers.fastest else tier
