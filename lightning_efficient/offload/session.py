@@ -25,6 +25,7 @@ from lightning_efficient.offload.step_means import StepMeans
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
+from lightning_efficient.offload.tiers.carriers import carrier_for
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.crossing import crossing_for
 from lightning_efficient.offload.updates.delayed import Delayed
@@ -531,6 +532,7 @@ class OffloadSession:
             tiers,
             self._optimizers,
             self._complete,
+            carrier_for(self._device, self.staging_bytes // 4),
             self.staging_bytes // 4,
             keep_complete=self._schedule == "in_backward",
             two_steps=self._schedule == "delayed",

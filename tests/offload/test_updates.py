@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.core.torch_internals import without_torch_function
+from lightning_efficient.offload.site import host_step_nanoseconds
+from lightning_efficient.offload.tiers.carriers import Carrier, HostCarrier
 from lightning_efficient.offload.updates.clipping import clip_norm_
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -93,6 +95,7 @@ class Job:
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
         self.tier = DictTier()
         self.gradient_tier = DictTier()
+        self.carrier: Carrier = HostCarrier()
         self.store: GradientStore | None = None
         self.updates: Updates | None = None
         self.accumulating = False
@@ -117,7 +120,9 @@ class Job:
             tiers = {p: self.gradient_tier for p in self.network.parameters() if p.requires_grad}
             keep = schedule == "in_backward"
             two = schedule == "delayed"
-            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep, two_steps=two)
+            self.store = GradientStore(
+                tiers, [self.optimizer], complete, self.carrier, 2000, keep_complete=keep, two_steps=two
+            )
         names = {id(p): name for name, p in self.network.named_parameters()}
         self.staging = DeviceStaging(staging_bytes, torch.device("cpu")) if on_device else Staging(staging_bytes)
         self.engine = UpdateEngine(

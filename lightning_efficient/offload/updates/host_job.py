@@ -223,7 +223,7 @@ class HostJob:
         value = value.float() if full else value
         gradient = self._way.get(("gradient", index), self._gradients[index])
         if isinstance(gradient, GradientClaim):
-            gradient = gradient.take(torch.device("cpu"))
+            gradient = gradient.take(on_host=True)
         value.grad = None if gradient is None else gradient.to(value.dtype)
         return value
 
