@@ -25,7 +25,13 @@ from lightning_efficient.offload.updates.schedule import (
     Updates,
 )
 from lightning_efficient.offload.updates.staging import Staging
-from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
+from lightning_efficient.offload.updates.subset_step import (
+    SubsetStepError,
+    check_parameter_by_parameter,
+    state_bytes,
+    state_bytes_per_element,
+    updates_by_element,
+)
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier
 
@@ -492,3 +498,20 @@ def test_torchs_optimizers_are_admitted_and_not_touched(optimizer: str, jobs: Ca
 
 def test_muon_is_admitted() -> None:
     check_parameter_by_parameter(torch.optim.Muon([nn.Parameter(torch.ones(4, 6))], lr=0.1))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_an_optimizer_for_graphs_of_a_gpu_is_tried_on_the_host(rate: Any, arguments: dict[str, Any]) -> None:
+    parameters = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))]
+    plain = torch.optim.AdamW(parameters, lr=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, capturable=True, **arguments)
+    given = dict(optimizer.param_groups[0])
+    check_parameter_by_parameter(optimizer)
+    group = optimizer.param_groups[0]
+    assert updates_by_element(optimizer, group)
+    for estimate in (state_bytes, state_bytes_per_element):
+        assert estimate(optimizer, group, parameters[0]) == estimate(plain, plain.param_groups[0], parameters[0])
+    assert group == given
+    assert not optimizer.state
+    assert host_step_nanoseconds(optimizer, group, parameters[0]) > 0
