@@ -458,6 +458,61 @@ def test_hooks_of_the_optimizer_are_called_once_a_step(jobs: Callable[..., Job])
         assert len(calls) == 4
 
 
+class Decaying(torch.optim.AdamW):
+    """Calls the step of its base class, and changes weights around it."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(0.99)
+        return loss
+
+
+class EvaluatingFirst(torch.optim.AdamW):
+    """Calls the closure itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", [Decaying, EvaluatingFirst])
+def test_a_step_that_calls_that_of_its_base_class_o3(
+    optimizer: type[Optimizer], schedule: str, jobs: Callable[..., Job]
+) -> None:
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # torch adds hooks to a class when it is first used itself
+    assert torch.optim.AdamW.step.hooked
+    plain, job = (jobs(lambda p: optimizer(p, lr=1e-2)) for _ in range(2))
+    check_parameter_by_parameter(job.optimizer)
+    job.offload(schedule)
+    calls: list[str] = []
+    job.optimizer.register_step_post_hook(lambda *_: calls.append("ours"))
+    plain.optimizer.register_step_post_hook(lambda *_: calls.append("plain"))
+    assert job.train(4) == plain.train(4)
+    assert_same(job.weights(), plain.weights())
+    assert_same(full_state(job), plain_state(plain, job.engine))
+    assert calls.count("ours") == calls.count("plain") == 8
+
+
+def test_a_step_that_a_closure_has_ended_can_be_taken_again(jobs: Callable[..., Job]) -> None:
+    def fails() -> Any:
+        raise ZeroDivisionError
+
+    plain, job = (jobs(lambda p: Decaying(p, lr=1e-2)) for _ in range(2))
+    job.offload("after_backward")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            job.optimizer.step(fails)
+    assert job.train(2) == plain.train(2)
+    assert_same(job.weights(), plain.weights())
+
+
 class Coupled(torch.optim.SGD):
     """Divides by the norm of all gradients."""
 
