@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -263,9 +264,18 @@ def first_step_post_hook(optimizer: Optimizer, hook: Any) -> RemovableHandle:
 
 
 def unhooked_step(optimizer: Optimizer) -> None:
-    """Step without calling a hook."""
+    """Step without calling a hook of this optimizer, also where its step calls that of its base class.
+
+    (There torch calls the hooks of all optimizers again.)
+    """
     step: Any = type(optimizer).step
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+    hooks = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+    own = {name: vars(optimizer)[name] for name in hooks if name in vars(optimizer)}
+    vars(optimizer).update({name: OrderedDict() for name in own})
+    try:
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+    finally:
+        vars(optimizer).update(own)
 
 
 def local_part(tensor: Tensor) -> Tensor:

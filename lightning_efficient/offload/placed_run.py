@@ -143,14 +143,15 @@ class PlacedRun:
         parts = []
         if all(row.tier == self.tiers.fastest for row in self.placement.rows):
             parts.append("everything fits")
-        for room in self.placement.rooms:
+        tiers = [room.tier for room in self.placement.rooms] + [row.tier for row in self.placement.rows]
+        for tier in dict.fromkeys(tiers):  # a node may have no budget, and so no room
             kinds: dict[str, int] = {}
             for row in self.placement.rows:
-                if row.tier == room.tier and row.attribute.nbytes:
+                if row.tier == tier and row.attribute.nbytes:
                     kinds[row.attribute.kind] = kinds.get(row.attribute.kind, 0) + row.attribute.nbytes
             if kinds:
                 amounts = ", ".join(f"{kind} {human_bytes(amount)}" for kind, amount in kinds.items())
-                parts.append(f"{room.tier}: {amounts}")
+                parts.append(f"{tier}: {amounts}")
         if site := self._chosen.summary():
             parts.append(site)
         return "; ".join(parts)

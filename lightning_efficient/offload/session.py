@@ -13,6 +13,7 @@ from lightning_efficient.offload.limit import Work
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
 from lightning_efficient.offload.placement import Placement, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
+from lightning_efficient.offload.tiers.carriers import carrier_for
 from lightning_efficient.offload.updates.crossing import crossing_for
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -287,6 +288,7 @@ class OffloadSession(PlacedRun):
             tiers,
             self._optimizers,
             self._complete,
+            carrier_for(self._device, self.staging_bytes // 4),
             self.staging_bytes // 4,
             keep_complete=self._schedule == "in_backward",
             two_steps=self._schedule == "delayed",

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_efficient.offload.tiers.carriers import carrier_for
 from lightning_efficient.offload.tiers.disk_bandwidth import measure_bandwidth
 from lightning_efficient.offload.tiers.host import HostTier
-from lightning_efficient.offload.updates.subset_step import state_bytes_per_element, step_alone, twin
+from lightning_efficient.offload.updates.subset_step import on_host, state_bytes_per_element, step_alone, twin
 
 __all__ = ["Site", "SiteMeasurements", "calibrate", "choose_site", "host_step_nanoseconds", "link_bytes_per_second"]
 
@@ -130,9 +130,7 @@ def host_step_nanoseconds(
     gradient = torch.randn(shape, generator=generator).to(parameter.dtype)
     value = torch.randn(shape, generator=generator).to(torch.float32 if in_full else parameter.dtype)
     sent = torch.empty_like(gradient)
-    alone = {key: one.cpu() if isinstance(one, Tensor) else one for key, one in group.items() if key != "params"}
-    if alone.get("capturable"):
-        alone["capturable"] = False
+    alone = on_host({key: one for key, one in group.items() if key != "params"})
     probe = twin(optimizer)
 
     def step() -> None:

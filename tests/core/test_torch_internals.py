@@ -290,6 +290,23 @@ def test_hooks_of_all_optimizers_and_a_step_without_any() -> None:
             handle.remove()
 
 
+def test_a_step_without_hooks_of_a_class_that_calls_its_base_class() -> None:
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    optimizer, calls = Own([nn.Parameter(torch.ones(2))], lr=1.0), []
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("behind"))
+    unhooked_step(optimizer)
+    assert not calls
+    assert torch.equal(optimizer.param_groups[0]["params"][0], torch.zeros(2))
+    optimizer.step()
+    assert calls == ["before", "before", "behind", "behind"], "torch calls the hooks of both classes"
+
+
 def test_a_hook_behind_the_step_comes_before_those_that_were_there() -> None:
     optimizer, seen = torch.optim.SGD([nn.Parameter(torch.ones(1))]), []
     optimizer.register_step_post_hook(lambda *_: seen.append("there"))

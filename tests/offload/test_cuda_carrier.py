@@ -21,6 +21,7 @@ from lightning_efficient.offload.tiers.tier import Pending, Record
 from tests.offload.file_tier import FileTier
 from tests.offload.memory_tier import MemoryTier
 from tests.offload.saving import CASES, gradients
+from tests.offload.test_updates import OPTIMIZERS, SCHEDULES, Job, assert_same
 
 
 class Event:
@@ -127,6 +128,38 @@ def test_tensors_are_swapped_through_streams(computing: Stream, direct: bool) ->
         assert all(torch.equal(one, value) for one, value in zip(held, wanted, strict=True))
     swapped.close()
     tier.close()
+
+
+class Watched(CudaCarrier):
+    """Notes how much pinned memory was in use."""
+
+    peak = 0
+
+    def send(self, tier: Any, record: Record, data: Tensor) -> Any:
+        leaving = super().send(tier, record, data)
+        self.peak = max(self.peak, self._staged)
+        return leaving
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "delayed"])
+def test_gradients_go_and_come_through_streams(computing: Stream, schedule: str, direct: bool) -> None:
+    carrier = Watched(2000)
+    ours, kept = Job(OPTIMIZERS["adamw"]), Job(OPTIMIZERS["adamw"])
+    ours.carrier = carrier
+    ours.gradient_tier = MemoryTier(early=True) if direct else OfTheHost()  # type: ignore[assignment]
+    clip = None if schedule == "in_backward" else 0.05
+    ours.offload(schedule, gradients=True)
+    kept.offload(schedule)
+    for job in (ours, kept):
+        job.train(4, accumulate=3, clip=clip)
+    assert_same(ours.weights(), kept.weights())
+    assert ours.norms == kept.norms
+    assert carrier.peak == 0 if direct else 0 < carrier.peak <= 2000
+    ours.close(), kept.close()
+    assert not carrier._settling, "all that was sent has been written"
+    assert not carrier._arriving, "no memory of what came is held"
+    ours.gradient_tier.close()
 
 
 def test_saving_does_not_make_the_host_wait_where_the_tier_takes_device_memory(computing: Stream) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_efficient.offload.tiers.carriers import HostCarrier
 from lightning_efficient.offload.tiers.host import HostTier
 from lightning_efficient.offload.tiers.tier import TierError
 from lightning_efficient.offload.updates import host_job
@@ -46,7 +47,7 @@ class HostJobs(Job):
         if gradients:
             tiers = {p: self.gradient_tier for p in self.network.parameters() if p.requires_grad}
             keep = schedule == "in_backward"
-            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep)
+            self.store = GradientStore(tiers, [self.optimizer], complete, HostCarrier(), 2000, keep_complete=keep)
         self.crossing = LateCrossing()
         self.staging = HostStaging(1 << 20)
         full = arguments.get("master_weights", False)

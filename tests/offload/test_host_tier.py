@@ -104,6 +104,21 @@ def test_there_must_be_room_for_what_is_mapped_and_overwritten() -> None:
     tier.close()
 
 
+def test_what_is_mapped_of_one_copy_stays_beyond_the_budget() -> None:
+    tier = HostTier(PAGE)
+    record = tier.reserve([PAGE], versioned=False)[0]
+    write(tier, record, noise(PAGE, 0))
+    mapped = tier.mapped(record)
+    write(tier, record, noise(PAGE, 1))
+    assert torch.equal(mapped, noise(PAGE, 0))
+    assert torch.equal(read(tier, record), noise(PAGE, 1))
+    del mapped
+    gc.collect()
+    tier.commit()
+    assert tier.reserved_bytes == PAGE
+    tier.close()
+
+
 def test_mapped_memory_outlives_the_tier() -> None:
     tier = HostTier("1MiB")
     record = tier.reserve([1000], versioned=False)[0]

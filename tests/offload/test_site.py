@@ -15,8 +15,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback, OffloadDDPStrategy, OffloadStrategy
-from lightning_efficient.offload import site_choice
+from lightning_efficient import (
+    AsyncCheckpointIO,
+    GrowAndUnshareCallback,
+    OffloadDDPStrategy,
+    OffloadFSDP2Strategy,
+    OffloadStrategy,
+)
+from lightning_efficient.offload import fsdp2, site_choice
 from lightning_efficient.offload.placement import Attribute, Row
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import parse_settings
@@ -163,6 +169,16 @@ def test_it_is_measured_once_and_only_where_there_is_a_choice(monkeypatch: pytes
         "device_step_ns_per_element",
         "link_gigabytes_per_second",
     }
+
+
+def test_shards_of_a_gpu_are_updated_there_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_choice, "calibrate", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(fsdp2, "Ranks", lambda *_: None)
+    monkeypatch.setattr(fsdp2, "LocalShardSession", lambda *_, site, **__: site)
+    monkeypatch.setattr(OffloadFSDP2Strategy, "root_device", torch.device("cuda", 0))
+    monkeypatch.setattr(OffloadFSDP2Strategy, "num_processes", 2)
+    site = OffloadFSDP2Strategy()._new_session()
+    assert Chosen(site, torch.device("cuda", 0)).run() == "device"  # type: ignore[arg-type]
 
 
 def test_a_machine_that_cannot_be_measured_steps_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

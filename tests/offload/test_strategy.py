@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, GrowAndUnshareCallback, OffloadStrategy
+from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
@@ -450,13 +451,30 @@ def test_batches_that_cannot_be_split_are_refused_by_name() -> None:
 # -- coherent memory ---------------------------------------------------------------------------------------------------
 
 
-def test_state_on_a_numa_node_o9() -> None:
+def numa_or_skip() -> None:
     try:
         HostTier(1 << 20, numa_node=0).reserve([4096], versioned=False)
     except OSError as error:
         pytest.skip(f"this machine does not let memory be bound to a node: {error}")
-    run = fit(None, build=offload(place={"optimizer_state": "numa:0"}))
+
+
+def test_state_on_a_numa_node_o9(caplog: pytest.LogCaptureFixture) -> None:
+    numa_or_skip()
+    with caplog.at_level("INFO"):
+        run = fit(None, build=offload(place={"optimizer_state": "numa:0"}))
     assert "| optimizer_state | update to update | numa:0 |" in run.trainer.strategy.placement()
+    assert "numa:0: optimizer_state" in caplog.text
+    same(run, fit(None))
+
+
+@pytest.mark.parametrize("kinds", [("optimizer_state",), ("optimizer_state", "parameter", "gradient")])
+def test_what_is_planned_fits_the_budget_of_memory_o5(kinds: tuple[str, ...]) -> None:
+    numa_or_skip()
+    place = dict.fromkeys(kinds, "numa:0")
+    planned = fit(None, build=offload(place=place), max_steps=2).trainer.strategy._session.placement
+    rows = [row for row in planned.rows if row.tier == "numa:0"]
+    budget = sum(round_up(row.attribute.nbytes) for row in rows)
+    run = fit(None, build=offload(place=place, memory_budget={"numa:0": budget}))
     same(run, fit(None))
 
 

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.core.torch_internals import without_torch_function
+from lightning_efficient.offload.site import host_step_nanoseconds
+from lightning_efficient.offload.tiers.carriers import Carrier, HostCarrier
 from lightning_efficient.offload.updates.clipping import clip_norm_
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -23,7 +25,13 @@ from lightning_efficient.offload.updates.schedule import (
     Updates,
 )
 from lightning_efficient.offload.updates.staging import Staging
-from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
+from lightning_efficient.offload.updates.subset_step import (
+    SubsetStepError,
+    check_parameter_by_parameter,
+    state_bytes,
+    state_bytes_per_element,
+    updates_by_element,
+)
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier
 
@@ -93,6 +101,7 @@ class Job:
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
         self.tier = DictTier()
         self.gradient_tier = DictTier()
+        self.carrier: Carrier = HostCarrier()
         self.store: GradientStore | None = None
         self.updates: Updates | None = None
         self.accumulating = False
@@ -117,7 +126,9 @@ class Job:
             tiers = {p: self.gradient_tier for p in self.network.parameters() if p.requires_grad}
             keep = schedule == "in_backward"
             two = schedule == "delayed"
-            self.store = GradientStore(tiers, [self.optimizer], complete, 2000, keep_complete=keep, two_steps=two)
+            self.store = GradientStore(
+                tiers, [self.optimizer], complete, self.carrier, 2000, keep_complete=keep, two_steps=two
+            )
         names = {id(p): name for name, p in self.network.named_parameters()}
         self.staging = DeviceStaging(staging_bytes, torch.device("cpu")) if on_device else Staging(staging_bytes)
         self.engine = UpdateEngine(
@@ -447,6 +458,61 @@ def test_hooks_of_the_optimizer_are_called_once_a_step(jobs: Callable[..., Job])
         assert len(calls) == 4
 
 
+class Decaying(torch.optim.AdamW):
+    """Calls the step of its base class, and changes weights around it."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.mul_(0.99)
+        return loss
+
+
+class EvaluatingFirst(torch.optim.AdamW):
+    """Calls the closure itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", [Decaying, EvaluatingFirst])
+def test_a_step_that_calls_that_of_its_base_class_o3(
+    optimizer: type[Optimizer], schedule: str, jobs: Callable[..., Job]
+) -> None:
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # torch adds hooks to a class when it is first used itself
+    assert torch.optim.AdamW.step.hooked
+    plain, job = (jobs(lambda p: optimizer(p, lr=1e-2)) for _ in range(2))
+    check_parameter_by_parameter(job.optimizer)
+    job.offload(schedule)
+    calls: list[str] = []
+    job.optimizer.register_step_post_hook(lambda *_: calls.append("ours"))
+    plain.optimizer.register_step_post_hook(lambda *_: calls.append("plain"))
+    assert job.train(4) == plain.train(4)
+    assert_same(job.weights(), plain.weights())
+    assert_same(full_state(job), plain_state(plain, job.engine))
+    assert calls.count("ours") == calls.count("plain") == 8
+
+
+def test_a_step_that_a_closure_has_ended_can_be_taken_again(jobs: Callable[..., Job]) -> None:
+    def fails() -> Any:
+        raise ZeroDivisionError
+
+    plain, job = (jobs(lambda p: Decaying(p, lr=1e-2)) for _ in range(2))
+    job.offload("after_backward")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            job.optimizer.step(fails)
+    assert job.train(2) == plain.train(2)
+    assert_same(job.weights(), plain.weights())
+
+
 class Coupled(torch.optim.SGD):
     """Divides by the norm of all gradients."""
 
@@ -487,3 +553,20 @@ def test_torchs_optimizers_are_admitted_and_not_touched(optimizer: str, jobs: Ca
 
 def test_muon_is_admitted() -> None:
     check_parameter_by_parameter(torch.optim.Muon([nn.Parameter(torch.ones(4, 6))], lr=0.1))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_an_optimizer_for_graphs_of_a_gpu_is_tried_on_the_host(rate: Any, arguments: dict[str, Any]) -> None:
+    parameters = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3))]
+    plain = torch.optim.AdamW(parameters, lr=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, capturable=True, **arguments)
+    given = dict(optimizer.param_groups[0])
+    check_parameter_by_parameter(optimizer)
+    group = optimizer.param_groups[0]
+    assert updates_by_element(optimizer, group)
+    for estimate in (state_bytes, state_bytes_per_element):
+        assert estimate(optimizer, group, parameters[0]) == estimate(plain, plain.param_groups[0], parameters[0])
+    assert group == given
+    assert not optimizer.state
+    assert host_step_nanoseconds(optimizer, group, parameters[0]) > 0

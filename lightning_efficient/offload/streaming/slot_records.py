@@ -8,6 +8,7 @@ import torch
 
 from lightning_efficient.offload.streaming.residency import Residency
 from lightning_efficient.offload.streaming.slots import Slot, record_of
+from lightning_efficient.offload.tiers.host import keeps_versions
 from lightning_efficient.offload.tiers.tier import TierError
 
 __all__ = ["give_back", "keep", "place", "promote"]
@@ -19,7 +20,7 @@ def place(slot: Slot, device: torch.device, residency: Residency) -> None:
     Raises:
         TierError: If there is no room.
     """
-    slot.record = slot.tier.reserve([slot.nbytes], versioned=slot.trained)[0]
+    slot.record = slot.tier.reserve([slot.nbytes], versioned=_versioned(slot))[0]
     if slot.storage.device != device or not slot.storage.resizable():  # it was left on a record's memory
         slot.tier.write(slot.record, slot.bytes.cpu()).wait()
         slot.move_to(torch.empty(slot.nbytes, dtype=torch.uint8, device=device))
@@ -29,12 +30,12 @@ def place(slot: Slot, device: torch.device, residency: Residency) -> None:
 
 
 def promote(slot: Slot, residency: Residency) -> bool:
-    """Give it a versioned record, if it is trained and has none; whether that was so.
+    """Give it a versioned record, if it is trained, in a tier that keeps versions, and has none; whether that was so.
 
     Raises:
         TierError: If there is no room.
     """
-    if slot.record is None or slot.record.versioned or not slot.trained:
+    if slot.record is None or slot.record.versioned or not _versioned(slot):
         return False
     residency.settle(slot)
     old, data = slot.record, torch.empty(slot.nbytes, dtype=torch.uint8)
@@ -86,3 +87,7 @@ def give_back(slot: Slot, device: torch.device, residency: Residency) -> None:
         slot.move_to(data.to(device))
     slot.tier.release([slot.record])
     slot.leave()
+
+
+def _versioned(slot: Slot) -> bool:
+    return slot.trained and keeps_versions(slot.tier)

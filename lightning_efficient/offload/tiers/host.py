@@ -15,9 +15,9 @@ from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.host_slabs import Slab, Slabs
 from lightning_efficient.offload.tiers.mapped_memory import MappedMemory
 from lightning_efficient.offload.tiers.record_slots import RecordSlots, Slot
-from lightning_efficient.offload.tiers.tier import Pending, Record, TierError, check_data, check_sizes
+from lightning_efficient.offload.tiers.tier import Pending, Record, Tier, TierError, check_data, check_sizes
 
-__all__ = ["HostTier"]
+__all__ = ["HostTier", "keeps_versions"]
 
 
 class HostTier:
@@ -25,8 +25,9 @@ class HostTier:
 
     A versioned record has room in the budget for two copies; the second is taken when the record is first written after
     a commit. What is mapped is the record itself; a record that is written while an older version of it is mapped takes
-    a third one, if the budget has room for it. Data on a GPU is copied on its current stream, without blocking if the
-    tier is ``pinned``; data of the host by the caller.
+    a third one, if the budget has room for it. One that is not versioned has one copy; what somebody has mapped of it
+    stays as it is, in memory that is not of the budget while he uses it. Data on a GPU is copied on its current stream,
+    without blocking if the tier is ``pinned``; data of the host by the caller.
 
     Attributes:
         name: For messages.
@@ -92,13 +93,14 @@ class HostTier:
         """See :meth:`.Tier.write`; ``data`` may be on a GPU.
 
         Raises:
-            TierError: If a mapped version of the record leaves no room in the budget, or there is not that much memory.
+            TierError: If a mapped version of a versioned record leaves no room in the budget, or there is not that much
+                memory.
             ValueError: If ``data`` is not that of the record.
         """
         check_data(record, data)
         self._check_open()
         with self._lock:
-            place, slot = self._slots.to_write(record)
+            place, slot = self._slots.to_write(record, None if record.versioned else self._slabs.take_unchecked)
             slot.whole = False
             memory = slot.extent.memory()
             copy, before = _Copy(), place.last
@@ -207,6 +209,11 @@ class HostTier:
     def _check_whole(self, slot: Slot[Slab]) -> None:
         if not slot.whole:
             raise TierError(f"A record of the {self.name} tier is not whole, because its last write failed. Roll back.")
+
+
+def keeps_versions(tier: Tier) -> bool:
+    """Whether its records are worth a second copy: what is in memory is gone with the process, or as it is now."""
+    return not isinstance(tier, HostTier)
 
 
 class _Copy:

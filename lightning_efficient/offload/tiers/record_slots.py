@@ -122,8 +122,12 @@ class RecordSlots(Generic[E]):
             )
         return place, place.newest
 
-    def to_write(self, record: Record) -> tuple[Place[E], Slot[E]]:
+    def to_write(self, record: Record, take: Callable[[int], E] | None = None) -> tuple[Place[E], Slot[E]]:
         """The place and the slot whose bytes nobody needs; it is the newest from now on.
+
+        Args:
+            record: See above.
+            take: Room for a slot, in place of one that is mapped; None: as for all others.
 
         Raises:
             TierError: If it takes more room, because the slot is mapped, and there is none.
@@ -132,7 +136,7 @@ class RecordSlots(Generic[E]):
         slot = next(slot for slot in place.slots if slot is not place.committed)
         if self._is_mapped(slot):
             self._collect()
-            slot = self._replace(place, slot, self._take(record.nbytes))
+            slot = self._replace(place, slot, (take or self._take)(record.nbytes))
         place.newest = slot
         self.changed |= record.versioned
         return place, slot

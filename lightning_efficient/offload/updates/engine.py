@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import not_compiling
 from lightning_efficient.offload.streaming.streaming import ParameterStream
+from lightning_efficient.offload.tiers.host import keeps_versions
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.gradients import GradientClaim, taken
@@ -342,8 +343,7 @@ class UpdateEngine:
             if unit.placed is not None and unit.placed.record.nbytes != layout.nbytes:
                 self._release(unit)
             if unit.placed is None:
-                versioned = self.host is None or not self.host.in_place(tier)
-                unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=versioned)[0])
+                unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=keeps_versions(tier))[0])
             unit.layout = layout
         layout.fill(lease.data, states)
         self._staging.write(lease, unit.placed)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.core.torch_internals import bytes_of
-from lightning_efficient.offload.tiers.tier import Pending, Record, Tier
+from lightning_efficient.offload.tiers.carriers import Carrier, Leaving
+from lightning_efficient.offload.tiers.tier import Record, Tier, TierError
 
 __all__ = ["GradientClaim", "GradientStore", "taken"]
 
@@ -31,6 +31,7 @@ class GradientClaim:
         parameter: Whose it is.
         tier: Where it is.
         record: Its place there.
+        carrier: Brings it to its parameter's device.
         dtype: Of its elements.
         clips: What is still to be done to it, in place.
     """
@@ -38,12 +39,17 @@ class GradientClaim:
     parameter: nn.Parameter
     tier: Tier
     record: Record
+    carrier: Carrier
     dtype: torch.dtype
     clips: tuple[Clip, ...]
 
-    def take(self, device: torch.device | None = None) -> Tensor:
-        """The gradient, in memory: of ``device``, or where its parameter is."""
-        gradient = _read(self.parameter, self.tier, self.record, self.dtype, device)
+    def take(self, *, on_host: bool = False) -> Tensor:
+        """The gradient, where its parameter is; or in memory of the host, which any thread may ask for."""
+        if on_host:
+            gradient = torch.empty_like(self.parameter, dtype=self.dtype, device="cpu", requires_grad=False)
+            self.tier.read(self.record, _bytes(gradient)).wait()
+        else:
+            gradient = _fetched(self.parameter, self.dtype, self.tier, self.record, self.carrier)
         for clip in self.clips:
             clip(gradient)
         return gradient
@@ -59,6 +65,7 @@ class GradientStore:
         tiers: Where the gradient of each parameter goes.
         optimizers: Whose ``zero_grad`` clears them too.
         complete: Asked at each gradient whether it is complete, or more micro-batches will add to it.
+        carrier: For the device that they are on.
         cap_bytes: Of gradients that are being written.
         keep_complete: Complete gradients stay in memory, where they are used at once.
         two_steps: A claimed gradient stays while that of the next step comes; each has two places then.
@@ -69,6 +76,7 @@ class GradientStore:
         tiers: Mapping[nn.Parameter, Tier],
         optimizers: Sequence[Optimizer],
         complete: Callable[[], bool],
+        carrier: Carrier,
         cap_bytes: int,
         *,
         keep_complete: bool = False,
@@ -78,11 +86,11 @@ class GradientStore:
         self._tiers = dict(tiers)
         self._optimizers = list(optimizers)
         self._complete = complete
-        self._cap_bytes = cap_bytes
+        self._carrier, self._cap_bytes = carrier, cap_bytes
         self._records: dict[nn.Parameter, Record] = {}
         self._claimed: dict[nn.Parameter, Record] = {}  # where those of the last step are
         self._stored: dict[nn.Parameter, tuple[torch.dtype, Tensor | None]] = {}  # and the norm, once it is complete
-        self._leaving: deque[tuple[Tensor, Pending]] = deque()
+        self._leaving: dict[Record, tuple[Tensor, Leaving]] = {}  # in the order in which they were sent
         self._leaving_bytes = 0
         self._clips: list[Clip] = []
         self._handles: list[RemovableHandle] = [
@@ -106,20 +114,20 @@ class GradientStore:
         if stored is None:
             return None
         record = self._records[parameter]
+        self._hand_over(record)
         if self._two_steps:
             if (other := self._claimed.get(parameter)) is not None:
                 self._records[parameter] = other
             else:
                 del self._records[parameter]
             self._claimed[parameter] = record
-        return GradientClaim(parameter, self._tiers[parameter], record, stored[0], tuple(self._clips))
+        return GradientClaim(parameter, self._tiers[parameter], record, self._carrier, stored[0], tuple(self._clips))
 
     def norm(self, parameter: nn.Parameter) -> Tensor:
         """The 2-norm of a gradient, a scalar, as ``torch.linalg.vector_norm`` gives it."""
         dtype, norm = self._stored[parameter]
         if norm is None:  # the last micro-batch did not use the parameter
-            gradient = _read(parameter, self._tiers[parameter], self._records[parameter], dtype)
-            norm = torch.linalg.vector_norm(gradient)
+            norm = torch.linalg.vector_norm(self._read(parameter, dtype))
             self._stored[parameter] = dtype, norm
         return norm
 
@@ -143,6 +151,7 @@ class GradientStore:
                 parameter.grad = claim.take()
         self.clear()
         self._wait(0)
+        self._carrier.flush()
         for records in (self._records, self._claimed):
             for parameter, record in records.items():
                 self._tiers[parameter].release([record])
@@ -155,8 +164,7 @@ class GradientStore:
         if gradient.layout != torch.strided and parameter not in self._stored:
             return  # a sparse one is small, and stays
         if parameter in self._stored:  # of earlier micro-batches
-            earlier = _read(parameter, self._tiers[parameter], self._records[parameter], gradient.dtype)
-            gradient = earlier.add_(gradient)
+            gradient = self._read(parameter, gradient.dtype).add_(gradient)
         complete = self._complete()
         if complete and self._keep_complete:
             self._stored.pop(parameter, None)
@@ -168,22 +176,50 @@ class GradientStore:
         nbytes = gradient.numel() * gradient.element_size()
         tier = self._tiers[parameter]
         record = self._records.get(parameter)
+        if record in self._leaving:  # of an earlier micro-batch, or a step whose gradients were cleared
+            self._let_go(record)
         if record is None or record.nbytes != nbytes:
             if record is not None:
                 tier.release([record])
             record = self._records[parameter] = tier.reserve([nbytes], versioned=False)[0]
         self._wait(max(0, self._cap_bytes - nbytes))
-        self._leaving.append((gradient, tier.write(record, _bytes(gradient))))
+        self._leaving[record] = gradient, self._carrier.send(tier, record, _bytes(gradient))
         self._leaving_bytes += nbytes
         self._stored[parameter] = gradient.dtype, torch.linalg.vector_norm(gradient) if complete else None
         parameter.grad = None
 
     def _wait(self, most_bytes: int) -> None:
         """Until so much is being written at most; what has been written is let go of."""
-        while self._leaving and (self._leaving_bytes > most_bytes or self._leaving[0][1].done):
-            gradient, pending = self._leaving.popleft()
-            pending.wait()
-            self._leaving_bytes -= gradient.numel() * gradient.element_size()
+        self._carrier.advance()
+        while self._leaving:
+            record, (_, leaving) = next(iter(self._leaving.items()))
+            try:
+                if self._leaving_bytes <= most_bytes and not leaving.gone:
+                    return
+            except TierError:
+                self._take_out(record)  # it is said once
+                raise
+            self._let_go(record)
+
+    def _take_out(self, record: Record) -> Leaving:
+        self._leaving_bytes -= record.nbytes
+        return self._leaving.pop(record)[1]
+
+    def _let_go(self, record: Record) -> None:
+        leaving = self._take_out(record)
+        leaving.hand_over()
+        leaving.let_go()
+
+    def _hand_over(self, record: Record) -> None:
+        """Its tier has been asked for all that it was sent: what it is asked for from now on comes behind that."""
+        if record in self._leaving:
+            self._leaving[record][1].hand_over()
+
+    def _read(self, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """A gradient that is here, where its parameter is."""
+        record = self._records[parameter]
+        self._hand_over(record)
+        return _fetched(parameter, dtype, self._tiers[parameter], record, self._carrier)
 
     def _clear_with(self, optimizer: Optimizer) -> None:
         """On the instance: torch has no hook for it."""
@@ -204,11 +240,11 @@ def taken(gradients: Iterable[Tensor | GradientClaim | None]) -> list[Tensor | N
     return [gradient.take() if isinstance(gradient, GradientClaim) else gradient for gradient in gradients]
 
 
-def _read(
-    parameter: nn.Parameter, tier: Tier, record: Record, dtype: torch.dtype, device: torch.device | None = None
-) -> Tensor:
-    gradient = torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
-    tier.read(record, _bytes(gradient)).wait()
+def _fetched(parameter: nn.Parameter, dtype: torch.dtype, tier: Tier, record: Record, carrier: Carrier) -> Tensor:
+    """A record as the gradient of ``parameter``; for the thread that computes."""
+    gradient = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    carrier.fetch(tier, record, gradient.device, into=_bytes(gradient)).wait()
+    carrier.advance()  # it holds the memory no more
     return gradient
 
 

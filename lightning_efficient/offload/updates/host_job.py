@@ -14,7 +14,7 @@ from lightning_efficient.offload.updates.gradients import GradientClaim
 from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.layout import MASTER, VALUE, Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease
-from lightning_efficient.offload.updates.subset_step import step_alone, twin
+from lightning_efficient.offload.updates.subset_step import on_host, step_alone, twin
 from lightning_efficient.offload.updates.units import Unit
 
 __all__ = ["HostJob", "Keep", "fingerprint"]
@@ -223,7 +223,7 @@ class HostJob:
         value = value.float() if full else value
         gradient = self._way.get(("gradient", index), self._gradients[index])
         if isinstance(gradient, GradientClaim):
-            gradient = gradient.take(torch.device("cpu"))
+            gradient = gradient.take(on_host=True)
         value.grad = None if gradient is None else gradient.to(value.dtype)
         return value
 
@@ -232,10 +232,7 @@ class HostJob:
         return {key: self._way.get(("small", index, key), value) for key, value in small.items()}
 
     def _group_on_host(self) -> dict[str, Any]:
-        group = {key: self._way.get(("group", key), value) for key, value in self.group.items()}
-        if group.get("capturable"):  # in a CUDA graph; the host is in none, and torch would refuse
-            group["capturable"] = False
-        return group
+        return on_host({key: self._way.get(("group", key), value) for key, value in self.group.items()})
 
     def _send(self, shown: Mapping[int, Tensor]) -> None:
         pairs = []

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lightning_efficient.core.torch_internals import not_compiling
 from lightning_efficient.offload.streaming.streaming import ParameterStream
-from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.crossing import Crossing, Mark
 from lightning_efficient.offload.updates.gradients import GradientClaim
 from lightning_efficient.offload.updates.host_job import HostJob, Keep
@@ -63,10 +62,6 @@ class HostSteps:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="offload-host-step", daemon=True)
         self._thread.start()
-
-    def in_place(self, tier: Tier) -> bool:
-        """Whether state in ``tier`` is changed where it is."""
-        return self._staging.lends(tier)
 
     def begin(
         self,

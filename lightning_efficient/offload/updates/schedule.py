@@ -8,8 +8,10 @@ al. 2025, "GreedySnake").
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class Updates(ABC):
         self._engine = engine
         self._store = store
         self._hidden: dict[Optimizer, list[dict[str, Any]]] = {}
+        self._stepping: dict[Optimizer, FrameType] = {}  # who called the hook before the step in progress
         self._updating_all = False
         self._handles: list[RemovableHandle] = []
         for optimizer in optimizers:
@@ -76,6 +79,7 @@ class Updates(ABC):
         finally:
             for optimizer, groups in self._hidden.items():  # of a step that has failed
                 optimizer.param_groups = groups
+            self._stepping.clear()
             while self._handles:
                 self._handles.pop().remove()
 
@@ -84,6 +88,10 @@ class Updates(ABC):
         """Update these, all of one optimizer; the gradients are complete."""
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        caller = _caller()
+        if (outer := self._stepping.get(optimizer)) is not None and _is_within(caller, outer):
+            return None  # the step of a class calls that of its base class, and torch calls the hooks of both
+        self._stepping[optimizer] = caller
         return right_before_update(lambda: self._take_over(optimizer), args, kwargs)
 
     def _take_over(self, optimizer: Optimizer) -> None:
@@ -94,6 +102,9 @@ class Updates(ABC):
         optimizer.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._stepping.get(optimizer) is not _caller():
+            return
+        del self._stepping[optimizer]
         groups = self._hidden.pop(optimizer, None)
         if groups is not None:
             optimizer.param_groups = groups
@@ -204,3 +215,18 @@ class InBackward(Updates):
         self._order = list(dict.fromkeys((*ran, *self._order)))
         self._updated.clear()
         self._engine.expect(self._order)
+
+
+def _caller() -> FrameType:
+    """Of the function that asks: a frame, which is the same for all that one call of torch's step calls itself."""
+    frame = inspect.currentframe()
+    if frame is None or frame.f_back is None or frame.f_back.f_back is None:
+        raise RuntimeError("This Python does not show its frames, which offloading needs. Use CPython.")
+    return frame.f_back.f_back
+
+
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    """Whether ``outer`` is still running, and called ``frame``; an error may have ended it before its last hook."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is not None

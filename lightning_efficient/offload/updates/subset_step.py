@@ -17,6 +17,7 @@ from lightning_efficient.offload.updates.layout import is_bulk
 __all__ = [
     "SubsetStepError",
     "check_parameter_by_parameter",
+    "on_host",
     "state_bytes",
     "state_bytes_per_element",
     "step_alone",
@@ -93,13 +94,23 @@ def _with_group(optimizer: Optimizer, group: dict[str, Any], call: Callable[...,
         optimizer.param_groups = groups
 
 
+def on_host(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters for parameters of the host: the same step, outside of a CUDA graph, which it cannot be in."""
+    there = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in group.items()}
+    if there.get("capturable"):
+        there["capturable"] = False
+        if "foreach" in there:  # takes tensors for numbers only if it is capturable
+            there["foreach"] = False
+    return there
+
+
 def check_parameter_by_parameter(optimizer: Optimizer) -> None:
     """Try on small stand-ins whether steps for single parameters are, bit for bit, one step for all.
 
     Raises:
         SubsetStepError: If they are not, or if it wants a closure.
     """
-    for group in optimizer.param_groups:
+    for group in map(on_host, optimizer.param_groups):
         for dimensions in sorted({parameter.dim() for parameter in group["params"]}):
             together, apart = (_stand_ins(group, dimensions) for _ in range(2))
             probe, single = twin(optimizer), twin(optimizer)
@@ -151,7 +162,7 @@ def updates_by_element(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
         for parameter, own in zip((whole, *parts), (gradient, *gradient.chunk(2)), strict=True):
             parameter.grad = _of_its_kind(optimizer, own.clone())
         for stepped in ([whole], parts):
-            step_alone(twin(optimizer), {**group, "lr": 0.1}, stepped)
+            step_alone(twin(optimizer), {**on_host(group), "lr": 0.1}, stepped)
         if not torch.equal(whole, torch.cat(parts)):
             return False
     return True
@@ -162,7 +173,7 @@ def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], para
     stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size=16)[0]
     stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
     probe = twin(optimizer)
-    step_alone(probe, group, [stand_in])
+    step_alone(probe, on_host(group), [stand_in])
     state = probe.state[stand_in]
     nbytes = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
     return nbytes / stand_in.numel()
@@ -186,7 +197,7 @@ def _measured(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor,
     stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size)[0]
     stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
     probe = twin(optimizer)
-    step_alone(probe, group, [stand_in])
+    step_alone(probe, on_host(group), [stand_in])
     return stand_in.numel(), sum(v.numel() * v.element_size() for v in probe.state[stand_in].values() if is_bulk(v))
 
 
