@@ -64,6 +64,11 @@ class HostSteps:
         self._thread = threading.Thread(target=self._run, name="offload-host-step", daemon=True)
         self._thread.start()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a unit has been begun, and not been joined."""
+        return bool(self._jobs)
+
     def in_place(self, tier: Tier) -> bool:
         """Whether state in ``tier`` is changed where it is."""
         return self._staging.lends(tier)
