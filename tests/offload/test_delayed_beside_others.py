@@ -182,7 +182,7 @@ def test_a_disk_that_dies_leaves_an_ordinary_module(writes: int, monkeypatch: py
 def test_it_is_labelled_and_never_chosen_by_itself_o10(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         run = fit(None, build=delayed(), max_steps=6)
-    assert "(delayed: as asked for)" in caplog.text
+    assert "schedule delayed: as asked for" in caplog.text
     assert "each update from step 3 on comes one step late, so that results differ" in caplog.text
     behind = [m["offload/updates_behind"] for _, m in run.logged if "offload/updates_behind" in m]
     assert behind == [0, 0, 0, 1, 1, 1]

@@ -10,16 +10,15 @@ from torch.distributed.fsdp import FSDPModule
 __all__ = ["own_parameters", "sharded_modules", "show_shards"]
 
 
-def sharded_modules(module: nn.Module) -> Iterator[nn.Module]:
+def sharded_modules(module: nn.Module) -> Iterator[FSDPModule]:
     """Those that ``fully_shard`` was called with."""
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
 def show_shards(module: nn.Module) -> None:
     """Modules have their shards for parameters, as optimizers know them, also where a forward left them gathered."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in sharded_modules(module):
+        part.reshard()
 
 
 def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

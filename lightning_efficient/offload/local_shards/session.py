@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import spread_of
 from lightning_efficient.offload.local_shards.engine import ShardEngine
-from lightning_efficient.offload.local_shards.modules import own_parameters, show_shards
+from lightning_efficient.offload.local_shards.modules import own_parameters, sharded_modules, show_shards
 from lightning_efficient.offload.local_shards.updates import ShardsAfterBackward, ShardsInBackward
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.sharded.joint_session import JointSession
@@ -73,7 +72,7 @@ class LocalShardSession(JointSession):
         show_shards(self._module)
         super()._begin()
         if self.saved is not None:
-            for part in (part for part in self._module.modules() if isinstance(part, FSDPModule)):
+            for part in sharded_modules(self._module):
                 self._handles.append(part.register_forward_pre_hook(_holding(self.saved)))
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:

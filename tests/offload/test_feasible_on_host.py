@@ -1,0 +1,44 @@
+"""Plans where the host steps: values of parameters lie beside their state in its memory, and take room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_efficient import OffloadStrategy
+from lightning_efficient.offload.session import OffloadSession
+from tests.helpers.fitting import assert_same_tree, make_trainer
+from tests.offload.test_feasible import LARGE, REST, Uneven, fitted
+
+pytestmark = pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+
+
+class OnHost(OffloadStrategy):
+    """Steps on the host though the device is a CPU."""
+
+    def _new_session(self, *args: Any, **kwargs: Any) -> OffloadSession:
+        return OffloadSession(*args, **kwargs, site="host")
+
+
+def on_host(**arguments: Any) -> tuple[OffloadSession, dict[str, Any]]:
+    trainer = make_trainer(max_steps=3, strategy=OnHost(offload_dir="swap", **arguments))
+    module = Uneven()
+    trainer.fit(module)
+    return trainer.strategy._session, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("spare", [0, 300_000, LARGE - 20_000])
+def test_the_largest_module_has_room_too_o6(spare: int) -> None:
+    budget = LARGE + REST + spare
+    session, weights = on_host(memory_budget={"host": budget})
+    assert session.placement.used("host") + session._window_bytes <= budget
+    assert_same_tree(weights, fitted()[1], "weights")
+
+
+def test_staging_has_room_for_values_or_it_is_said_in_setup_o4() -> None:
+    memory, disk = ({"optimizer_state": tier} for tier in ("numa:0", "disk"))
+    with pytest.raises(ValueError, match=rf"staging=.* of 'large.weight' .*{3 * LARGE:,} bytes"):
+        on_host(place=memory, staging=3 * LARGE - 1)
+    on_host(place=memory, staging=3 * LARGE)
+    on_host(place=disk, staging=2 * LARGE)
