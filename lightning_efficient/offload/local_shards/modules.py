@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -10,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 __all__ = ["own_parameters", "sharded_modules", "show_shards"]
 
 
-def sharded_modules(module: nn.Module) -> Iterator[FSDPModule]:
-    """Those that ``fully_shard`` was called with."""
+def sharded_modules(module: nn.Module) -> Iterator[Any]:
+    """Those that ``fully_shard`` was called with: modules of a class that is an ``FSDPModule`` too."""
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
