@@ -153,7 +153,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         schedule, _ = self._choose_schedule(trainer)  # for its errors, before the first step
         if schedule == "delayed":
-            self._undo.callback(finish_first(trainer, self.finish_updates))
+            self._undo.callback(finish_first(trainer, self.finish_updates, self._join_updates))
         self._allowed_settings(trainer)
         self._control = BatchController(agree=agree_by(self)) if self.settings.batch_feedback else None
         self._follow_batches(trainer)
@@ -325,6 +325,11 @@ class OffloadMixin(MicroBatchMixin, _Base):
                 f"{type(self).__name__}(schedule='delayed'): each update from step {self.settings.delay_after + 1} on "
                 "comes one step late, so that results differ from those of plain training."
             )
+
+    def _join_updates(self) -> None:
+        """What the host has begun to update is whole."""
+        if self._session is not None and self._session.updates is not None:
+            self._session.engine.join()
 
     def _follow_batches(self, trainer: pl.Trainer) -> None:
         if self._control is None:

@@ -99,8 +99,22 @@ def check_disk(placement: Placement) -> None:
         )
 
 
-def check_staging(placement: Placement, module: nn.Module, optimizers: Sequence[Optimizer], settings: Settings) -> None:
+def check_staging(
+    placement: Placement,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    settings: Settings,
+    *,
+    values_stay: bool = False,
+) -> None:
     """Whether the optimizer state of each parameter that is elsewhere fits the memory for records on their way.
+
+    Args:
+        placement: Says which is elsewhere.
+        module: Whose parameters they are.
+        optimizers: Of its parameters.
+        settings: Of the user.
+        values_stay: Whether the values of parameters are beside their state, where that is not on a disk.
 
     Raises:
         ValueError: Naming the parameter with the largest state, and what is enough.
@@ -109,7 +123,7 @@ def check_staging(placement: Placement, module: nn.Module, optimizers: Sequence[
     if most is None:  # then there is as much as is needed
         return
     large = {
-        row.attribute.name
+        row.attribute.name: values_stay and row.tier != "disk"
         for row in placement.rows
         if row.attribute.kind == "optimizer_state"
         and row.tier != placement.rooms[0].tier
@@ -117,7 +131,7 @@ def check_staging(placement: Placement, module: nn.Module, optimizers: Sequence[
     }
     names = {id(parameter): name for name, parameter in module.named_parameters() if name in large}
     sizes = {
-        names[id(parameter)]: _record_bytes(optimizer, group, parameter, settings)
+        names[id(parameter)]: _record_bytes(optimizer, group, parameter, settings, large[names[id(parameter)]])
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
@@ -132,7 +146,10 @@ def check_staging(placement: Placement, module: nn.Module, optimizers: Sequence[
         )
 
 
-def _record_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, settings: Settings) -> int:
+def _record_bytes(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, settings: Settings, with_value: bool
+) -> int:
     in_full = settings.master_weights and parameter.element_size() < 4
     like = torch.empty(parameter.shape, device="meta") if in_full else parameter
-    return round_up(state_bytes(optimizer, group, like) + 4 * in_full * parameter.numel())
+    value = 4 if in_full else parameter.element_size() * with_value
+    return round_up(state_bytes(optimizer, group, like) + value * parameter.numel())

@@ -15,11 +15,11 @@ from lightning_efficient.core.units import human_bytes
 from lightning_efficient.offload.feasible import check_disk, check_staging, plan_with_window, window_bytes
 from lightning_efficient.offload.inventory import attributes_of, to_device
 from lightning_efficient.offload.limit import LimitMeter
-from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Rules, plan
+from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Row, Rules, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
 from lightning_efficient.offload.site import Site
-from lightning_efficient.offload.site_choice import ChosenSite, with_values
+from lightning_efficient.offload.site_choice import ChosenSite, without_values_on_disk
 from lightning_efficient.offload.step_means import StepMeans
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
@@ -203,14 +203,20 @@ class PlacedRun:
         """Plan, and give each parameter its place."""
         self._parameters = list(self._module.parameters())  # where they are used; a look at these is no use of them
         self._values_stay = False  # on the host, beside their state
-        self.attributes = self._attributes()
+        self.attributes = self._plain = self._attributes()
         self._placed_for = self._arrangement()
-        rooms = self.tiers.rooms(self._parameters, self._optimizers)
-        self.placement = plan_with_window(self.attributes, rooms, self._rules, used_at_once(self._module))
-        self._window_bytes = window_bytes(self.placement)
+        rooms, at_once = self.tiers.rooms(self._parameters, self._optimizers), used_at_once(self._module)
+        self.placement = plan_with_window(self.attributes, rooms, self._rules, at_once)
         self._choose_site()
+        streams = any(row.attribute.kind == "parameter" for row in self._away())
+        if self._chosen.site == "host" and not streams:  # what is streamed has its value with it
+            self._values_stay = True
+            self.attributes = self._attributes()
+            with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
+            self.placement = without_values_on_disk(with_values, self._plain)
+        self._window_bytes = window_bytes(self.placement)
         check_disk(self.placement)
-        check_staging(self.placement, self._module, self._optimizers, self._settings)
+        check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)
             for name, _ in self._module.named_parameters()
@@ -226,7 +232,7 @@ class PlacedRun:
             self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
 
     def _choose_site(self) -> None:
-        away = [row for row in self.placement.rows if row.tier != self.tiers.fastest]
+        away = self._away()
         states = [row for row in away if row.attribute.kind == "optimizer_state"]
         if self.updates is None:
             if any(row.tier == "disk" for row in states):
@@ -240,10 +246,10 @@ class PlacedRun:
                 staging_bytes=self._settings.staging_bytes or _STAGING,
                 directory=self.tiers.directory,
             )
-        if self._chosen.site == "host":
-            plain, self._values_stay = self.attributes, True
-            self.attributes = self._attributes()
-            self.placement = with_values(self.placement, plain, self.attributes, self._rules)
+
+    def _away(self) -> list[Row]:
+        """What is not where it is used."""
+        return [row for row in self.placement.rows if row.tier != self.tiers.fastest]
 
     def _place_what_came(self) -> None:
         """Plan for what the optimizers have now and had not; the rest stays where it is."""

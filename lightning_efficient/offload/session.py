@@ -13,6 +13,7 @@ from lightning_efficient.offload.limit import Work
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
 from lightning_efficient.offload.placement import Placement, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
+from lightning_efficient.offload.site_choice import without_values_on_disk
 from lightning_efficient.offload.tiers.carriers import carrier_for
 from lightning_efficient.offload.updates.crossing import crossing_for
 from lightning_efficient.offload.updates.delayed import Delayed
@@ -153,12 +154,14 @@ class OffloadSession(PlacedRun):
         left = self._left(rooms, Placement(tuple(stay), tuple(rooms)))
         states = [row for row in self.placement.rows if row.attribute.kind == "optimizer_state"]
         current = Placement(tuple(states), tuple(left))
-        better = keep_or_replan(current, [row.attribute for row in states], left, self._rules)
+        sizes = {(one.kind, one.name): one for one in self.attributes}  # also of what comes from a disk
+        wanted = [sizes.get((row.attribute.kind, row.attribute.name), row.attribute) for row in states]
+        better = keep_or_replan(current, wanted, left, self._rules)
         if better is current:
             return False
         if self._schedule != "delayed":  # where that would change the run, by how much memory happens to be free
             self.finish_updates()
-        self.placement = Placement((*stay, *better.rows), tuple(rooms))
+        self.placement = without_values_on_disk(Placement((*stay, *better.rows), tuple(rooms)), self._plain)
         return self.engine.move(self._tier_of)
 
     def rest(self) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_efficient.offload.placement import Attribute, Placement, Row, Rules, plan
+from lightning_efficient.offload.placement import Attribute, Placement, Row
 from lightning_efficient.offload.settings import SiteChoice
 from lightning_efficient.offload.site import Site, SiteMeasurements, calibrate, choose_site
 from lightning_efficient.offload.tiers.tier import TierError
 
-__all__ = ["ChosenSite", "with_values"]
+__all__ = ["ChosenSite", "without_values_on_disk"]
 
 
 class ChosenSite:
@@ -99,20 +99,18 @@ class ChosenSite:
         }
 
 
-def with_values(
-    placement: Placement, plain: Sequence[Attribute], larger: Sequence[Attribute], rules: Rules
-) -> Placement:
-    """The plan for steps on the host, where values of parameters stay beside their state, but not on a disk.
+def without_values_on_disk(placement: Placement, plain: Sequence[Attribute]) -> Placement:
+    """A plan for steps on the host, where values of parameters stay beside their state, but not on a disk.
 
     Args:
-        placement: Without them.
+        placement: With values beside all state.
         plain: What there is to place, without them.
-        larger: What there is to place, with them.
-        rules: Of the user.
     """
     sizes = {(one.kind, one.name): one for one in plain}
     rows = [
-        replace(row, attribute=sizes[row.attribute.kind, row.attribute.name]) if row.tier == "disk" else row
-        for row in plan(larger, placement.rooms, rules).rows
+        replace(row, attribute=sizes.get((row.attribute.kind, row.attribute.name), row.attribute))
+        if row.tier == "disk"
+        else row
+        for row in placement.rows
     ]
     return Placement(tuple(rows), placement.rooms)

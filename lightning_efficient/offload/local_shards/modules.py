@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -10,16 +11,15 @@ from torch.distributed.fsdp import FSDPModule
 __all__ = ["own_parameters", "sharded_modules", "show_shards"]
 
 
-def sharded_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Those that ``fully_shard`` was called with."""
+def sharded_modules(module: nn.Module) -> Iterator[Any]:
+    """Those that ``fully_shard`` was called with: modules of a class that is an ``FSDPModule`` too."""
     return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
 def show_shards(module: nn.Module) -> None:
     """Modules have their shards for parameters, as optimizers know them, also where a forward left them gathered."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in sharded_modules(module):
+        part.reshard()
 
 
 def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

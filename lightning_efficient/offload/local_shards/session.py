@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.core.torch_internals import spread_of
 from lightning_efficient.offload.local_shards.engine import ShardEngine
-from lightning_efficient.offload.local_shards.modules import own_parameters, show_shards
+from lightning_efficient.offload.local_shards.modules import own_parameters, sharded_modules, show_shards
 from lightning_efficient.offload.local_shards.updates import ShardsAfterBackward, ShardsInBackward
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.sharded.joint_session import JointSession
@@ -31,6 +31,7 @@ class LocalShardSession(JointSession):
     """
 
     engine: ShardEngine
+    _holds: Sequence[RemovableHandle] = ()  # hooks that tell ``saved`` what is gathered
 
     def bring_back_state(self) -> None:
         """All state is in the optimizers, for code that writes into it; what they then load goes to its places.
@@ -73,8 +74,14 @@ class LocalShardSession(JointSession):
         show_shards(self._module)
         super()._begin()
         if self.saved is not None:
-            for part in (part for part in self._module.modules() if isinstance(part, FSDPModule)):
-                self._handles.append(part.register_forward_pre_hook(_holding(self.saved)))
+            hold = _holding(self.saved)
+            self._holds = [part.register_forward_pre_hook(hold) for part in sharded_modules(self._module)]
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        for handle in self._holds:
+            handle.remove()
+        self._holds = ()
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
         return ShardEngine(self._ranks, self._optimizers, names, self._tier_of, **self._engine_arguments())

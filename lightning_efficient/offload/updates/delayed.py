@@ -74,6 +74,7 @@ class Delayed(Updates):
         return not (self.begun or self._changed)
 
     def before_forward(self) -> None:
+        self._engine.join()  # what the host was given in a step that somebody left out
         self._computing, self._mixed = True, False
         self._changed.clear()
         self._missing = {unit: set(update.changes) for unit, update in self._waiting.items()}

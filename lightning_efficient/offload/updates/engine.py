@@ -131,7 +131,9 @@ class UpdateEngine:
             unit.group_index = numbers.pop()
 
     def expect(self, units: Iterable[Unit]) -> None:
-        """These are updated next, in this order."""
+        """These are updated next, in this order; not yet known where the host is at work on others."""
+        if self.host is not None and self.host.under_way:
+            return  # it needs what it expects, and a record that it is about to change would be read too early
         self._staging.expect(unit.placed for unit in units if unit.placed is not None)
 
     def on_host(self, unit: Unit) -> bool:

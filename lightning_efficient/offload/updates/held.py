@@ -69,6 +69,8 @@ class HeldUpdate:
         gradients = [one.take() if isinstance(one, _Noted) else one for one in self.gradients]
         if not begun:
             engine.update(self.unit, self.group, gradients)
+        if taken_out:
+            engine.join([self.unit])  # for the host gives back the state that it had
         for taken in taken_out:
             known.pop(taken, None)
 

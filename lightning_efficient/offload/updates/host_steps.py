@@ -63,6 +63,11 @@ class HostSteps:
         self._thread = threading.Thread(target=self._run, name="offload-host-step", daemon=True)
         self._thread.start()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a unit has been begun, and not been joined."""
+        return bool(self._jobs)
+
     def begin(
         self,
         unit: Unit,
