@@ -24,8 +24,15 @@ class JointSession(OffloadSession):
 
     def __init__(self, ranks: Ranks, *args: Any, **kwargs: Any) -> None:
         self._ranks = ranks
-        with ranks.agreed():
+        first = FirstError()
+        with first:
             super().__init__(*args, **kwargs)
+        try:
+            ranks.agree(first.error)
+        except BaseException:
+            if first.error is None:  # else it has been done
+                self.close()
+            raise
 
     def begin_again(self) -> None:
         with self._ranks.agreed():
