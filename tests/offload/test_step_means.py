@@ -57,7 +57,9 @@ def test_they_can_be_asked_for_when_training_has_ended() -> None:
     keeps = Keeps()
     run = fit(None, build={"strategy": OffloadStrategy(offload_dir="swap", place=DISK)}, after=[keeps])
     values = run.trainer.strategy.measurements()
-    assert values == pytest.approx(keeps.last)
+    moving = {"offload/total_disk_read_bytes", "offload/total_disk_written_bytes"}  # by what was on its way then
+    assert all(values[name] >= keeps.last[name] for name in moving)
+    assert values == pytest.approx(keeps.last | {name: values[name] for name in moving})
     assert values["offload/states_elsewhere"] == len(list(run.module.parameters()))
     assert values["offload/disk_bytes"]
 
