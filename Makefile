@@ -12,7 +12,7 @@ demo: $(VENV)/.run
 	$(BIN)/python -m lightning_efficient.demos.compare --steps 480
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

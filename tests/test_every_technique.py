@@ -40,6 +40,13 @@ pytestmark = [
 
 changes_parameters = every(lambda setting: setting.changes_parameters)
 compiles = every(lambda setting: "compiling" not in setting.refuses)
+# Inductor takes a minute for each: of those that differ in what grows, and not in what is compiled, one of each kind.
+inductor = every(
+    lambda setting: (
+        "compiling" not in setting.refuses
+        and setting.name not in ("stack", "width", "share-by-correlation", "interleave-reset")
+    )
+)
 waits = every(lambda setting: "deferring" not in setting.refuses)
 averages = every(lambda setting: "averaging" not in setting.refuses)
 
@@ -432,7 +439,7 @@ def test_compiled_x2(setting: TechniqueSetting, tmp_path: Path, backend: str, wh
             assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path), run)
 
 
-@compiles
+@inductor
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 @pytest.mark.usefixtures("dynamo")
 def test_compiled_with_inductor_x2(setting: TechniqueSetting, tmp_path: Path) -> None:

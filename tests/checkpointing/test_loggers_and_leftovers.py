@@ -37,7 +37,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
 
     def pwrite(*arguments: Any) -> int:
-        time.sleep(0.03)
+        time.sleep(0.1)
         return real(*arguments)
 
     monkeypatch.setattr(os, "pwrite", pwrite)

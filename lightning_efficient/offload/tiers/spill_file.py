@@ -45,7 +45,6 @@ class SpillFile:
     def __init__(self, directory: Path) -> None:
         self._process = os.getpid()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             self.path, self.descriptor = _make(directory)
         except OSError as error:
             raise TierError(
@@ -97,7 +96,11 @@ def sweep(directory: Path) -> list[Path]:
 def _make(directory: Path) -> tuple[Path, int]:
     while True:
         path = directory / _name("")
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # another rank, which is ending, has removed the folder, for it was empty
+            continue
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
