@@ -291,3 +291,22 @@ def test_an_error_of_the_program_in_a_thread_is_told_too(tmp_path: Path) -> None
     with pytest.raises(TierError, match="ZeroDivisionError: unforeseen"):
         read(tier, record)
     tier.close()
+
+
+@pytest.mark.parametrize("times", [1, 10**6])
+def test_a_folder_that_another_rank_removes_is_made_again(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removals = os.open, itertools.count()
+
+    def removed_before(path: Any, *arguments: Any) -> int:
+        if str(path).endswith(".spill") and next(removals) < times:
+            Path(path).parent.rmdir()
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", removed_before)
+    if times == 1:
+        DiskTier(tmp_path / "swap").close()
+    else:  # whatever the reason is, it ends
+        with pytest.raises(TierError, match="no file to offload to can be made"):
+            DiskTier(tmp_path / "swap")

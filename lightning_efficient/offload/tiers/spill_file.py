@@ -25,6 +25,7 @@ __all__ = ["SpillFile", "sweep"]
 _PREFIX, _SUFFIX = ".lightning-efficient-offload-", ".spill"
 _NAME = re.compile(rf"{re.escape(_PREFIX)}(unlocked-)?([0-9a-f]+)-([0-9]+)-[0-9a-f]+{re.escape(_SUFFIX)}")
 _IN_MEMORY = frozenset(("tmpfs", "ramfs", "devtmpfs"))
+_ATTEMPTS = 100  # to make a file in a folder that vanishes
 _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
 
 
@@ -94,12 +95,16 @@ def sweep(directory: Path) -> list[Path]:
 
 
 def _make(directory: Path) -> tuple[Path, int]:
+    vanished = 0
     while True:
         path = directory / _name("")
         directory.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:  # another rank, which is ending, has removed the folder, for it was empty
+            vanished += 1
+            if vanished > _ATTEMPTS:
+                raise
             continue
         try:
             try:
