@@ -64,8 +64,8 @@ class TechniqueSetting:
         refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``,
             ``deferring`` (updates that wait for the next forward, in runs that cannot wait).
         frees_gradients: Whether gradients are gone behind the step.
-        on_ranks: For several ranks, ``{class_path, init_args}`` of the strategy in place of its own, which divides
-            optimizer state among them. None: it has no strategy, and runs under DDP.
+        on_ranks: For several ranks, ``{class_path, init_args}`` of the strategy in place of its own, by the way to train
+            there: ``ddp``, ``fsdp2``. By default those of Lightning, if it has no strategy.
     """
 
     name: str
@@ -81,21 +81,21 @@ class TechniqueSetting:
     files: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     frees_gradients: bool = False
-    on_ranks: Mapping[str, Any] | None = None
+    on_ranks: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def works_on_ranks(self) -> bool:
-        """Whether there is a strategy with which it runs on several ranks."""
-        return "strategy" not in self.yaml or self.on_ranks is not None
+    def works_on(self, ranks: str) -> bool:
+        """Whether there is a strategy with which it runs on several ranks in this way."""
+        refused = ranks == "fsdp2" and "sharding" in self.refuses
+        return ranks in self.on_ranks or not ("strategy" in self.yaml or refused)
 
-    def build(self, *, ranks: bool = False) -> dict[str, Any]:
+    def build(self, *, ranks: str | None = None) -> dict[str, Any]:
         """New objects for the Trainer's ``callbacks``, ``plugins`` and ``strategy``, as far as there are any.
 
         Args:
-            ranks: With a strategy for several ranks.
+            ranks: With a strategy for several ranks: ``ddp`` or ``fsdp2``.
         """
         built: dict[str, Any] = {}
-        strategy = {"strategy": self.on_ranks or {"class_path": _DDP}} if ranks else {}
+        strategy = {"strategy": self.on_ranks.get(ranks, _PLAIN[ranks])} if ranks else {}
         for slot, entry in {**self.yaml, **strategy}.items():
             built[slot] = [_make(spec) for spec in entry] if isinstance(entry, list) else _make(entry)
         return built
@@ -126,24 +126,34 @@ _WIDTH_REFUSES = {"averaging": "Width growth cannot widen the averaged model of 
 
 _ACTIVATIONS = "lightning_efficient.ActivationCompressionPlugin"
 
-_DDP = "lightning.pytorch.strategies.DDPStrategy"
+_SHARDS = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+
+_PLAIN = {
+    "ddp": {"class_path": "lightning.pytorch.strategies.DDPStrategy"},
+    "fsdp2": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": _SHARDS},
+}
 
 _OFFLOAD = "lightning_efficient.OffloadStrategy"
 
-_OFFLOAD_DDP = "lightning_efficient.OffloadDDPStrategy"
+_OFFLOAD_RANKS = {
+    "ddp": ("lightning_efficient.OffloadDDPStrategy", {}),
+    "fsdp2": ("lightning_efficient.OffloadFSDP2Strategy", _SHARDS),
+}
 
 
 def _offload(
-    name: str, *, refuses: Mapping[str, str] | None = None, ranks: bool = False, **arguments: Any
+    name: str, *, refuses: Mapping[str, str] | None = None, ranks: tuple[str, ...] = (), **arguments: Any
 ) -> TechniqueSetting:
+    arguments = {"offload_dir": "swap", **arguments}
+    on_ranks = {way: _OFFLOAD_RANKS[way] for way in ranks}
     return TechniqueSetting(
         name=name,
-        yaml={"strategy": {"class_path": _OFFLOAD, "init_args": {"offload_dir": "swap", **arguments}}},
+        yaml={"strategy": {"class_path": _OFFLOAD, "init_args": arguments}},
         exact=True,
         volatile=("offload/",),
         refuses=refuses or {},
         frees_gradients="schedule" not in arguments,
-        on_ranks={"class_path": _OFFLOAD_DDP, "init_args": {"offload_dir": "swap", **arguments}} if ranks else None,
+        on_ranks={w: {"class_path": path, "init_args": arguments | more} for w, (path, more) in on_ranks.items()},
     )
 
 
@@ -247,7 +257,7 @@ SETTINGS = [
         refuses={"compiling": "adaptive needs to know which layer saves what"},
         volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
-    _offload("offload", place={"optimizer_state": "disk"}, ranks=True),
+    _offload("offload", place={"optimizer_state": "disk"}, ranks=("ddp", "fsdp2")),
     _offload(
         "offload-everything",
         place=dict.fromkeys(("parameter", "optimizer_state", "activation"), "disk"),

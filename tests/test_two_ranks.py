@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
@@ -85,7 +87,7 @@ def ddp_run(rank: int, name: str, root: Path) -> dict[str, Any]:
     setting = named(name)
 
     def go(**arguments: Any) -> Run:
-        return fit(setting, build=setting.build(ranks=True), root=root, after=[GradientsAgree()], **arguments, **DDP)
+        return fit(setting, build=setting.build(ranks="ddp"), root=root, after=[GradientsAgree()], **arguments, **DDP)
 
     whole = go(checkpoints={})
     where = {step + offset for step in setting.switches[-1:] or (8,) for offset in (0, 1)}
@@ -94,10 +96,10 @@ def ddp_run(rank: int, name: str, root: Path) -> dict[str, Any]:
     return {"whole": summary(whole), "resumed": resumed}
 
 
-@every(lambda setting: setting.works_on_ranks)
+@every(lambda setting: setting.works_on("ddp"))
 def test_ddp_ranks_stay_equal_and_resume_g5_g8_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
     one, other = run_on_two_ranks(ddp_run, tmp_path, setting.name, tmp_path / "run")
-    assert_ranks_agree(one["whole"], other["whole"], divided=setting.on_ranks is not None)
+    assert_ranks_agree(one["whole"], other["whole"], divided="strategy" in setting.yaml)
     assert [step for step, _ in one["whole"]["events"]] == sorted([*setting.switches, *setting.events])
     for result in (one, other):
         for resumed in result["resumed"].values():
@@ -221,6 +223,47 @@ class ShardedModel(ByteLanguageModel):
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
+
+
+def whole_summary(run: Run) -> dict[str, Any]:
+    """See :func:`summary`; sharded tensors are put together."""
+
+    def whole(value: Any) -> Any:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    return pytree.tree_map(whole, summary(run))
+
+
+def sharded_runs(rank: int, names: list[str], root: Path) -> dict[str, Any]:
+    """Each setting's run, and its resumption from the middle."""
+    results = {}
+    for name in names:
+        setting = named(name)
+
+        def go(setting: TechniqueSetting = setting, **arguments: Any) -> Run:
+            arguments |= {"module": setting.model(ShardedModel), "root": root / setting.name, "max_steps": 10, **DDP}
+            return fit(setting, build=setting.build(ranks="fsdp2"), **arguments)
+
+        run = go(checkpoints={"every_n_train_steps": 6})
+        torch.distributed.barrier()  # rank 0 writes the checkpoints
+        results[name] = {"whole": whole_summary(run), "resumed": whole_summary(go(ckpt_path=run.checkpoints[6]))}
+    return results
+
+
+def test_fsdp2_ranks_stay_equal_and_resume_x2(tmp_path: Path) -> None:
+    names = ["monitor", "activations", "offload"]  # one of each that shards
+    settings = [named(name) for name in names]
+    assert all(setting.works_on("fsdp2") for setting in settings)
+    ranks = run_on_two_ranks(sharded_runs, tmp_path, names, tmp_path / "runs")
+    for setting in settings:
+        one, other = (rank[setting.name] for rank in ranks)
+        assert_ranks_agree(one["whole"], other["whole"])
+        for result in (one, other):
+            assert_resumed(result["resumed"], result["whole"])
+        data = setting.data(batch_size=8, batches=5)
+        single = fit(setting, data=data, root=tmp_path / "single" / setting.name, max_steps=10)
+        means = [(a + b) / 2 for a, b in zip(one["whole"]["losses"], other["whole"]["losses"], strict=True)]
+        assert means == pytest.approx(single.losses, rel=5e-3)
 
 
 def sharding_is_refused(rank: int, names: list[str]) -> dict[str, str]:

@@ -76,7 +76,8 @@ def _plain(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """The ordinary tensors that a wrapper subclass (DTensor, a quantized tensor) is made of; else the tensor."""
     if type(tensor) in _ORDINARY or not hasattr(tensor, "__tensor_flatten__"):
         return (tensor,)
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # a DTensor's mesh is among them
+    return [plain for part in parts if isinstance(part, torch.Tensor) for plain in _plain(part)]
 
 
 def _slice_of_storage(tensor: torch.Tensor) -> object | None:

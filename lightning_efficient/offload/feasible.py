@@ -21,7 +21,7 @@ from lightning_efficient.offload.placement import Attribute, Placement, Room, Ru
 from lightning_efficient.offload.settings import Settings
 from lightning_efficient.offload.updates.subset_step import state_bytes
 
-__all__ = ["check_disk", "check_staging", "plan_with_window", "window_bytes"]
+__all__ = ["check_rooms", "check_staging", "plan_with_window", "window_bytes"]
 
 _WINDOW = 2  # of the largest module: one is fetched while another computes
 
@@ -85,18 +85,35 @@ def _largest(placement: Placement, at_once: Mapping[str, Collection[str]]) -> tu
     return module, sizes.get(module, 0), sum(away.values())
 
 
-def check_disk(placement: Placement) -> None:
-    """Whether what goes to a disk fits its budget.
+def check_rooms(placement: Placement, rules: Rules, others: Mapping[str, int]) -> None:
+    """Whether what goes to a tier, by a rule or because there is no other, fits what may be there.
+
+    Args:
+        placement: With its rooms.
+        rules: Of the user.
+        others: The bytes of tiers that a rule names and no budget does.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not, naming the rules that send the most there.
     """
-    limit, needed = placement.rooms[-1].nbytes, placement.used("disk")
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"memory_budget['disk'] allows {human_bytes(limit)}, and {human_bytes(needed)} would go there. Raise "
-            "it, or leave more in memory."
-        )
+    for tier, limit in ({room.tier: room.nbytes for room in placement.rooms} | dict(others)).items():
+        rows = [row for row in placement.rows if row.tier == tier]
+        if tier == placement.rooms[0].tier:  # what no rule keeps there is there because it fits, or is small
+            needed = sum(row.attribute.nbytes for row in rows if rules.find(row.attribute))
+        else:
+            needed = placement.used(tier)
+        if limit is None or needed <= limit:
+            continue
+        asking: dict[str, int] = {}
+        for row in rows:
+            if found := rules.find(row.attribute):
+                asking[found[0]] = asking.get(found[0], 0) + row.attribute.nbytes
+        by = f" by place[{max(asking, key=asking.__getitem__)!r}]" if asking else ""
+        budget = f"memory_budget[{tier!r}]"
+        has, enough = f"{budget} allows {human_bytes(limit)}", f"Give {budget} at least {needed:,} bytes, or place"
+        if tier in others:
+            has, enough = f"{tier} has {human_bytes(limit)} free", "Place"
+        raise ValueError(f"{has}, and {human_bytes(needed)} would go there{by}. {enough} less there.")
 
 
 def check_staging(

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.core.units import human_bytes
-from lightning_efficient.offload.feasible import check_disk, check_staging, plan_with_window, window_bytes
+from lightning_efficient.offload.feasible import check_rooms, check_staging, plan_with_window, window_bytes
 from lightning_efficient.offload.inventory import attributes_of, to_device
 from lightning_efficient.offload.limit import LimitMeter
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Row, Rules, plan
@@ -215,7 +215,7 @@ class PlacedRun:
             with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
             self.placement = without_values_on_disk(with_values, self._plain)
         self._window_bytes = window_bytes(self.placement)
-        check_disk(self.placement)
+        check_rooms(self.placement, self._rules, self.tiers.unbudgeted(self._rules.tiers))
         check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_efficient.core.buffers import round_up
 from lightning_efficient.core.units import human_bytes
 
 __all__ = ["KINDS", "SMALL", "Attribute", "Kind", "Placement", "Room", "Row", "Rules", "keep_or_replan", "plan"]
@@ -98,6 +99,11 @@ class Rules:
     def __init__(self, place: Mapping[str, str]) -> None:
         self._place = dict(place)
 
+    @property
+    def tiers(self) -> set[str]:
+        """That the rules name."""
+        return set(self._place.values())
+
     def find(self, attribute: Attribute) -> tuple[str, str] | None:
         """The rule that counts for it, and its tier; None if there is none."""
         candidates = [
@@ -148,8 +154,9 @@ class Placement:
         return self.__dict__["_cached"]
 
     def used(self, tier: str) -> int:
-        """Bytes that go there."""
-        return sum(row.attribute.nbytes for row in self.rows if row.tier == tier)
+        """Bytes that are taken there: whole pages, but where tensors are used."""
+        first = self.rooms[0].tier
+        return sum(_taken(row.attribute, tier == first) for row in self.rows if row.tier == tier)
 
     def table(self) -> str:
         """In Markdown, one line for the tensors of a kind that go to one tier for one reason."""
@@ -188,7 +195,7 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
         elif attribute.kind == "parameter" and 0 < attribute.nbytes < SMALL:
             placed[index] = Row(attribute, rooms[0].tier, "too small to be worth its way")
         if index in placed and (free := left.get(placed[index].tier)) is not None:
-            left[placed[index].tier] = free - attribute.nbytes
+            left[placed[index].tier] = free - _taken(attribute, placed[index].tier == rooms[0].tier)
     rank = {"optimizer_state": 0, "gradient": 1, "master_weight": 2}
     waiting = sorted(
         (index for index in range(len(attributes)) if index not in placed),
@@ -197,14 +204,19 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
     for index in waiting:
         attribute = attributes[index]
         for number, room in enumerate(rooms):
-            free = left[room.tier]
-            if free is None or attribute.nbytes <= free or number == len(rooms) - 1:
+            free, taken = left[room.tier], _taken(attribute, number == 0)
+            if free is None or taken <= free or number == len(rooms) - 1:
                 if free is not None:
-                    left[room.tier] = free - attribute.nbytes
+                    left[room.tier] = free - taken
                 why = f"fits in {room.tier}" if number == 0 else f"no room in {rooms[number - 1].tier}"
                 placed[index] = Row(attribute, room.tier, why)
                 break
     return Placement(tuple(placed[index] for index in range(len(attributes))), tuple(rooms))
+
+
+def _taken(attribute: Attribute, used_there: bool) -> int:
+    """The memory that it takes: records, which what is elsewhere is kept in, have whole pages."""
+    return attribute.nbytes if used_there else round_up(attribute.nbytes)
 
 
 def keep_or_replan(

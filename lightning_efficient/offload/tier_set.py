@@ -102,6 +102,11 @@ class TierSet:
         rooms += [Room(tier, amount) for tier, amount in self._budgets.items() if tier.startswith("numa")]
         return [*rooms, Room("disk", self._budgets.get("disk"))]
 
+    def unbudgeted(self, names: Iterable[str]) -> dict[str, int]:
+        """What may be in those of the tiers ``names`` that :meth:`rooms` leaves out: NUMA nodes without a budget."""
+        tiers = {name: self.get(name) for name in names if name.startswith("numa") and name not in self._budgets}
+        return {name: tier.budget_bytes for name, tier in tiers.items() if isinstance(tier, HostTier)}
+
     @property
     def disk_seconds(self) -> float:
         """In which the disk was busy."""

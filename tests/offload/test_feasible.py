@@ -15,6 +15,7 @@ from lightning_efficient.core.buffers import PAGE
 from lightning_efficient.offload.feasible import plan_with_window, window_bytes
 from lightning_efficient.offload.placement import Attribute, Room, Rules
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
+from lightning_efficient.offload.tier_set import TierSet
 from lightning_efficient.offload.updates.subset_step import state_bytes
 from tests.helpers.fitting import assert_same_tree, make_trainer
 
@@ -130,6 +131,29 @@ def test_it_trains_with_the_least_budget_o6(spare: int, schedule: str) -> None:
 def test_with_less_it_is_said_before_the_first_step_o6() -> None:
     with pytest.raises(ValueError, match=rf"memory_budget .*module 'large' .* at least {LARGE + REST:,} bytes"):
         fitted(memory_budget={"host": LARGE + REST - 1})
+
+
+def test_a_place_without_room_is_said_before_the_first_step_o2() -> None:
+    needed = 2 * (LARGE + 4 * 4 * 192 * 192)  # whole pages as they are
+    rules = {"optimizer_state": "disk", "optimizer_state:large.*": "numa:0", "optimizer_state:first.*": "numa:0"}
+    told = r"memory_budget\['numa:0'\] allows 1.5 MiB, and .* would go there by place\['optimizer_state:first\.\*'\]"
+    with pytest.raises(ValueError, match=rf"{told}.* {needed:,} bytes"):
+        fitted(place=rules, memory_budget={"numa:0": 3 << 19})
+    with pytest.raises(ValueError, match=rf"{needed:,} bytes"):
+        fitted(place=rules, memory_budget={"numa:0": needed - 1})
+    fitted(place=rules, memory_budget={"numa:0": needed})
+
+
+def test_what_rules_keep_where_it_is_used_has_room_too_o2() -> None:
+    told = r"memory_budget\['host'\] allows 1 MiB, and .* would go there by place\['optimizer_state'\]"
+    with pytest.raises(ValueError, match=told):
+        fitted(place={"optimizer_state": "host", "parameter": "host"}, memory_budget={"host": "1MiB"})
+
+
+def test_a_numa_node_without_a_budget_has_what_is_free_o9(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TierSet, "_free_bytes", lambda *_: 1 << 20)
+    with pytest.raises(ValueError, match=r"numa:0 has 1 MiB free, and 2\.28 MiB would go there .*\. Place less"):
+        fitted(place={"optimizer_state": "numa:0"}, memory_budget={"host": "1GiB"})
 
 
 def test_staging_that_is_too_small_is_said_in_setup_o4() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_efficient.core.buffers import PAGE
 from lightning_efficient.offload.placement import KINDS, Attribute, Room, Rules, keep_or_replan, plan
 
 FREE = Rules({})
@@ -90,3 +91,10 @@ def test_the_table_says_what_is_where_and_why_o1_o3() -> None:
         "| optimizer_state | update to update | disk | 3 | 6 MiB | no room in host |",
         "| activation | forward to backward | disk | 1 | not known yet | place['activation'] |",
     ]
+
+
+def test_records_have_whole_pages_where_tensors_are_not_used_o5() -> None:
+    items = [Attribute("optimizer_state", f"{i}.bias", 128, i) for i in range(5)]
+    found = plan(items, [Room("device", 128), Room("host", 2 * PAGE), Room("disk", None)], FREE)
+    assert [row.tier for row in found.rows] == ["device", "host", "host", "disk", "disk"]
+    assert [found.used(tier) for tier in ("device", "host", "disk")] == [128, 2 * PAGE, 2 * PAGE]

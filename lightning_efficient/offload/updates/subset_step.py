@@ -169,14 +169,9 @@ def updates_by_element(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
 
 
 def state_bytes_per_element(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> float:
-    """About how many bytes of state the optimizer keeps for each element of ``parameter``."""
-    stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size=16)[0]
-    stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
-    probe = twin(optimizer)
-    step_alone(probe, on_host(group), [stand_in])
-    state = probe.state[stand_in]
-    nbytes = sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
-    return nbytes / stand_in.numel()
+    """About how many bytes of state the optimizer keeps for each element of ``parameter``, its counters left out."""
+    elements, nbytes = _measured(optimizer, group, parameter, size=16)
+    return nbytes / elements
 
 
 def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> int:
