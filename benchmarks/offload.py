@@ -215,7 +215,9 @@ def _steps(
             stack.enter_context(build(jobs[name], place))
             for _ in range(2):  # warm-up, and what the first step learns
                 jobs[name].step()
+        rates: list[float] = []
         for turn in range(size.rounds):
+            rates.append(measure_bandwidth(folder, seconds=0.3).mixed_bytes_per_second)
             names = list(jobs)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 time.sleep(0.2)  # what the last arm has left to the disk
@@ -227,26 +229,25 @@ def _steps(
                 cpu[name].append((time.process_time() - begin_cpu) / size.steps)
     base = "all in memory"
     nbytes = jobs[base].state_bytes
-    rates = [measure_bandwidth(folder, seconds=0.5).mixed_bytes_per_second for _ in range(1 if size is QUICK else 5)]
-    disk = 2 * nbytes / max(rates)
-    limit = max(statistics.median(wall[base]), disk)
+    disk = [2 * nbytes / rate for rate in rates]
+    limits = [max(pair) for pair in zip(wall[base], disk, strict=True)]
     rows, found = [], {}
     for name in arms:
         ratios = [a / b for a, b in zip(wall[name], wall[base], strict=True)]
         cpu_ratios = [a / b for a, b in zip(cpu[name], cpu[base], strict=True)]
-        fraction = limit / statistics.median(wall[name])
-        found[name] = {"wall": wall[name], "cpu": cpu[name], "ratios": ratios, "fraction": fraction}
+        fractions = [limit / seconds for limit, seconds in zip(limits, wall[name], strict=True)]
+        found[name] = {"wall": wall[name], "cpu": cpu[name], "ratios": ratios, "fractions": fractions}
         milliseconds = f"{statistics.median(wall[name]) * 1e3:.0f}"
-        rows.append((name, milliseconds, spread(ratios, 2), spread(cpu_ratios, 2), f"{fraction:.2f}"))
+        rows.append((name, milliseconds, spread(ratios, 2), spread(cpu_ratios, 2), spread(fractions, 2)))
         print(f"{size}  " + "  ".join(rows[-1]), flush=True)
     note = (
         f"{nbytes / 1e6:.0f} MB of state. The limit is the larger of the step in memory and of the time that the disk "
-        f"needs to read and write the state ({disk * 1e3:.0f} ms at {max(rates) / 1e9:.2f} GB/s, the best "
-        "of five measurements with the tier's own code, behind the runs)."
+        f"needs to read and write the state ({spread([seconds * 1e3 for seconds in disk], 0)} ms at "
+        f"{spread([rate / 1e9 for rate in rates], 2)} GB/s, measured in each round with the tier's own code)."
     )
     header = ("", "step (ms)", "time / in memory", "CPU time / in memory", "fraction of the limit")
     title = str(size) if clip is None else f"{size}, clipped"
-    return Table(title, header, rows, note), {"arms": found, "limit_seconds": limit, "disk_seconds": disk}
+    return Table(title, header, rows, note), {"arms": found, "limit_seconds": limits, "disk_seconds": disk}
 
 
 # -- exact -------------------------------------------------------------------------------------------------------------
@@ -342,15 +343,19 @@ def run(options: Options) -> Result:
         shutil.rmtree(folder, ignore_errors=True)
     hiding, binding = (values["arms"] for values in measured)
     best = ("ours, in_backward", "ours, under_forward")
+
+    def fraction(name: str) -> float:
+        return statistics.median(binding[name]["fractions"])
+
     return Result(
         "offload",
         {
             "exact": int(exact),
             "rss_bound": int(bounds.held),
             "disk_step_ratio": max(statistics.median(hiding[name]["ratios"]) for name in best),
-            "disk_fraction_of_limit": min(binding[name]["fraction"] for name in best),
-            "mmap_fraction_of_limit": binding["memory-mapped files"]["fraction"],
-            "buffered_fraction_of_limit": binding["buffered files"]["fraction"],
+            "disk_fraction_of_limit": min(fraction(name) for name in best),
+            "mmap_fraction_of_limit": fraction("memory-mapped files"),
+            "buffered_fraction_of_limit": fraction("buffered files"),
             "kills": f"{killed.survived}/{killed.number}",
             "clipped_step_ratio": clipped_ratios[0]["ours, under_forward"],
             "delayed_step_ratio": clipped_ratios[0]["ours, delayed (changes results)"],

@@ -64,8 +64,8 @@ class TechniqueSetting:
         refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``,
             ``deferring`` (updates that wait for the next forward, in runs that cannot wait).
         frees_gradients: Whether gradients are gone behind the step.
-        on_ranks: For several ranks, ``{class_path, init_args}`` of the strategy in place of its own, by the way to train
-            there: ``ddp``, ``fsdp2``. By default those of Lightning, if it has no strategy.
+        on_ranks: For several ranks, ``{class_path, init_args}`` of the strategy in place of its own, by the way to
+            train there: ``ddp``, ``fsdp2``. By default those of Lightning, if it has no strategy.
     """
 
     name: str

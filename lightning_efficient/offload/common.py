@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
-from lightning_efficient.coordination import ParameterChange, members
+from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
 from lightning_efficient.offload.callback import finish_first
 from lightning_efficient.offload.checkpoint import load_mapped, own_memory, settle_state
 from lightning_efficient.offload.checkpoint_io import streaming
-from lightning_efficient.offload.placement import KINDS
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
 from lightning_efficient.offload.tiers.tier import TierError
@@ -32,10 +31,10 @@ from lightning_efficient.offload.trainer import (
     Schedule,
     accumulates,
     allowed_settings,
+    check_run,
     choose_schedule,
     clip_everywhere,
 )
-from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
 
 __all__ = ["OffloadMixin"]
 
@@ -131,26 +130,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
             if self._begun:
                 self._open(trainer)
             return
-        module = trainer.lightning_module
-        names = [name for name, _ in module.named_parameters()]
-        if unused := self.settings.rules.unused(names):
-            raise MisconfigurationException(
-                f"place[{unused[0]!r}] is no kind of tensor ({', '.join(KINDS)}), and fits no parameter of "
-                f"{type(module).__name__}. Its parameters have names like {', '.join(map(repr, names[:3]))}; a pattern "
-                "may be the end of a name, and contain '*'."
-            )
-        for member in members(trainer):
-            if getattr(member, "optimizer_in_backward", False):
-                raise MisconfigurationException(
-                    f"{type(member).__name__}(optimizer_in_backward=True) and {type(self).__name__} both run the "
-                    "optimizer's updates. Leave optimizer_in_backward out: OffloadStrategy updates in backward where "
-                    "it can."
-                )
-        for optimizer in self.optimizers:
-            try:
-                check_parameter_by_parameter(optimizer)
-            except SubsetStepError as error:
-                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        check_run(trainer, self.optimizers, self.settings, type(self).__name__)
         schedule, _ = self._choose_schedule(trainer)  # for its errors, before the first step
         if schedule == "delayed":
             self._undo.callback(finish_first(trainer, self.finish_updates, self._join_updates))

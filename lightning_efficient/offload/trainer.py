@@ -1,8 +1,8 @@
-"""What the run asks of the schedule of updates."""
+"""What a run allows: whether it can be offloaded at all, and when its updates can take place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,16 +16,50 @@ from torch.optim import Optimizer
 
 from lightning_efficient import compat
 from lightning_efficient.coordination import members
-from lightning_efficient.offload.placement import Kind
+from lightning_efficient.offload.placement import KINDS, Kind
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import ScheduleChoice, Settings
 from lightning_efficient.offload.updates.clipping import clip_norm_, clip_value_
 from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.subset_step import SubsetStepError, check_parameter_by_parameter
 
-__all__ = ["Schedule", "accumulates", "allowed_settings", "choose_schedule", "clip_everywhere"]
+__all__ = ["Schedule", "accumulates", "allowed_settings", "check_run", "choose_schedule", "clip_everywhere"]
 
 Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 _WITH_GRADIENTS = ("on_before_optimizer_step", "on_after_backward", "on_before_zero_grad")  # hooks that find them
+
+
+def check_run(trainer: pl.Trainer, optimizers: Sequence[Optimizer], settings: Settings, strategy: str) -> None:
+    """Whether the user's rules fit his model, and nothing else of the run updates its parameters in another way.
+
+    Args:
+        trainer: Of the run.
+        optimizers: Whose state is to be elsewhere.
+        settings: Of the user.
+        strategy: Its class, for messages.
+
+    Raises:
+        MisconfigurationException: Saying what does not fit.
+    """
+    module = trainer.lightning_module
+    names = [name for name, _ in module.named_parameters()]
+    if unused := settings.rules.unused(names):
+        raise MisconfigurationException(
+            f"place[{unused[0]!r}] is no kind of tensor ({', '.join(KINDS)}), and fits no parameter of "
+            f"{type(module).__name__}. Its parameters have names like {', '.join(map(repr, names[:3]))}; a pattern "
+            "may be the end of a name, and contain '*'."
+        )
+    for member in members(trainer):
+        if getattr(member, "optimizer_in_backward", False):
+            raise MisconfigurationException(
+                f"{type(member).__name__}(optimizer_in_backward=True) and {strategy} both run the optimizer's updates. "
+                "Leave optimizer_in_backward out: OffloadStrategy updates in backward where it can."
+            )
+    for optimizer in optimizers:
+        try:
+            check_parameter_by_parameter(optimizer)
+        except SubsetStepError as error:
+            raise MisconfigurationException(f"{strategy}: {error}") from error
 
 
 def choose_schedule(trainer: pl.Trainer, wanted: ScheduleChoice) -> tuple[Schedule, str]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.offload.updates.delayed import Delayed
-from lightning_efficient.offload.updates.engine import MASTER
+from lightning_efficient.offload.updates.layout import MASTER
 from tests.offload.test_updates import OPTIMIZERS, Job, assert_same, batch, full_state, groups, plain_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before the first late update

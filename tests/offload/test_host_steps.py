@@ -14,12 +14,12 @@ from lightning_efficient.offload.tiers.carriers import HostCarrier
 from lightning_efficient.offload.tiers.host import HostTier
 from lightning_efficient.offload.tiers.tier import TierError
 from lightning_efficient.offload.updates import host_job
-from lightning_efficient.offload.updates.engine import MASTER, UpdateEngine
+from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
 from lightning_efficient.offload.updates.host_job import HostJob, fingerprint
 from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.host_steps import HostSteps
-from lightning_efficient.offload.updates.layout import VALUE
+from lightning_efficient.offload.updates.layout import MASTER, VALUE
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier

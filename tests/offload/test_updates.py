@@ -17,8 +17,9 @@ from lightning_efficient.offload.tiers.carriers import Carrier, HostCarrier
 from lightning_efficient.offload.updates.clipping import clip_norm_
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
-from lightning_efficient.offload.updates.engine import MASTER, UpdateEngine
+from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.layout import MASTER
 from lightning_efficient.offload.updates.schedule import (
     AfterBackward,
     InBackward,

@@ -24,12 +24,13 @@ from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.gradients import GradientClaim, taken
 from lightning_efficient.offload.updates.host_steps import HostSteps
-from lightning_efficient.offload.updates.layout import MASTER, VALUE, Layout, is_bulk
+from lightning_efficient.offload.updates.layout import VALUE, Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
 from lightning_efficient.offload.updates.subset_step import step_subset
+from lightning_efficient.offload.updates.turn import Turn, value_of
 from lightning_efficient.offload.updates.units import Unit, make_units
 
-__all__ = ["MASTER", "UpdateEngine"]
+__all__ = ["UpdateEngine"]
 
 
 class UpdateEngine:
@@ -189,7 +190,7 @@ class UpdateEngine:
             lease = self._lease(unit)
             bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
             turns = [
-                _Turn(parameter, gradient, held if parameter in optimizer.state else _value_of(held))
+                Turn(parameter, gradient, held if parameter in optimizer.state else value_of(held))
                 for parameter, gradient, held in zip(unit.parameters, taken(gradients), bulk, strict=True)
             ]
             stepping = [turn for turn in turns if turn.gradient is not None]
@@ -349,48 +350,3 @@ class UpdateEngine:
             unit.layout = layout
         layout.fill(lease.data, states)
         self._staging.write(lease, unit.placed)
-
-
-class _Turn:
-    """One parameter in the update of its unit.
-
-    Attributes:
-        shown: What the optimizer takes for the parameter: itself, or its value in full precision.
-        state: All of its state that is known; the bulk alone, while it has not been shown.
-    """
-
-    def __init__(self, parameter: nn.Parameter, gradient: Tensor | None, bulk: dict[str, Any]) -> None:
-        self.parameter, self.gradient, self.state = parameter, gradient, bulk
-        self.shown: Tensor = parameter
-        self._own_gradient = parameter.grad
-
-    def show(self, optimizer: Optimizer, *, in_full: bool) -> None:
-        """The optimizer finds the state and the gradient where it looks for them."""
-        device = self.parameter.device  # what is in a record is on the host
-        bulk = {key: value.to(device, non_blocking=True) for key, value in self.state.items()}
-        state = {**optimizer.state.get(self.parameter, {}), **bulk}
-        master = state.pop(MASTER, None)
-        if in_full and self.parameter.dtype in (torch.bfloat16, torch.float16):
-            self.shown = self.parameter.detach().float() if master is None else master
-        if state:
-            optimizer.state[self.shown] = state
-        self.shown.grad = self.gradient if self.gradient is None else self.gradient.to(self.shown.dtype)
-
-    def hide(self, optimizer: Optimizer, *, resident: bool) -> None:
-        """The optimizer keeps what is small, or all if it is ``resident``, under the parameter itself."""
-        known = self.shown in optimizer.state
-        self.state = dict(optimizer.state.get(self.shown, {}))
-        self.shown.grad = None
-        self.parameter.grad = self._own_gradient
-        if self.shown is not self.parameter:
-            optimizer.state.pop(self.shown, None)
-            self.parameter.copy_(self.shown)
-            self.state[MASTER] = self.shown
-        kept = self.state if resident else {key: value for key, value in self.state.items() if not is_bulk(value)}
-        if known or self.state:
-            optimizer.state[self.parameter] = dict(kept)
-
-
-def _value_of(state: dict[str, Any]) -> dict[str, Any]:
-    """What is left of a state that somebody took out of the optimizer, for a new beginning: the parameter's value."""
-    return {key: value for key, value in state.items() if key == MASTER}
