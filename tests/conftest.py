@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # half of the time that compiling takes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,18 @@ import torch
 
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 
-__all__ = ["CONTEXT", "EPOCH", "SETTINGS", "STEPS", "TechniqueSetting", "demo_data", "demo_model", "every", "named"]
+__all__ = [
+    "CONTEXT",
+    "EPOCH",
+    "SETTINGS",
+    "STEPS",
+    "TechniqueSetting",
+    "demo_data",
+    "demo_model",
+    "every",
+    "every_with",
+    "named",
+]
 
 STEPS = 16
 """Optimizer steps of a run."""
@@ -60,7 +71,6 @@ class TechniqueSetting:
         switches: The steps at which they do, in a run of :data:`STEPS` steps.
         events: Other steps at which something happens that it says.
         volatile: Prefixes of logged tags that measure time or memory, and so differ from run to run.
-        files: Glob patterns, below the Trainer's ``default_root_dir``, of files that it writes because it was asked to.
         refuses: What it cannot do, and a pattern of the error that says so: ``averaging``, ``compiling``, ``sharding``,
             ``deferring`` (updates that wait for the next forward, in runs that cannot wait).
         frees_gradients: Whether gradients are gone behind the step.
@@ -78,7 +88,6 @@ class TechniqueSetting:
     switches: tuple[int, ...] = ()
     events: tuple[int, ...] = ()
     volatile: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     frees_gradients: bool = False
     on_ranks: Mapping[str, Any] = field(default_factory=dict)
@@ -189,10 +198,13 @@ SETTINGS = [
     ),
     TechniqueSetting(
         name="monitor",
-        yaml={"callbacks": [{"class_path": "lightning_efficient.monitoring.EfficiencyMonitor", "init_args": {}}]},
+        yaml={
+            "callbacks": [  # drawing a report takes longer than training
+                {"class_path": "lightning_efficient.monitoring.EfficiencyMonitor", "init_args": {"report": False}}
+            ]
+        },
         exact=True,
         volatile=("efficiency/",),
-        files=("efficiency_*",),
     ),
     TechniqueSetting(
         name="checkpoint",
@@ -286,3 +298,28 @@ def every(condition: Callable[[TechniqueSetting], Any] = lambda setting: True) -
     """Run a test with each ``setting`` for which ``condition`` holds."""
     chosen = [setting for setting in SETTINGS if condition(setting)]
     return pytest.mark.parametrize("setting", chosen, ids=lambda setting: setting.name)
+
+
+def every_with(
+    ways: Mapping[str, Mapping[str, Any]], condition: Callable[[TechniqueSetting], Any] = lambda setting: True
+) -> pytest.MarkDecorator:
+    """Run a test with each ``setting`` for which ``condition`` holds, in some of several ways.
+
+    Not in all of them, which takes half an hour: neighbours in the registry, which are of a kind, share the ways out
+    among them, and each has one or, of four and more, two.
+
+    Args:
+        ways: Arguments of the test by a name.
+        condition: See :func:`every`.
+    """
+    chosen = [setting for setting in SETTINGS if condition(setting)]
+    names = list(ways)
+    places = {0, len(names) // 2} if len(names) > 3 else {0}
+    return pytest.mark.parametrize(
+        ("setting", *next(iter(ways.values()))),
+        [
+            pytest.param(setting, *ways[way].values(), id=f"{way}-{setting.name}")
+            for number, setting in enumerate(chosen)
+            for way in (names[(number + place) % len(names)] for place in sorted(places))
+        ],
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -37,8 +36,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _nothing_stays_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # half of the time
+def _nothing_stays_compiled() -> Iterator[None]:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -489,7 +487,7 @@ def whole() -> Any:
     return torch.compile(demo_model(SilentModel, layers=3), backend="aot_eager")
 
 
-@pytest.mark.parametrize("make", [network, blocks, whole])
+@pytest.mark.parametrize("make", [blocks, whole])
 def test_a_schedule_costs_one_more_graph_and_validation_none(make: Callable[[], Any]) -> None:
     plain = fit(make())
     before = graphs()
@@ -503,7 +501,7 @@ def test_a_schedule_costs_one_more_graph_and_validation_none(make: Callable[[], 
     assert "raw | 128.5" not in plugin.summary()  # the loss
 
 
-@pytest.mark.parametrize("make", [network, in_place, whole])
+@pytest.mark.parametrize("make", [in_place, whole])
 def test_overrides_count_inside(make: Callable[[], Any]) -> None:
     plugin = ActivationCompressionPlugin(bits=4, overrides={"blocks.1": "raw", "blocks.2.mlp": 8})
     fit(make(), plugin, max_steps=2)
