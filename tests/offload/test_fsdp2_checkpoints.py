@@ -47,7 +47,7 @@ def resumed(rank: int, root: Path, in_folders: bool, optimizer: str) -> None:
         torch.distributed.barrier()
 
 
-@pytest.mark.parametrize(("in_folders", "optimizer"), [(True, "AdamW"), (False, "SGD")])
+@pytest.mark.parametrize(("in_folders", "optimizer"), [(True, "SGD"), (False, "AdamW")])
 def test_resumed_runs_go_on_bit_for_bit_o3(in_folders: bool, optimizer: str, tmp_path: Path) -> None:
     run_on_two_ranks(resumed, tmp_path, tmp_path, in_folders, optimizer, timeout=300)
 
