@@ -1,0 +1,167 @@
+"""Signs that an operation in low bits has failed numerically, and how the limits are learnt that tell them from health.
+
+What is healthy differs by role. Of the gradients of a network that trains well more than half of all elements may be
+too small for a shared exponent, where one in a hundred is already much for activations; so each role of each node has
+limits of its own, which are learnt while it still computes in high bits, and lie a margin beyond all that was seen
+then. None is below what the source says: one in a hundred for elements that overflow (Yamaguchi et al., r_max), eight
+for the range of shared exponents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["HISTORY", "Limits", "Measured", "Tracker"]
+
+HISTORY = 8
+"""Operations whose shared exponents are remembered."""
+
+_RATIO_MARGIN = 4.0  # by which the odds of a ratio may exceed those that were seen
+_ERROR_MARGIN = 2.0
+_EXPONENT_MARGIN = 3  # powers of two
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one tensor when it has become low bits.
+
+    Attributes:
+        exponent: The shared one, Q: values are multiples of ``2 ** -Q``. None: there is none, as all values are zero.
+        overflow: Of the sampled elements, the part that is beyond the largest code.
+        underflow: Of those that are not zero, the part that has become zero.
+        all_zero: Whether all sampled elements are zero.
+        finite: Whether all elements are numbers.
+        error: How far the mean of magnitudes is off, ``log2(|mean|x| - mean|x'|| / mean|x| + 1)``; None: not measured.
+            (Zhang et al. 2020, "Fixed-Point Back-Propagation Training", "diff_bit".)
+    """
+
+    exponent: int | None
+    overflow: float = 0.0
+    underflow: float = 0.0
+    all_zero: bool = False
+    finite: bool = True
+    error: float | None = None
+
+
+@dataclass
+class Limits:
+    """Beyond which a measurement of a role is a sign.
+
+    Attributes:
+        overflow: See :class:`Measured`.
+        underflow: Likewise.
+        error: Likewise.
+        exponent_range: Between the largest and the smallest exponent of the last :data:`HISTORY` operations.
+    """
+
+    overflow: float = 0.01
+    underflow: float = 0.01
+    error: float = 0.03
+    exponent_range: float = 8.0
+
+    def learn(self, measured: Measured, exponent_range: float) -> None:
+        """This was healthy."""
+        self.overflow = max(self.overflow, _beyond(measured.overflow))
+        self.underflow = max(self.underflow, _beyond(measured.underflow))
+        self.error = max(self.error, _ERROR_MARGIN * (measured.error or 0.0))
+        self.exponent_range = max(self.exponent_range, exponent_range + _EXPONENT_MARGIN)
+
+    def state_dict(self) -> dict[str, float]:
+        """By name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _beyond(ratio: float) -> float:
+    """A ratio whose odds are several times as high; never one."""
+    return _RATIO_MARGIN * ratio / (1 + (_RATIO_MARGIN - 1) * ratio) if ratio < 1 else 1.0
+
+
+class Tracker:
+    """The exponents and the limits of one role of one node: an input, a weight, a gradient, or a result.
+
+    Args:
+        limits: To begin with.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self._exponents: deque[int] = deque(maxlen=HISTORY)
+
+    @property
+    def last(self) -> int | None:
+        """The exponent of the last tensor that had one."""
+        return self._exponents[-1] if self._exponents else None
+
+    @property
+    def exponent_range(self) -> int:
+        """Between the largest and the smallest of the last operations."""
+        return max(self._exponents) - min(self._exponents) if self._exponents else 0
+
+    def sign(self, measured: Measured) -> str:
+        """The first sign of failure that the tensor shows; empty if none. It is remembered if it shows none."""
+        if not measured.finite:
+            return "values that are not finite"
+        if measured.all_zero:
+            return "all sampled values are zero" if self._exponents else ""
+        for name in ("overflow", "underflow"):
+            ratio, limit = getattr(measured, name), getattr(self.limits, name)
+            if ratio > limit:
+                return f"{name} of {ratio:.1%} (limit {limit:.1%})"
+        if measured.error is not None and measured.error > self.limits.error:
+            return f"quantization error {measured.error:.3f} (limit {self.limits.error:.3f})"
+        return self._sign_of_range(measured)
+
+    def _sign_of_range(self, measured: Measured) -> str:
+        if measured.exponent is None:
+            return ""
+        seen = [*self._exponents][-(HISTORY - 1) :] + [measured.exponent]
+        spread = max(seen) - min(seen)
+        if spread > self.limits.exponent_range:
+            return f"shared exponent varies by {spread} (limit {self.limits.exponent_range:g})"
+        self._exponents.append(measured.exponent)
+        return ""
+
+    def learn(self, measured: Measured) -> None:
+        """What a tensor of the same role is like in health."""
+        if measured.finite and not measured.all_zero and measured.exponent is not None:
+            self._exponents.append(measured.exponent)
+            self.limits.learn(measured, self.exponent_range)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"exponents": list(self._exponents), "limits": self.limits.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` returned."""
+        self._exponents = deque(state["exponents"], maxlen=HISTORY)
+        self.limits = Limits(**state["limits"])
+
+
+def apart(exponents: Iterable[int | None], usual: float, allowed: float) -> str:
+    """Whether the exponents of the operands of one operation are further apart than usual by more than ``allowed``.
+
+    In a sum, operands whose exponents differ by more than the bits of a code destroy one another; in a product, whose
+    scales multiply, only a difference that it did not have before tells anything.
+    """
+    known = [exponent for exponent in exponents if exponent is not None]
+    if len(known) < 2:
+        return ""
+    difference = abs(known[0] - known[1] - usual)
+    return f"exponents of the operands are {difference:g} further apart than usual" if difference > allowed else ""
+
+
+def shared_exponent(largest: float, bits: int) -> int | None:
+    """Q, so that values up to ``largest`` become codes ``round(x * 2 ** Q)`` of so many bits; None for zero.
+
+    Raises:
+        ValueError: If it is not finite.
+    """
+    if not math.isfinite(largest):
+        raise ValueError(f"A shared exponent for {largest} does not exist.")
+    if largest == 0:
+        return None
+    return bits - 1 - math.frexp(largest)[1]
