@@ -49,6 +49,12 @@ def largest_magnitude(values: Tensor) -> float:
     return max(-low.item(), high.item()) if not (low.isnan() or high.isnan()) else math.nan
 
 
+def _factors(exponent: int) -> tuple[float, float]:
+    """Two powers of two whose product is ``2 ** exponent``, and which float32 has, as it may not have the product."""
+    half = exponent // 2
+    return math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+
+
 def to_integers(values: Tensor, exponent: int, *, noise: Tensor | None = None) -> Integers:
     """Codes of ``values``, to nearest, or up or down at random; what is beyond the largest code becomes that.
 
@@ -59,13 +65,16 @@ def to_integers(values: Tensor, exponent: int, *, noise: Tensor | None = None) -
     """
     values = values.contiguous()
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    factor = math.ldexp(1.0, exponent)
+    plain = -126 <= exponent <= 126  # else twice: the smallest numbers need more than float32 has in one
+    factor, again = (math.ldexp(1.0, exponent), 1.0) if plain else _factors(exponent)
     source, target = values.view(-1), codes.view(-1)
     scaled = torch.empty(min(_CHUNK, source.numel()), dtype=torch.float32, device=values.device)
     for start in range(0, source.numel(), _CHUNK):
         part = source[start : start + _CHUNK]
         chunk = scaled[: part.numel()]
         torch.mul(part, factor, out=chunk)
+        if not plain:
+            chunk.mul_(again)
         if noise is None:
             chunk.round_()
         else:
@@ -101,11 +110,15 @@ def multiply(one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = No
 
 def _converted(sums: Tensor, exponent: int, bias: Tensor | None) -> Tensor:
     """int32 sums as float32, in the same memory."""
-    result, factor = sums.view(torch.float32), math.ldexp(1.0, -exponent)
+    result = sums.view(torch.float32)
+    plain = -126 <= exponent <= 126
+    factor, again = (math.ldexp(1.0, -exponent), 1.0) if plain else _factors(-exponent)
     rows = max(1, _ROWS // max(1, sums.shape[1]))
     for start in range(0, sums.shape[0], rows):
         part = result[start : start + rows]
         part.copy_(sums[start : start + rows])  # element by element, each over its own bytes
+        if not plain:
+            part.mul_(again)
         if bias is None:
             part.mul_(factor)
         else:
