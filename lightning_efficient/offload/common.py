@@ -278,6 +278,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if fitting:
             schedule, self._why = self._choose_schedule(trainer)
             settings = self._allowed_settings(trainer)
+            # Also where no gradient is elsewhere yet: one may be later, as with groups that come in the middle.
+            self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
         self._schedule = schedule
         self._session = self._new_session(
             trainer.lightning_module,
@@ -296,8 +298,6 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if self._session is None:
             return
         self._session.start()
-        if self._session.gradients is not None:
-            self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
         parts = self._session.summary(), f"schedule {self._schedule}: {self._why}", *self._session.ways()
         rank_zero_info(f"{type(self).__name__}: {'; '.join(parts)}")
         if self._schedule == "delayed":

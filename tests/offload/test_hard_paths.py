@@ -499,6 +499,23 @@ def test_groups_that_come_in_the_middle_and_resume_o3(way: str, tmp_path: Path) 
         assert_same_tree(*resumed, f"resumed at {step}")
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_that_leave_memory_later_are_clipped_o3(algorithm: str) -> None:
+    """The budget has room for those of the first group, and not for those that come."""
+
+    class Notes(Reads):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            session = getattr(trainer.strategy, "_session", None)
+            self.elsewhere = [*getattr(self, "elsewhere", []), session is not None and session.gradients is not None]
+
+    notes = Notes()
+    way = {"memory_budget": {"host": "42KiB"}, "schedule": "after_backward"}
+    clip = {"gradient_clip_val": 0.05 if algorithm == "norm" else 1e-3, "gradient_clip_algorithm": algorithm}
+    ours, plain = (trained(how, Frozen, lambda: [Unfreezes(), notes], max_steps=14, **clip)[1] for how in (way, None))
+    assert notes.elsewhere[:14] == [False] * 10 + [True] * 4
+    assert_same_tree(ours, plain, "run")
+
+
 # -- training within training ------------------------------------------------------------------------------------------
 
 
