@@ -252,7 +252,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            settle_state(optimizer, state, full_precision=self.settings.master_weights)
+            in_full = self.settings.master_weights and self._begun  # until then the optimizer steps with what it has
+            settle_state(optimizer, state, full_precision=in_full)
             if self._session is not None:
                 self._session.take_over(optimizer)
 

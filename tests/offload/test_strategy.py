@@ -313,6 +313,34 @@ def test_full_precision_beside_weights_of_16_bits_o3(tmp_path: Path) -> None:
     assert_same_tree(resumed.weights, run.weights, "weights")
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_without_full_precision_in_between_o3(tmp_path: Path) -> None:
+    """Its weights count, and not the values in full precision of before, which torch has carried along."""
+    arguments: dict[str, Any] = {"precision": "bf16-true", "checkpoints": {}}
+    full = lambda **more: offload(master_weights=True, **more)  # noqa: E731
+    first = fit(None, build=full(), root=tmp_path / "first", max_steps=3, **arguments)
+    for build in ({}, full(enabled=False)):
+        between = fit(
+            None, build=build, root=tmp_path / f"{len(build)}", max_steps=9, ckpt_path=first.checkpoints[3], **arguments
+        )
+        last = fit(None, build=full(), max_steps=12, ckpt_path=between.checkpoints[9], precision="bf16-true")
+        plain = fit(None, max_steps=12, ckpt_path=between.checkpoints[9], precision="bf16-true")
+        assert last.losses[0] == plain.losses[0]
+        assert last.losses[1] == pytest.approx(plain.losses[1], abs=0.01)
+        state = last.trainer.optimizers[0].state_dict()["state"][0]
+        assert {state[key].dtype for key in ("master_weight", "exp_avg", "exp_avg_sq")} == {torch.float32}
+
+
+def test_full_precision_that_begins_at_the_switch_g6() -> None:
+    arguments: dict[str, Any] = {"enabled": False, "master_weights": True}
+    build = {**offload(**arguments), "callbacks": [grow(offload_on_switch=True)]}
+    run = fit(None, build=build, precision="bf16-true")
+    plain = fit(None, build={"callbacks": [grow()]}, precision="bf16-true")
+    assert run.losses[:6] == plain.losses[:6]
+    assert sum(run.losses[-4:]) <= sum(plain.losses[-4:]) + 0.1
+    assert {value.dtype for value in run.trainer.optimizers[0].state_dict()["state"][0].values()} == {torch.float32}
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 

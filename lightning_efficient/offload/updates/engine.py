@@ -22,6 +22,7 @@ from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.host import keeps_versions
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
+from lightning_efficient.offload.updates.full_precision import in_16_bits, in_full_precision
 from lightning_efficient.offload.updates.gradients import GradientClaim, taken
 from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.layout import VALUE, Layout, is_bulk
@@ -246,10 +247,9 @@ class UpdateEngine:
         """Take ``states``, one for each parameter, for the state of the unit."""
         self._stop()
         self._put(unit, states)
-        if unit.tier is not None:
-            if not any(is_bulk(value) for state in states for value in state.values()):
-                self._release(unit)
-            self._move_out(unit)
+        if not any(is_bulk(value) for state in states for value in state.values()):
+            self._release(unit)
+        self._move_out(unit)
 
     def move(self, tier_of: Callable[[str], Tier | None]) -> bool:
         """Put each unit's state where ``tier_of`` says now, one after another; returns whether any moved.
@@ -299,7 +299,10 @@ class UpdateEngine:
         return value.to(parameter.device if key != "step" or counts_there else "cpu")
 
     def _move_out(self, unit: Unit) -> None:
-        """From the optimizer to the record; the optimizer keeps what is small."""
+        """From the optimizer to the record; the optimizer keeps what is small, or all if there is no tier for it."""
+        for parameter in unit.parameters if self._master_weights else ():
+            if in_16_bits(parameter) and parameter in unit.optimizer.state:
+                unit.optimizer.state[parameter] = in_full_precision(unit.optimizer.state[parameter])
         states = [dict(unit.optimizer.state.get(parameter, {})) for parameter in unit.parameters]
         if unit.tier is not None and any(is_bulk(value) for state in states for value in state.values()):
             self._keep(unit, None, states)
