@@ -202,6 +202,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
 
     def teardown(self) -> None:
         self._measured = self.measurements()
+        self._loaded = None  # what was loaded for an evaluation is not for a fit that follows
         self.stop_batch_feedback()
         self._undo.close()
         if self._session is not None:
