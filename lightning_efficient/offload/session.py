@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload.limit import Work
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
 from lightning_efficient.offload.placement import Placement, keep_or_replan
@@ -237,18 +239,29 @@ class OffloadSession(PlacedRun):
             held = [*self._module.parameters(), *self._module.buffers()]
             staged = self.staging_bytes // 2
             self.saved = SavedTensorOffload(
-                self.tiers.get(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
+                self.tiers.get(tier),
+                staging_bytes=staged,
+                minimum_bytes=_SAVED,
+                held=lambda: held,
+                room_bytes=functools.partial(self._beside_the_plan, tier),
             )
         self.updates = self._new_updates()
-        self.tiers.prepare_disk(self._disk_bytes_to_come())
+        self.tiers.prepare(self._bytes_to_come)
 
-    def _disk_bytes_to_come(self) -> int:
-        """What the first steps will reserve on a disk: optimizer state in two slots, gradients in one."""
-        made = {name for unit in self.engine.units if unit.placed is not None for name in unit.names}
-        slots = {"optimizer_state": 2, "gradient": int(self.gradients is not None)}
-        rows = [row.attribute for row in self.placement.rows if row.tier == "disk"]
-        to_come = [row for row in rows if row.kind != "optimizer_state" or row.name not in made]
-        return sum(slots.get(row.kind, 0) * row.nbytes for row in to_come)
+    def _bytes_to_come(self, tier: str) -> int:
+        """What the first steps will reserve there, in pages: optimizer state, which a disk has twice, and gradients."""
+        here = [row.attribute for row in self.placement.rows if row.tier == tier]
+        states = {one.name: one.nbytes for one in here if one.kind == "optimizer_state"}
+        units = [unit for unit in self.engine.units if unit.placed is None and unit.tier is self.tiers.get(tier)]
+        records = [sum(states.get(name, 0) for name in unit.names) for unit in units]
+        records *= 2 if tier == "disk" else 1
+        if self.gradients is not None:
+            records += [one.nbytes for one in here if one.kind == "gradient"]
+        return sum(map(round_up, records))
+
+    def _beside_the_plan(self, tier: str) -> float:
+        """Room for what no plan knows the size of, so that it does not take that of optimizer state to come."""
+        return self.tiers.room(tier) - self.placement.used(tier)
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
         return UpdateEngine(self._optimizers, names, self._tier_of, **self._engine_arguments())

@@ -30,7 +30,8 @@ class Settings:
     """See the arguments of :class:`~lightning_efficient.OffloadStrategy`.
 
     Attributes:
-        budgets: Bytes by tier; a tier that is not named, or is ``auto``, takes what is free.
+        budgets: Bytes by tier; a tier that is not named, or is ``auto``, takes what is free. Of a NUMA node, which is
+            used only if it is named, None is ``auto``.
         directory: For what goes to a disk; None: below the Trainer's ``default_root_dir``.
         place: From a kind, a pattern of names, or both, to a tier.
         schedule: When updates take place.
@@ -42,7 +43,7 @@ class Settings:
         step_on: Where updates are computed whose optimizer state is elsewhere.
     """
 
-    budgets: Mapping[str, int]
+    budgets: Mapping[str, int | None]
     directory: Path | None
     place: Mapping[str, str]
     schedule: ScheduleChoice
@@ -101,6 +102,10 @@ def parse_settings(
             raise ValueError(f"place[{rule!r}]: {kind!r} is no kind of tensor. Use one of {', '.join(KINDS)}.")
         if why := _NOT_PLACED.get(kind or rule):
             raise ValueError(f"place[{rule!r}] would do nothing: {why}. Leave this rule out.")
+        if kind == "activation" and rule != "activation:*":
+            raise ValueError(
+                f"place[{rule!r}] would do nothing: what backward needs has no names. Use place['activation'] for all."
+            )
     return Settings(
         budgets=_budgets(memory_budget),
         directory=Path(offload_dir) if offload_dir is not None else None,
@@ -115,7 +120,7 @@ def parse_settings(
     )
 
 
-def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int]:
+def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int | None]:
     if given is None or given == "auto":
         return {}
     if isinstance(given, int | str):  # of the fastest memory that can be full: known when the device is
@@ -124,10 +129,12 @@ def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int
         raise ValueError(
             f"memory_budget={given!r} is not allowed. Give whole bytes, a text such as '6GiB', or a mapping from tiers."
         )
-    budgets = {}
+    budgets: dict[str, int | None] = {}
     for tier, amount in given.items():
         _check_tier(tier, "memory_budget")
-        if amount != "auto":
+        if amount == "auto":
+            budgets |= {tier: None} if tier.startswith("numa") else {}
+        else:
             budgets[tier] = parse_bytes(amount, f"memory_budget[{tier!r}]")
     return budgets
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.batches.free_memory import free_bytes
 from lightning_efficient.offload.placement import Room
+from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
 from lightning_efficient.offload.updates.layout import is_bulk
@@ -28,19 +30,23 @@ class TierSet:
     Args:
         device: On which it computes.
         directory: For what goes to a disk; removed at the end if it was made, and is empty.
-        budgets: Bytes by tier; ``fastest`` stands for that of the device.
+        budgets: Bytes by tier; ``fastest`` stands for that of the device. On a CPU that is the host's memory, and the
+            least that is given for it counts. None, of a NUMA node: what is free there.
         host_share: Processes that share the memory of the host.
     """
 
-    def __init__(self, device: torch.device, directory: Path, budgets: Mapping[str, int], *, host_share: int) -> None:
+    def __init__(
+        self, device: torch.device, directory: Path, budgets: Mapping[str, int | None], *, host_share: int
+    ) -> None:
         self.directory = directory
         self.fastest = "host" if device.type == "cpu" else "device"
         self._device, self._host_share = device, host_share
-        self._budgets = dict(budgets)
-        if (amount := self._budgets.pop("fastest", None)) is not None:
-            self._budgets.setdefault(self.fastest, amount)
-        if self.fastest == "host" and "device" in self._budgets:
-            self._budgets.setdefault("host", self._budgets.pop("device"))
+        same = {"fastest": self.fastest, "device": self.fastest}  # a CPU has no memory beside the host's
+        self._budgets: dict[str, int] = {}
+        for name, amount in budgets.items():
+            tier = same.get(name, name)
+            free = self._free_on_node(tier) if amount is None else amount
+            self._budgets[tier] = min(free, self._budgets.get(tier, free))
         self._reserves: dict[str, int] = {}  # by device
         self._tiers: dict[str, DiskTier | HostTier] = {}
         self._made: Path | None = None
@@ -56,20 +62,30 @@ class TierSet:
                 self._made = self.directory if not self.directory.exists() else self._made
                 self._tiers[name] = DiskTier(self.directory)
             else:
-                node = int(name.partition(":")[2]) if name.startswith("numa") else None
-                budget = self._budgets.get(name) or self._free_bytes(torch.device("cpu"))
+                node = _node(name) if name.startswith("numa") else None
+                budget = self._budgets.get(name)
+                if budget is None:
+                    budget = self._free_bytes(torch.device("cpu")) if node is None else self._free_on_node(name)
                 self._tiers[name] = HostTier(budget, pinned=self._device.type == "cuda", numa_node=node)
         return self._tiers[name]
 
-    def prepare_disk(self, nbytes: int) -> None:
-        """Have room for records that will be reserved, if anything goes to a disk.
+    def prepare(self, to_come: Callable[[str], int]) -> None:
+        """Have room for records that will be reserved.
+
+        Args:
+            to_come: The bytes that will be, in the tier of this name.
 
         Raises:
             TierError: If there is not that much room.
         """
-        disk = self._tiers.get("disk")
-        if nbytes and disk is not None and not isinstance(disk, HostTier):
-            disk.prepare(nbytes)
+        for name, tier in self._tiers.items():
+            if nbytes := to_come(name):
+                tier.prepare(nbytes)
+
+    def room(self, name: str) -> float:
+        """The bytes of all records together that may be in this tier."""
+        tier = self.get(name)
+        return tier.budget_bytes if isinstance(tier, HostTier) else math.inf
 
     def commit(self) -> None:
         """See :meth:`~.tiers.tier.Tier.commit`, of all."""
@@ -149,7 +165,22 @@ class TierSet:
         """What this process may still take there."""
         return free_bytes(device) // (self._host_share if device.type == "cpu" else 1)
 
+    def _free_on_node(self, name: str) -> int:
+        """Likewise, in the memory of a NUMA node.
+
+        Raises:
+            TierError: If there is no such node, or it may not be chosen.
+        """
+        numa.check_node(_node(name))
+        free = numa.free_bytes(_node(name))
+        everywhere = self._free_bytes(torch.device("cpu"))
+        return everywhere if free is None else min(everywhere, free // self._host_share)
+
     def _room(self, device: torch.device, held: Iterable[Tensor]) -> int:
         there = sum(local_part(t).numel() * t.element_size() for t in held if t.device.type == device.type)
         free = self._free_bytes(device)
         return max(0, there + free - self._reserves.setdefault(device.type, int(_RESERVED * free)))
+
+
+def _node(name: str) -> int:
+    return int(name.partition(":")[2])

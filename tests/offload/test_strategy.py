@@ -18,6 +18,7 @@ from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
+from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
@@ -350,6 +351,10 @@ def test_full_precision_that_begins_at_the_switch_g6() -> None:
         ({"schedule": "later"}, "schedule='later' is not allowed. Use one of auto, after_backward"),
         ({"place": {"optimizer_state": "cloud"}}, r"place\['optimizer_state'\]: 'cloud' is no tier"),
         ({"place": {"state:blocks.*": "disk"}}, r"'state' is no kind of tensor. Use one of parameter, gradient"),
+        (
+            {"place": {"activation:blocks.*": "disk"}},
+            r"place\['activation:blocks.\*'\] would do nothing: what backward",
+        ),
         ({"memory_budget": {"gpu": 1}}, "memory_budget: 'gpu' is no tier"),
         ({"memory_budget": {"host": "much"}}, r"memory_budget\['host'\]='much' is no amount of memory"),
         ({"memory_budget": 0}, "memory_budget=0 must be more than nothing"),
@@ -400,6 +405,22 @@ def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPat
     full, steps = SystemCalls(fallocate=fallocate), Steps()
     monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
     with pytest.raises(OSError, match=r"no room to offload to: .* bytes free and .* bytes more are needed"):
+        fit(None, build=offload(), before=[steps])
+    assert steps.begun == 0
+
+
+def test_room_that_is_short_by_pages_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = fit(None, build=offload(), max_steps=1).trainer.strategy._session
+    needed = 2 * sum(row.attribute.nbytes for row in session.placement.rows if row.tier == "disk")
+
+    def fallocate(descriptor: int, offset: int, nbytes: int) -> None:
+        if offset + nbytes > needed + (16 << 10):  # beside the header
+            raise OSError(28, "No space left on device")
+        os.posix_fallocate(descriptor, offset, nbytes)
+
+    full, steps = SystemCalls(fallocate=fallocate), Steps()
+    monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
+    with pytest.raises(OSError, match=r"no room to offload to"):
         fit(None, build=offload(), before=[steps])
     assert steps.begun == 0
 
@@ -466,6 +487,24 @@ def test_a_step_without_room_is_done_again_in_parts_o7(schedule: str, tmp_path: 
     assert_same_tree(resumed.weights, ours.weights, "weights")
 
 
+def test_what_a_validation_has_loaded_is_not_for_the_next_fit_o7(tmp_path: Path) -> None:
+    module = demo_model()
+    saved = fit(
+        None,
+        build=offload(batch_feedback=True),
+        module=module,
+        before=[OutOfMemoryOnce(1, module)],
+        root=tmp_path,
+        checkpoints={},
+        max_steps=3,
+    )
+    assert saved.trainer.strategy.measurements()["offload/samples_per_part"] == 2
+    trainer, module = make_trainer(max_steps=1, **offload(batch_feedback=True)), demo_model()
+    trainer.validate(module, demo_data(), ckpt_path=saved.checkpoints[3], verbose=False)
+    trainer.fit(module, demo_data())
+    assert "offload/samples_per_part" not in trainer.strategy.measurements()
+
+
 def test_batches_that_cannot_be_split_are_refused_by_name() -> None:
     class Normalized(type(demo_model())):  # type: ignore[misc]
         def __init__(self, **arguments: Any) -> None:
@@ -504,6 +543,25 @@ def test_what_is_planned_fits_the_budget_of_memory_o5(kinds: tuple[str, ...]) ->
     budget = sum(round_up(row.attribute.nbytes) for row in rows)
     run = fit(None, build=offload(place=place, memory_budget={"numa:0": budget}))
     same(run, fit(None))
+
+
+def test_what_backward_needs_leaves_room_for_state_that_is_still_to_come_o8(monkeypatch: pytest.MonkeyPatch) -> None:
+    numa_or_skip()
+    monkeypatch.setattr(offload_session, "_SAVED", 1024)
+    place = {"optimizer_state": "numa:0", "activation": "numa:0"}
+    with pytest.warns(UserWarning, match=r"Saved tensors stay in memory, .* Beside what is planned there"):
+        run = fit(None, build=offload(place=place, memory_budget={"numa:0": "700KiB"}))
+    same(run, fit(None))
+
+
+def test_a_node_without_room_is_said_before_the_first_step_o9(monkeypatch: pytest.MonkeyPatch) -> None:
+    numa_or_skip()
+    monkeypatch.setattr(numa, "free_bytes", lambda node: 100 << 10)
+    steps = Steps()
+    place = {"optimizer_state": "numa:0"}
+    with pytest.raises(OSError, match="NUMA node 0 has 102,400 bytes free"):
+        fit(None, build=offload(place=place, memory_budget={"numa:0": "1GiB"}), before=[steps])
+    assert steps.begun == 0
 
 
 def test_a_node_that_there_is_not_is_said_before_the_first_step_o9() -> None:

@@ -83,6 +83,16 @@ class HostTier:
                 self._slots.add(record, [self._slabs.take(record.nbytes) for _ in range(copies)])
         return records
 
+    def prepare(self, nbytes: int) -> None:
+        """Whether there is room for so much more, in whole pages; memory is taken when it is used.
+
+        Raises:
+            TierError: If there is not.
+        """
+        self._check_open()
+        with self._lock:
+            self._slabs.check(nbytes)
+
     def release(self, records: Sequence[Record]) -> None:
         """See :meth:`.Tier.release`."""
         self._check_open()

@@ -211,12 +211,15 @@ class HostJob:
     def _shown(self, index: int, whole: Mapping[str, Any]) -> Tensor:
         """The value that is stepped, with its gradient."""
         full, changed = index in self._full, self._way.get(("changed", index))
-        value, written = whole.get(MASTER if full else VALUE), self._way.get(("value", index))
-        if written is None and (value is None or (changed is not None and bool(changed))):
-            (written,), there = self._crossing.to_host([self._targets[index]], self._after)  # somebody wrote to it
-            there.synchronize()
-        if written is not None:
-            value = current_master(value, written) if full else written
+        held: Tensor | None = whole.get(MASTER if full else VALUE)
+        written = self._way.get(("value", index))
+        if written is None and held is not None and not (changed is not None and bool(changed)):
+            value = held
+        else:
+            if written is None:  # somebody wrote to the parameter's memory
+                (written,), there = self._crossing.to_host([self._targets[index]], self._after)
+                there.synchronize()
+            value = current_master(held, written) if full else written
         gradient = self._way.get(("gradient", index), self._gradients[index])
         if isinstance(gradient, GradientClaim):
             gradient = gradient.take(on_host=True)
