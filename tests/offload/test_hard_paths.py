@@ -516,6 +516,30 @@ def test_gradients_that_leave_memory_later_are_clipped_o3(algorithm: str) -> Non
     assert_same_tree(ours, plain, "run")
 
 
+class ClipsItself(Small):
+    """Each part in a way of its own, and then all by Lightning's."""
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        nn.utils.clip_grad_norm_([*self.up.parameters(), *self.down.parameters()], 0.01)
+        nn.utils.clip_grad_value_(self.head.parameters(), 1e-3)
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+
+
+@every_way
+def test_a_configure_gradient_clipping_of_the_users_own_o3(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    if "gradient" in WAYS[way]["place"]:
+        told = r"place\['gradient'\]='disk' cannot be: .* the LightningModule has its own configure_gradient_clipping"
+        with pytest.raises(MisconfigurationException, match=told):
+            trained(WAYS[way], ClipsItself)
+        return
+    with caplog.at_level("INFO"):
+        same(way, ClipsItself)
+    asked_for = "schedule" in WAYS[way]
+    assert asked_for or "under_forward: the LightningModule has its own configure_gradient_clipping" in caplog.text
+
+
 # -- training within training ------------------------------------------------------------------------------------------
 
 

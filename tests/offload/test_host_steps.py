@@ -144,17 +144,6 @@ def test_values_of_16_bits_without_masters(schedule: str, jobs: Callable[..., Ho
     assert_same(job.weights(), plain.weights())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_muon(schedule: str, jobs: Callable[..., HostJobs]) -> None:
-    def make(groups: Any) -> torch.optim.Optimizer:
-        return torch.optim.Muon([p for group in groups for p in group["params"] if p.dim() == 2], lr=0.02)
-
-    plain, job = jobs(make), jobs(make)
-    job.on_host(schedule, "memory")
-    assert job.train(5) == plain.train(5)
-    assert_same(job.weights(), plain.weights())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sparse_gradients_and_parameters_of_one_element(
