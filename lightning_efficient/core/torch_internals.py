@@ -21,6 +21,7 @@ from torch.storage import TypedStorage, UntypedStorage
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "BatchNorm",
     "GraphsOfSaved",
     "WeakStorage",
     "bytes_of",
@@ -51,6 +52,9 @@ __all__ = [
     "without_mode",
     "without_torch_function",
 ]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The base of all modules that normalize by the statistics of their batch, those of other libraries included."""
 
 rebuild_tensor = torch._utils._rebuild_tensor_v2
 """What ``torch.load`` calls to make a tensor of a storage."""

@@ -55,7 +55,7 @@ class SplitSteps:
         self._recovery = Recovery(trainer, feedback, agree, self._metrics, self._meter)
         self._step: Step | None = None
         self._looked_at = False
-        self._checked = not feedback.check_loss
+        self._checks, self._splits = feedback.check_loss, 0
         self._began_at = self._step_s = 0.0
         self._in_last_part = True
 
@@ -132,11 +132,12 @@ class SplitSteps:
             step.logs = StepLogs(self._trainer)
         if parts == 1:
             return
-        if not self._checked:
-            self._checked = True
+        refuse_batch_statistics(self._module)  # whose training may have begun since the first step
+        self._splits += 1
+        if self._checks and self._splits.bit_count() == 1:  # ever more seldom, for it takes a forward of the whole
             weighted = [(part, self._weight(share)) for part, share in step.parts]
             try:
-                check_loss(self._trainer, step.batch, weighted, step.rest, self._feedback.loss_reduction)
+                self._checks = check_loss(self._trainer, step.batch, weighted, step.rest, self._feedback.loss_reduction)
             finally:
                 self._recovery.go_back()
         self._metrics.split()
