@@ -287,6 +287,16 @@ def test_callbacks_that_look_or_change_in_the_middle(callback: Callable[[], pl.C
     same(way, Small, lambda: [callback()])
 
 
+def test_what_is_written_to_weights_of_16_bits_counts_in_each_way_o3() -> None:
+    found = {
+        way: trained({**given, "master_weights": True}, Small, lambda: [ClampsData()], precision="bf16-true")[1]
+        for way, given in WAYS.items()
+    }
+    for way, run in found.items():
+        assert_same_tree(run, found["after_backward"], way)
+        assert all(value.abs().max() <= 0.2001 for value in run["weights"].values())
+
+
 @pytest.mark.parametrize("way", ["auto", "under_forward", "gradients, under_forward"])
 def test_copies_of_modules_have_the_new_weights(way: str) -> None:
     class Copies(Reads):
