@@ -93,9 +93,7 @@ class PlacedRun:
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
         self._limit, self._means = LimitMeter(), StepMeans(self._totals)
         self._handles: list[RemovableHandle] = []
-        on_cpu = device.type == "cpu"  # where the device's memory is that of the host
-        place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
-        self._rules = Rules(place)
+        self._rules = Rules(settings.place, fastest=self.tiers.fastest)
         self.updates: Updates | None = None
         self.gradients: GradientStore | None = None
         self.stream: ParameterStream | None = None
@@ -215,7 +213,7 @@ class PlacedRun:
             with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
             self.placement = without_values_on_disk(with_values, self._plain)
         self._window_bytes = window_bytes(self.placement)
-        check_rooms(self.placement, self._rules, self.tiers.unbudgeted(self._rules.tiers))
+        check_rooms(self.placement, self._rules, self.tiers.unbudgeted({row.tier for row in self._away()}))
         check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient.offload.common import OffloadMixin
+from lightning_efficient.offload.placement import PlaceFunction
 from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, SiteChoice
 
 __all__ = ["OffloadStrategy"]
@@ -37,7 +39,10 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             ``default_root_dir``.
         place: Where tensors go, whatever the plan would say: from a kind (``parameter``, ``gradient``,
             ``optimizer_state``, or ``activation`` for what backward needs), a pattern of parameter names, or both
-            (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or ``numa:N``.
+            (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or ``numa:N``. In place of a tier, or of
+            the whole mapping, a function, or its import path, may stand: it is given an attribute (with ``kind``,
+            ``name``, ``nbytes`` and ``position`` in forward) and returns a tier, or None where others decide. It is
+            asked again whenever something is placed anew, and not about what the run needs where it is used.
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
             first of these that the run allows. All of them are exact. ``delayed``: each in the backward of the next
@@ -71,7 +76,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         *,
         memory_budget: int | str | dict[str, int | str] | None = None,
         offload_dir: str | Path | None = None,
-        place: dict[str, str] | None = None,
+        place: Mapping[str, str | PlaceFunction] | str | PlaceFunction | None = None,
         schedule: ScheduleChoice = "auto",
         step_on: SiteChoice = "auto",
         staging: int | str | None = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lightning_efficient.core.buffers import PAGE
 from lightning_efficient.offload.placement import KINDS, Attribute, Room, Rules, keep_or_replan, plan
 
@@ -57,6 +59,38 @@ def test_rules_the_most_specific_counts_o2() -> None:
     assert [tiers["optimizer_state", layer] for layer in range(3)] == ["disk", "numa:0", "disk"]
     assert [tiers["parameter", layer] for layer in range(3)] == ["host"] * 3
     assert found.rows[1].why == "place['optimizer_state:blocks.1.*']"
+
+
+def test_a_function_decides_or_leaves_it_to_others_o2() -> None:
+    asked: list[str] = []
+
+    def large_state(attribute: Attribute) -> str | None:
+        asked.append(attribute.kind)
+        large = attribute.kind == "optimizer_state" and attribute.nbytes > 1 << 20
+        return "disk" if large and attribute.name != "blocks.1.weight" else None
+
+    items = attributes({"optimizer_state": 10, "parameter": 10, "input_batch": 1})
+    rooms = [Room("device", None), Room("host", None), Room("disk", None)]
+    rows = plan(items, rooms, Rules({"*": large_state})).rows
+    assert [row.tier for row in rows] == ["disk", "device", "disk", *["device"] * 6]
+    assert rows[0].why.startswith("place['*'], test_a_function")
+    assert "input_batch" not in asked  # nobody moves it
+    assert plan(items, rooms, Rules({"optimizer_state": large_state, "*": "host"})).rows[1].tier == "host"
+    assert plan(items, rooms, Rules({"*": lambda _: "device"}, fastest="host")).rows[0].tier == "host"
+
+
+def test_a_tier_that_a_function_makes_up_is_refused_by_name_o2() -> None:
+    rules = Rules({"optimizer_state": lambda attribute: "cloud"})
+    with pytest.raises(
+        ValueError, match=r"place\['optimizer_state'\], .*<lambda>: 'cloud', for the optimizer_state of"
+    ):
+        plan(attributes({"optimizer_state": 1}), [Room("host", None)], rules)
+
+
+def test_of_two_patterns_that_fit_the_first_counts_o2() -> None:
+    items = attributes({"parameter": 1})
+    rules = Rules({"blocks.*": "host", "blocks.1.*": "disk"})
+    assert {rules.find(one) for one in items} == {("place['blocks.*']", "host")}
 
 
 def test_a_pattern_may_be_the_end_of_a_name() -> None:

@@ -18,6 +18,7 @@ from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
+from lightning_efficient.offload.placement import Attribute
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
@@ -189,6 +190,26 @@ def test_one_amount_is_of_the_fastest_memory_o5() -> None:
     assert "no room in host" in run.trainer.strategy.placement()
 
 
+def state_of_blocks(attribute: Attribute) -> str | None:
+    """Named in a configuration too, see ``test_cli.py``."""
+    return "disk" if attribute.kind == "optimizer_state" and "blocks" in attribute.name else None
+
+
+@pytest.mark.parametrize("place", [state_of_blocks, {"optimizer_state": f"{__name__}.state_of_blocks"}])
+def test_a_function_places_o2(place: Any) -> None:
+    run = fit(None, build=offload(place=place))
+    table = run.trainer.strategy.placement()
+    assert "| optimizer_state | update to update | disk |" in table
+    assert "state_of_blocks |" in table
+    assert "| optimizer_state | update to update | host |" in table
+    same(run, fit(None))
+
+
+def test_a_function_is_not_asked_about_what_must_stay_o2() -> None:
+    run = fit(None, build=offload(place=lambda _: "disk"), after=[SeesGradients()], max_steps=2)
+    assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
+
+
 def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
     monkeypatch.setattr(tier_set, "free_bytes", lambda device: next(free))
@@ -322,6 +343,12 @@ def test_full_precision_beside_weights_of_16_bits_o3(tmp_path: Path) -> None:
         ({"schedule": "later"}, "schedule='later' is not allowed. Use one of auto, after_backward"),
         ({"place": {"optimizer_state": "cloud"}}, r"place\['optimizer_state'\]: 'cloud' is no tier"),
         ({"place": {"state:blocks.*": "disk"}}, r"'state' is no kind of tensor. Use one of parameter, gradient"),
+        (
+            {"place": "disk"},
+            r"place='disk' is not allowed. Give a mapping, such as \{'optimizer_state': 'disk'\}, or a",
+        ),
+        ({"place": {"gradient": "os.nothing"}}, r"place\['gradient'\]: 'os.nothing' is no tier, and no function"),
+        ({"place": "os.sep"}, "place: 'os.sep' is no function but '/'"),
         ({"memory_budget": {"gpu": 1}}, "memory_budget: 'gpu' is no tier"),
         ({"memory_budget": {"host": "much"}}, r"memory_budget\['host'\]='much' is no amount of memory"),
         ({"memory_budget": 0}, "memory_budget=0 must be more than nothing"),
@@ -377,7 +404,7 @@ def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_disks_budget_is_kept_to() -> None:
-    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 471 KiB would go there"):
+    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 628 KiB would go there"):
         fit(None, build=offload(memory_budget={"disk": "1KiB"}))
 
 
