@@ -203,7 +203,10 @@ class PlacedRun:
         self._values_stay = False  # on the host, beside their state
         self.attributes = self._plain = self._attributes()
         self._placed_for = self._arrangement()
-        rooms, at_once = self.tiers.rooms(self._parameters, self._optimizers), used_at_once(self._module)
+        rooms, at_once = (
+            self.tiers.rooms(self._parameters, self._optimizers, self.placement),
+            used_at_once(self._module),
+        )
         self.placement = plan_with_window(self.attributes, rooms, self._rules, at_once)
         self._choose_site()
         streams = any(row.attribute.kind == "parameter" for row in self._away())

@@ -7,6 +7,7 @@ step and how large the tiers are.)
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -209,7 +210,7 @@ class Placement:
 
     def used(self, tier: str) -> int:
         """Bytes that are taken there: whole pages, but where tensors are used."""
-        first = self.rooms[0].tier
+        first = self.rooms[0].tier if self.rooms else tier
         return sum(_taken(row.attribute, tier == first) for row in self.rows if row.tier == tier)
 
     def table(self) -> str:
@@ -278,13 +279,17 @@ def keep_or_replan(
 ) -> Placement:
     """A new placement when the room has changed, or the current one where that is not worth it.
 
-    It is replaced if it does not fit any more, or if more would fit into a faster tier with ``slack`` of its room left
-    free: so that memory that comes and goes a little moves nothing.
+    It is replaced if it does not fit any more, or if more would fit into the faster tiers (the fastest, the two
+    fastest, and so on to the last but one) with ``slack`` of their room left free by what comes: so that memory that
+    comes and goes a little moves nothing.
     """
     fast = rooms[:-1]
-    with_slack = [*(Room(r.tier, None if r.nbytes is None else int(r.nbytes * (1 - slack))) for r in fast), rooms[-1]]
-    better = plan(attributes, with_slack, rules)
-    over = any(room.nbytes is not None and current.used(room.tier) > room.nbytes for room in fast)
-    if over or any(better.used(room.tier) > current.used(room.tier) for room in fast[:1]):
-        return better
-    return current
+    used = [current.used(room.tier) for room in fast]
+    over = any(room.nbytes is not None and taken > room.nbytes for room, taken in zip(fast, used, strict=True))
+    with_slack = [
+        Room(r.tier, None if r.nbytes is None else max(int(r.nbytes * (1 - slack)), 0 if over else taken))
+        for r, taken in zip(fast, used, strict=True)
+    ]
+    better = plan(attributes, [*with_slack, rooms[-1]], rules)
+    gained = list(itertools.accumulate(better.used(room.tier) for room in fast))
+    return better if over or gained > list(itertools.accumulate(used)) else current

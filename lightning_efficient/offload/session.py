@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.offload.limit import Work
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
-from lightning_efficient.offload.placement import Placement, keep_or_replan
+from lightning_efficient.offload.placement import Placement, Room, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.site_choice import without_values_on_disk
 from lightning_efficient.offload.tiers.carriers import carrier_for
@@ -26,8 +26,10 @@ from lightning_efficient.offload.updates.schedule import AfterBackward, InBackwa
 from lightning_efficient.offload.updates.staging import Staging
 from lightning_efficient.offload.updates.under_forward import UnderForward
 
-__all__ = ["OffloadSession"]
+__all__ = ["ADAPT_EVERY", "OffloadSession"]
 
+ADAPT_EVERY = 10
+"""Training batches between looks at the free memory."""
 _SAVED = 1 << 20  # bytes of a saved tensor below which it stays
 
 
@@ -37,6 +39,9 @@ class OffloadSession(PlacedRun):
     Parameters are placed at once; what belongs to training follows with :meth:`start`. Its arguments are those of
     :class:`~.placed_run.PlacedRun`.
     """
+
+    _batches = 0  # of training, that have begun
+    _rooms_then: Sequence[Room] = ()  # at the last look
 
     def start(self) -> None:
         """Training starts: the optimizers' state, as it is now, goes to its places, and updates are taken over.
@@ -81,6 +86,7 @@ class OffloadSession(PlacedRun):
             self._begin()
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
         if gradients:
+            self._batches += 1
             self._means.step()
             host = self._host.busy_seconds if self._host is not None else 0.0
             self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds, host))
@@ -141,6 +147,11 @@ class OffloadSession(PlacedRun):
         if self.updates is not None:
             self._begin()
 
+    @property
+    def adapts_now(self) -> bool:
+        """Whether it is time to look at the free memory, with the batch that has begun."""
+        return self._batches % ADAPT_EVERY == 0
+
     def adapt(self) -> bool:
         """Move state to where there is room now, if that is worth it; results stay the same bit for bit.
 
@@ -149,7 +160,10 @@ class OffloadSession(PlacedRun):
         """
         if self.updates is None:
             return False
-        rooms = self.tiers.rooms(self._parameters, self._optimizers)
+        rooms = self.tiers.rooms(self._parameters, self._optimizers, self.placement)
+        if rooms == self._rooms_then:
+            return False
+        self._rooms_then = rooms
         stay = [row for row in self.placement.rows if row.attribute.kind != "optimizer_state"]
         left = self._left(rooms, Placement(tuple(stay), tuple(rooms)))
         states = [row for row in self.placement.rows if row.attribute.kind == "optimizer_state"]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.batches.free_memory import free_bytes
-from lightning_efficient.offload.placement import Room
+from lightning_efficient.offload.placement import Placement, Room
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
 from lightning_efficient.offload.updates.layout import is_bulk
@@ -85,11 +85,13 @@ class TierSet:
                 self._made.rmdir()
             self._made = None
 
-    def rooms(self, parameters: Iterable[Tensor], optimizers: Sequence[Optimizer]) -> list[Room]:
+    def rooms(
+        self, parameters: Iterable[Tensor], optimizers: Sequence[Optimizer], placed: Placement | None = None
+    ) -> list[Room]:
         """The tiers, fastest first, with what may be in them.
 
-        Where no budget is given that is what is free, less a reserve, and what the ``parameters``, their gradients and
-        the state of the ``optimizers`` take there already.
+        Where no budget is given that is what is free, less a reserve, and what the ``parameters``, their gradients, the
+        state of the ``optimizers`` and the records of what is ``placed`` take there already.
         """
         held = list(parameters)
         held += [parameter.grad for parameter in held if parameter.grad is not None]
@@ -98,7 +100,10 @@ class TierSet:
         rooms = []
         if self.fastest == "device":
             rooms.append(Room("device", self._budgets.get("device", self._room(self._device, held))))
-        rooms.append(Room("host", self._budgets.get("host", self._room(torch.device("cpu"), held))))
+        own, host = 0, self._tiers.get("host")
+        if placed is not None and isinstance(host, HostTier):  # what activations have there is free between steps
+            own = min(host.taken_bytes, placed.used("host"))
+        rooms.append(Room("host", self._budgets.get("host", self._room(torch.device("cpu"), held) + own)))
         rooms += [Room(tier, amount) for tier, amount in self._budgets.items() if tier.startswith("numa")]
         return [*rooms, Room("disk", self._budgets.get("disk"))]
 

@@ -116,6 +116,19 @@ def test_a_plan_is_kept_until_it_does_not_fit_or_much_is_gained_o5() -> None:
     assert shrunk.used("host") == 40 << 20
 
 
+def test_what_went_to_the_last_tier_comes_back_to_the_one_before_o5() -> None:
+    """Where the fastest memory is full, the next one may have got room; and what is there already stays there."""
+    items = attributes({"optimizer_state": 10}, layers=10)
+    rooms = [Room("device", 30 << 20), Room("host", 20 << 20), Room("disk", None)]
+    first = plan(items, rooms, FREE)
+    assert [first.used(tier) >> 20 for tier in ("device", "host", "disk")] == [30, 20, 50]
+    assert keep_or_replan(first, items, rooms, FREE) is first
+    better = keep_or_replan(first, items, [rooms[0], Room("host", 40 << 20), rooms[2]], FREE)
+    assert [better.used(tier) >> 20 for tier in ("device", "host", "disk")] == [30, 30, 40]
+    faster = keep_or_replan(first, items, [Room("device", 50 << 20), *rooms[1:]], FREE)
+    assert [faster.used(tier) >> 20 for tier in ("device", "host", "disk")] == [40, 20, 40]
+
+
 def test_the_table_says_what_is_where_and_why_o1_o3() -> None:
     items = [*attributes({"optimizer_state": 2, "parameter": 1}), Attribute("activation", "*", 0)]
     rooms = [Room("host", 3 << 20), Room("disk", None)]

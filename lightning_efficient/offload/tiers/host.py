@@ -71,6 +71,11 @@ class HostTier:
         """Of the budget, for all records, whether they have taken it yet or not."""
         return self._slabs.reserved_bytes
 
+    @property
+    def taken_bytes(self) -> int:
+        """Of memory; a record takes it when it is first written."""
+        return self._slabs.taken_bytes
+
     def reserve(self, sizes: Sequence[int], *, versioned: bool) -> list[Record]:
         """See :meth:`.Tier.reserve`; the budget must have room for two copies of each if ``versioned``."""
         check_sizes(sizes)
