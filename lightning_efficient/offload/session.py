@@ -20,6 +20,7 @@ from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.handover import Handover
 from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, Updates
@@ -40,6 +41,7 @@ class OffloadSession(PlacedRun):
     :class:`~.placed_run.PlacedRun`.
     """
 
+    _before: Handover | None = None  # while an engine is replaced
     _batches = 0  # of training, that have begun
     _rooms_then: Sequence[Room] = ()  # at the last look
 
@@ -81,7 +83,7 @@ class OffloadSession(PlacedRun):
         """
         if gradients and self.updates is not None and self._arrangement() != self._placed_for:
             self._let_go()  # the optimizers have other parameters, or have them in other groups
-            self.engine.bring_back()
+            self._before = self._hand_over()
             self._place_what_came()
             self._begin()
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
@@ -132,14 +134,27 @@ class OffloadSession(PlacedRun):
     # -- what changes while it runs ----------------------------------------------------------------------------------
 
     def bring_back(self) -> None:
-        """Before parameters come or go: all are ordinary ones, and the optimizers have their state and step alone."""
+        """Before parameters come or go: all are ordinary ones, and the optimizers have their state and step alone.
+
+        Of what is in tiers they have a view, which takes no memory of what is on a disk.
+        """
         self._let_go()
         if self.updates is not None:
-            self.engine.bring_back()
+            self._before = self._lend()
         if self.stream is not None:
             self.stream.end_step()
             self.stream.detach()
             self.stream = None
+
+    def _hand_over(self) -> Handover | None:
+        """What the next engine has state from; None: it is all in the optimizers."""
+        return Handover(self.engine)
+
+    def _lend(self) -> Handover | None:
+        """Likewise; the optimizers have it for as long."""
+        before = Handover(self.engine)
+        before.lend()
+        return before
 
     def begin_again(self) -> None:
         """After parameters came or went: everything is placed anew."""
@@ -247,6 +262,7 @@ class OffloadSession(PlacedRun):
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self.gradients = self._gradient_store(names)
         self.engine = self._new_engine(names)
+        self._before = None
         if (tier := self._elsewhere("activation", "*")) is not None:
             held = [*self._module.parameters(), *self._module.buffers()]
             staged = self.staging_bytes // 2
@@ -278,6 +294,7 @@ class OffloadSession(PlacedRun):
             "stream": self.stream,
             "together_bytes": together_bytes,
             "host": self._host,
+            "before": self._before,
         }
 
     def _new_updates(self) -> Updates:

@@ -15,6 +15,7 @@ from lightning_efficient.offload.batches.free_memory import free_bytes
 from lightning_efficient.offload.placement import Placement, Room
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
+from lightning_efficient.offload.tiers.mapped_memory import is_of_a_record
 from lightning_efficient.offload.updates.layout import is_bulk
 
 __all__ = ["TierSet"]
@@ -97,6 +98,7 @@ class TierSet:
         held += [parameter.grad for parameter in held if parameter.grad is not None]
         for optimizer in optimizers:
             held += [value for state in optimizer.state.values() for value in state.values() if is_bulk(value)]
+        held = [tensor for tensor in held if not is_of_a_record(tensor)]  # it is on a disk, or counted with its tier
         rooms = []
         if self.fastest == "device":
             rooms.append(Room("device", self._budgets.get("device", self._room(self._device, held))))
