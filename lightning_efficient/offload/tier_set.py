@@ -98,7 +98,8 @@ class TierSet:
         held += [parameter.grad for parameter in held if parameter.grad is not None]
         for optimizer in optimizers:
             held += [value for state in optimizer.state.values() for value in state.values() if is_bulk(value)]
-        held = [tensor for tensor in held if not is_of_a_record(tensor)]  # it is on a disk, or counted with its tier
+        parts = [local_part(tensor) for tensor in held]
+        held = [part for part in parts if not is_of_a_record(part)]  # those are on a disk, or counted with their tier
         rooms = []
         if self.fastest == "device":
             rooms.append(Room("device", self._budgets.get("device", self._room(self._device, held))))
@@ -157,6 +158,6 @@ class TierSet:
         return free_bytes(device) // (self._host_share if device.type == "cpu" else 1)
 
     def _room(self, device: torch.device, held: Iterable[Tensor]) -> int:
-        there = sum(local_part(t).numel() * t.element_size() for t in held if t.device.type == device.type)
+        there = sum(part.numel() * part.element_size() for part in held if part.device.type == device.type)
         free = self._free_bytes(device)
         return max(0, there + free - self._reserves.setdefault(device.type, int(_RESERVED * free)))
