@@ -20,6 +20,7 @@ from lightning_efficient.offload.updates.layout import is_bulk
 
 __all__ = ["TierSet"]
 
+_WAYS = {"read": "read", "written": "write"}
 _RESERVED = 0.2  # of the memory that is free at the start, where no budget is given: for activations and others
 
 
@@ -122,14 +123,11 @@ class TierSet:
         return sum(max(one.read_seconds, one.write_seconds) for one in found)
 
     def totals(self) -> dict[str, float]:
-        """What grows: bytes that were moved, and the time in which they were, by the disk's name."""
+        """What grows: bytes that were moved, and the time in which they were, by the tier's name."""
         values: dict[str, float] = {}
-        for name, tier in self._tiers.items():
-            if not isinstance(tier, HostTier):
-                found = tier.statistics()
-                values |= {f"{name}_read_bytes": float(found.read_bytes), f"{name}_read_ms": found.read_seconds * 1e3}
-                values |= {f"{name}_written_bytes": float(found.written_bytes)}
-                values |= {f"{name}_write_ms": found.write_seconds * 1e3}
+        for name, tier in self._tags():
+            for moved, (nbytes, seconds) in _moved(tier).items():
+                values |= {f"{name}_{moved}_bytes": float(nbytes), f"{name}_{moved}_ms": seconds * 1e3}
         return values
 
     def measurements(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -139,19 +137,18 @@ class TierSet:
             means: Of :meth:`totals`, and of others, over steps.
         """
         values = dict(means)
-        for name, tier in self._tiers.items():
-            if isinstance(tier, HostTier):
-                values[f"{name.replace(':', '_')}_bytes"] = float(tier.reserved_bytes)
-                continue
-            found = tier.statistics()
-            values[f"{name}_bytes"] = float(found.file_bytes)
-            values[f"total_{name}_read_bytes"] = float(found.read_bytes)
-            values[f"total_{name}_written_bytes"] = float(found.written_bytes)
-            for moved, way in (("read", "read"), ("written", "write")):
-                if milliseconds := values.pop(f"{name}_{way}_ms", 0.0):
+        for name, tier in self._tags():
+            held = tier.reserved_bytes if isinstance(tier, HostTier) else tier.statistics().file_bytes
+            values[f"{name}_bytes"] = float(held)
+            for moved, (nbytes, _) in _moved(tier).items():
+                values[f"total_{name}_{moved}_bytes"] = float(nbytes)
+                if milliseconds := values.pop(f"{name}_{moved}_ms", 0.0):
                     rate = values[f"{name}_{moved}_bytes"] / milliseconds / 1e6
-                    values[f"{name}_{way}_gigabytes_per_second"] = rate
+                    values[f"{name}_{_WAYS[moved]}_gigabytes_per_second"] = rate
         return values
+
+    def _tags(self) -> list[tuple[str, DiskTier | HostTier]]:
+        return [(name.replace(":", "_"), tier) for name, tier in self._tiers.items()]
 
     def _free_bytes(self, device: torch.device) -> int:
         """What this process may still take there."""
@@ -161,3 +158,12 @@ class TierSet:
         there = sum(part.numel() * part.element_size() for part in held if part.device.type == device.type)
         free = self._free_bytes(device)
         return max(0, there + free - self._reserves.setdefault(device.type, int(_RESERVED * free)))
+
+
+def _moved(tier: DiskTier | HostTier) -> dict[str, tuple[int, float]]:
+    """Bytes and seconds, by direction."""
+    if isinstance(tier, HostTier):
+        read, written = tier.read_back, tier.written
+        return {"read": (read.nbytes, read.seconds), "written": (written.nbytes, written.seconds)}
+    found = tier.statistics()
+    return {"read": (found.read_bytes, found.read_seconds), "written": (found.written_bytes, found.write_seconds)}

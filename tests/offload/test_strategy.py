@@ -502,6 +502,13 @@ def test_state_on_a_numa_node_o9(caplog: pytest.LogCaptureFixture) -> None:
         run = fit(None, build=offload(place={"optimizer_state": "numa:0"}))
     assert "| optimizer_state | update to update | numa:0 |" in run.trainer.strategy.placement()
     assert "numa:0: optimizer_state" in caplog.text
+    [*_, logged] = [metrics for _, metrics in run.logged if "offload/numa_0_read_bytes" in metrics]
+    state = 2 * sum(p.numel() * 4 for p in run.module.parameters())  # of which small neighbours have gaps between
+    assert state <= logged["offload/numa_0_read_bytes"] < 1.1 * state
+    assert state <= logged["offload/numa_0_written_bytes"] < 1.1 * state
+    assert logged["offload/numa_0_read_gigabytes_per_second"] > 0
+    assert logged["offload/numa_0_write_gigabytes_per_second"] > 0
+    assert logged["offload/total_numa_0_read_bytes"] >= 14 * state
     same(run, fit(None))
 
 

@@ -50,3 +50,21 @@ def test_state_in_host_memory_is_not_what_others_took_o5(tmp_path: Path, monkeyp
     host.release(records)
     assert host.taken_bytes == 0
     tiers.close()
+
+
+def test_what_moves_is_counted_for_memory_too_o4(tmp_path: Path) -> None:
+    tiers = TierSet(torch.device("cpu"), tmp_path, {"host": 8 * MIB}, host_share=1)
+    host, data = tiers.get("host"), torch.zeros(2 * MIB, dtype=torch.uint8)
+    [record] = host.reserve([data.nbytes], versioned=False)
+    before = tiers.totals()
+    host.write(record, data).wait()
+    for _ in range(2):
+        host.read(record, data).wait()
+    moved = {name: value - before[name] for name, value in tiers.totals().items()}
+    found = tiers.measurements(moved)
+    assert found.pop("host_read_gigabytes_per_second") == pytest.approx(4 * MIB / moved["host_read_ms"] / 1e6)
+    assert found.pop("host_write_gigabytes_per_second") == pytest.approx(2 * MIB / moved["host_written_ms"] / 1e6)
+    amounts = {"host_bytes": 2, "host_read_bytes": 4, "host_written_bytes": 2}
+    amounts |= {"total_host_read_bytes": 4, "total_host_written_bytes": 2}
+    assert found == {name: amount * MIB for name, amount in amounts.items()}
+    tiers.close()
