@@ -38,6 +38,8 @@ __all__ = ["TOGETHER_BYTES", "PlacedRun", "Schedule"]
 TOGETHER_BYTES = 4 << 20
 """Of parameters that are updated in one go, for records that are worth a disk's while."""
 _STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
+_PARTS = {"optimizer_state": 1, "activation": 2, "gradient": 4, "updates on the host": 2}
+"""What is on its way has memory of its own, by kind: so much of `staging` (a half, a quarter)."""
 Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 
 
@@ -109,7 +111,7 @@ class PlacedRun:
 
     @property
     def staging_bytes(self) -> int:
-        """Memory for records on their way: as given, or enough for two of the largest ones."""
+        """Memory for optimizer state on its way: as given, or enough for two of the largest records."""
         if self._settings.staging_bytes is not None:
             return self._settings.staging_bytes
         sizes = [a.nbytes for a in self.attributes if self._elsewhere(a.kind, a.name) is not None]
@@ -156,9 +158,18 @@ class PlacedRun:
 
     def ways(self) -> list[str]:
         """Of what is elsewhere: the memory for it on its way, and the folder of what is on a disk."""
-        tiers = {row.tier for row in self.placement.rows} - {self.tiers.fastest}
-        parts = [f"staging up to {human_bytes(self.staging_bytes)}, beside the budget"] if tiers else []
-        return [*parts, f"files in {self.tiers.directory.absolute()}"] if "disk" in tiers else parts
+        away = self._away()
+        kinds: set[str] = {row.attribute.kind for row in away}
+        if self._chosen.site == "host" and "optimizer_state" in kinds:
+            kinds.add("updates on the host")
+        most = sum(self._on_the_way(kind) for kind in kinds & _PARTS.keys())
+        parts = [f"staging up to {human_bytes(most)}, beside the budget"] if most else []
+        on_disk = any(row.tier == "disk" for row in away)
+        return [*parts, f"files in {self.tiers.directory.absolute()}"] if on_disk else parts
+
+    def _on_the_way(self, kind: str) -> int:
+        """Most memory for what is on its way."""
+        return self.staging_bytes // _PARTS[kind]
 
     def look(self) -> None:
         """As a batch begins: the means among the measurements are of the batches since the last look from now on."""

@@ -60,7 +60,7 @@ class OffloadSession(PlacedRun):
                 crossing_for(self._device),
                 self._staging,
                 master_weights=self._settings.master_weights,
-                in_flight_bytes=self.staging_bytes // 2,
+                in_flight_bytes=self._on_the_way("updates on the host"),
             )
         elif self._device.type == "cpu":
             self._staging = Staging(self.staging_bytes)
@@ -265,7 +265,7 @@ class OffloadSession(PlacedRun):
         self._before = None
         if (tier := self._elsewhere("activation", "*")) is not None:
             held = [*self._module.parameters(), *self._module.buffers()]
-            staged = self.staging_bytes // 2
+            staged = self._on_the_way("activation")
             self.saved = SavedTensorOffload(
                 self.tiers.get(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
             )
@@ -322,8 +322,8 @@ class OffloadSession(PlacedRun):
             tiers,
             self._optimizers,
             self._complete,
-            carrier_for(self._device, self.staging_bytes // 4),
-            self.staging_bytes // 4,
+            carrier_for(self._device, self._on_the_way("gradient")),
+            self._on_the_way("gradient"),
             keep_complete=self._schedule == "in_backward",
             two_steps=self._schedule == "delayed",
         )

@@ -51,9 +51,11 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             there, and the state comes and goes; ``host``: by the CPU, which gets gradients and sends new values, and
             whose kernels may round differently; ``auto``: what is faster, measured when training begins. Without a
             GPU there is one place only.
-        staging: Most memory for records on their way to and from a disk, beside the budget: it is taken as it is
-            needed, and one record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB,
-            or what two of the largest records take.
+        staging: Most memory for optimizer state on its way, beside the budget: it is taken as it is needed, and one
+            record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB, or what two of
+            the largest records take. What else is on its way has memory beside it: activations half as much,
+            gradients a quarter, gradients and values of updates on the host half, so that all kinds together take up
+            to 2.25 times ``staging``.
         master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
         batch_feedback: Split a batch into micro-batches within the step when memory is short, go back to the step's
             beginning after an out-of-memory error, and merge them again when there is room; the batch that the
