@@ -186,13 +186,6 @@ class HostTier:
                 self._check_whole(slot)
             self._slots.commit()
 
-    def rollback(self) -> None:
-        """See :meth:`.Tier.rollback`."""
-        self._check_open()
-        with self._lock:
-            self._settle()
-            self._slots.rollback()
-
     def close(self) -> None:
         """See :meth:`.Tier.close`; memory that is mapped stays for as long as it is used. May be called again."""
         if os.getpid() == self._process:
@@ -216,7 +209,7 @@ class HostTier:
 
     def _check_whole(self, slot: Slot[Slab]) -> None:
         if not slot.whole:
-            raise TierError(f"A record of the {self.name} tier is not whole, because its last write failed. Roll back.")
+            raise TierError(f"A record of the {self.name} tier is not whole: its last write failed. Write it again.")
 
 
 def keeps_versions(tier: Tier) -> bool:

@@ -62,7 +62,7 @@ class Slabs:
         if self.reserved_bytes + nbytes > self.budget_bytes:
             raise TierError(
                 f"The {self._tier} tier has {self.reserved_bytes:,} of its budget_bytes={self.budget_bytes:,} in use, "
-                f"and {nbytes:,} bytes more are needed (two copies of each record that can be rolled back). Give it a "
+                f"and {nbytes:,} bytes more are needed (two copies of each versioned record). Give it a "
                 "larger budget, or offload less there."
             )
         free = None if self._node is None else numa.free_bytes(self._node)
