@@ -163,9 +163,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if self._session is None or trainer is None:
             return
         self._session.begin_batch(gradients=True)
+        if self._session.adapts_now and self._session.adapt():
+            self._tell(trainer, "the free memory changed")
         if telemetry.due(trainer):
-            if self._session.adapt():
-                self._tell(trainer, "the free memory changed")
             self._session.look()
             telemetry.log(trainer, self.measurements())
 

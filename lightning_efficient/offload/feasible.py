@@ -108,7 +108,7 @@ def check_rooms(placement: Placement, rules: Rules, others: Mapping[str, int]) -
         for row in rows:
             if found := rules.find(row.attribute):
                 asking[found[0]] = asking.get(found[0], 0) + row.attribute.nbytes
-        by = f" by place[{max(asking, key=asking.__getitem__)!r}]" if asking else ""
+        by = f" by {max(asking, key=asking.__getitem__)}" if asking else ""
         budget = f"memory_budget[{tier!r}]"
         has, enough = f"{budget} allows {human_bytes(limit)}", f"Give {budget} at least {needed:,} bytes, or place"
         if tier in others:

@@ -38,6 +38,8 @@ __all__ = ["TOGETHER_BYTES", "PlacedRun", "Schedule"]
 TOGETHER_BYTES = 4 << 20
 """Of parameters that are updated in one go, for records that are worth a disk's while."""
 _STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
+_PARTS = {"optimizer_state": 1, "activation": 2, "gradient": 4, "updates on the host": 2}
+"""What is on its way has memory of its own, by kind: so much of `staging` (a half, a quarter)."""
 Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 
 
@@ -93,9 +95,7 @@ class PlacedRun:
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
         self._limit, self._means = LimitMeter(), StepMeans(self._totals)
         self._handles: list[RemovableHandle] = []
-        on_cpu = device.type == "cpu"  # where the device's memory is that of the host
-        place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
-        self._rules = Rules(place)
+        self._rules = Rules(settings.place, fastest=self.tiers.fastest)
         self.updates: Updates | None = None
         self.gradients: GradientStore | None = None
         self.stream: ParameterStream | None = None
@@ -111,7 +111,7 @@ class PlacedRun:
 
     @property
     def staging_bytes(self) -> int:
-        """Memory for records on their way: as given, or enough for two of the largest ones."""
+        """Memory for optimizer state on its way: as given, or enough for two of the largest records."""
         if self._settings.staging_bytes is not None:
             return self._settings.staging_bytes
         sizes = [a.nbytes for a in self.attributes if self._elsewhere(a.kind, a.name) is not None]
@@ -158,9 +158,18 @@ class PlacedRun:
 
     def ways(self) -> list[str]:
         """Of what is elsewhere: the memory for it on its way, and the folder of what is on a disk."""
-        tiers = {row.tier for row in self.placement.rows} - {self.tiers.fastest}
-        parts = [f"staging up to {human_bytes(self.staging_bytes)}, beside the budget"] if tiers else []
-        return [*parts, f"files in {self.tiers.directory.absolute()}"] if "disk" in tiers else parts
+        away = self._away()
+        kinds: set[str] = {row.attribute.kind for row in away}
+        if self._chosen.site == "host" and "optimizer_state" in kinds:
+            kinds.add("updates on the host")
+        most = sum(self._on_the_way(kind) for kind in kinds & _PARTS.keys())
+        parts = [f"staging up to {human_bytes(most)}, beside the budget"] if most else []
+        on_disk = any(row.tier == "disk" for row in away)
+        return [*parts, f"files in {self.tiers.directory.absolute()}"] if on_disk else parts
+
+    def _on_the_way(self, kind: str) -> int:
+        """Most memory for what is on its way."""
+        return self.staging_bytes // _PARTS[kind]
 
     def look(self) -> None:
         """As a batch begins: the means among the measurements are of the batches since the last look from now on."""
@@ -205,7 +214,10 @@ class PlacedRun:
         self._values_stay = False  # on the host, beside their state
         self.attributes = self._plain = self._attributes()
         self._placed_for = self._arrangement()
-        rooms, at_once = self.tiers.rooms(self._parameters, self._optimizers), used_at_once(self._module)
+        rooms, at_once = (
+            self.tiers.rooms(self._parameters, self._optimizers, self.placement),
+            used_at_once(self._module),
+        )
         self.placement = plan_with_window(self.attributes, rooms, self._rules, at_once)
         self._choose_site()
         streams = any(row.attribute.kind == "parameter" for row in self._away())
@@ -215,7 +227,7 @@ class PlacedRun:
             with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
             self.placement = without_values_on_disk(with_values, self._plain)
         self._window_bytes = window_bytes(self.placement)
-        check_rooms(self.placement, self._rules, self.tiers.unbudgeted(self._rules.tiers))
+        check_rooms(self.placement, self._rules, self.tiers.unbudgeted({row.tier for row in self._away()}))
         check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)

@@ -13,14 +13,16 @@ from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.batches.free_memory import free_bytes
-from lightning_efficient.offload.placement import Room
+from lightning_efficient.offload.placement import Placement, Room
 from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
+from lightning_efficient.offload.tiers.mapped_memory import is_of_a_record
 from lightning_efficient.offload.updates.layout import is_bulk
 
 __all__ = ["TierSet"]
 
+_WAYS = {"read": "read", "written": "write"}
 _RESERVED = 0.2  # of the memory that is free at the start, where no budget is given: for activations and others
 
 
@@ -101,20 +103,27 @@ class TierSet:
                 self._made.rmdir()
             self._made = None
 
-    def rooms(self, parameters: Iterable[Tensor], optimizers: Sequence[Optimizer]) -> list[Room]:
+    def rooms(
+        self, parameters: Iterable[Tensor], optimizers: Sequence[Optimizer], placed: Placement | None = None
+    ) -> list[Room]:
         """The tiers, fastest first, with what may be in them.
 
-        Where no budget is given that is what is free, less a reserve, and what the ``parameters``, their gradients and
-        the state of the ``optimizers`` take there already.
+        Where no budget is given that is what is free, less a reserve, and what the ``parameters``, their gradients, the
+        state of the ``optimizers`` and the records of what is ``placed`` take there already.
         """
         held = list(parameters)
         held += [parameter.grad for parameter in held if parameter.grad is not None]
         for optimizer in optimizers:
             held += [value for state in optimizer.state.values() for value in state.values() if is_bulk(value)]
+        parts = [local_part(tensor) for tensor in held]
+        held = [part for part in parts if not is_of_a_record(part)]  # those are on a disk, or counted with their tier
         rooms = []
         if self.fastest == "device":
             rooms.append(Room("device", self._budgets.get("device", self._room(self._device, held))))
-        rooms.append(Room("host", self._budgets.get("host", self._room(torch.device("cpu"), held))))
+        own, host = 0, self._tiers.get("host")
+        if placed is not None and isinstance(host, HostTier):  # what activations have there is free between steps
+            own = min(host.taken_bytes, placed.used("host"))
+        rooms.append(Room("host", self._budgets.get("host", self._room(torch.device("cpu"), held) + own)))
         rooms += [Room(tier, amount) for tier, amount in self._budgets.items() if tier.startswith("numa")]
         return [*rooms, Room("disk", self._budgets.get("disk"))]
 
@@ -130,14 +139,11 @@ class TierSet:
         return sum(max(one.read_seconds, one.write_seconds) for one in found)
 
     def totals(self) -> dict[str, float]:
-        """What grows: bytes that were moved, and the time in which they were, by the disk's name."""
+        """What grows: bytes that were moved, and the time in which they were, by the tier's name."""
         values: dict[str, float] = {}
-        for name, tier in self._tiers.items():
-            if not isinstance(tier, HostTier):
-                found = tier.statistics()
-                values |= {f"{name}_read_bytes": float(found.read_bytes), f"{name}_read_ms": found.read_seconds * 1e3}
-                values |= {f"{name}_written_bytes": float(found.written_bytes)}
-                values |= {f"{name}_write_ms": found.write_seconds * 1e3}
+        for name, tier in self._tags():
+            for moved, (nbytes, seconds) in _moved(tier).items():
+                values |= {f"{name}_{moved}_bytes": float(nbytes), f"{name}_{moved}_ms": seconds * 1e3}
         return values
 
     def measurements(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -147,19 +153,18 @@ class TierSet:
             means: Of :meth:`totals`, and of others, over steps.
         """
         values = dict(means)
-        for name, tier in self._tiers.items():
-            if isinstance(tier, HostTier):
-                values[f"{name.replace(':', '_')}_bytes"] = float(tier.reserved_bytes)
-                continue
-            found = tier.statistics()
-            values[f"{name}_bytes"] = float(found.file_bytes)
-            values[f"total_{name}_read_bytes"] = float(found.read_bytes)
-            values[f"total_{name}_written_bytes"] = float(found.written_bytes)
-            for moved, way in (("read", "read"), ("written", "write")):
-                if milliseconds := values.pop(f"{name}_{way}_ms", 0.0):
+        for name, tier in self._tags():
+            held = tier.reserved_bytes if isinstance(tier, HostTier) else tier.statistics().file_bytes
+            values[f"{name}_bytes"] = float(held)
+            for moved, (nbytes, _) in _moved(tier).items():
+                values[f"total_{name}_{moved}_bytes"] = float(nbytes)
+                if milliseconds := values.pop(f"{name}_{moved}_ms", 0.0):
                     rate = values[f"{name}_{moved}_bytes"] / milliseconds / 1e6
-                    values[f"{name}_{way}_gigabytes_per_second"] = rate
+                    values[f"{name}_{_WAYS[moved]}_gigabytes_per_second"] = rate
         return values
+
+    def _tags(self) -> list[tuple[str, DiskTier | HostTier]]:
+        return [(name.replace(":", "_"), tier) for name, tier in self._tiers.items()]
 
     def _free_bytes(self, device: torch.device) -> int:
         """What this process may still take there."""
@@ -177,10 +182,19 @@ class TierSet:
         return everywhere if free is None else min(everywhere, free // self._host_share)
 
     def _room(self, device: torch.device, held: Iterable[Tensor]) -> int:
-        there = sum(local_part(t).numel() * t.element_size() for t in held if t.device.type == device.type)
+        there = sum(part.numel() * part.element_size() for part in held if part.device.type == device.type)
         free = self._free_bytes(device)
         return max(0, there + free - self._reserves.setdefault(device.type, int(_RESERVED * free)))
 
 
 def _node(name: str) -> int:
     return int(name.partition(":")[2])
+
+
+def _moved(tier: DiskTier | HostTier) -> dict[str, tuple[int, float]]:
+    """Bytes and seconds, by direction."""
+    if isinstance(tier, HostTier):
+        read, written = tier.read_back, tier.written
+        return {"read": (read.nbytes, read.seconds), "written": (written.nbytes, written.seconds)}
+    found = tier.statistics()
+    return {"read": (found.read_bytes, found.read_seconds), "written": (found.written_bytes, found.write_seconds)}

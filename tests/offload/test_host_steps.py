@@ -432,8 +432,8 @@ def test_counters_go_back_to_where_a_step_on_the_device_has_them(there: bool, jo
     unit = job.engine.units[0]
     unit.group["fused"] = there
     far = nn.Parameter(torch.empty(2, device="meta"))  # stands for a GPU
-    steps = job.engine._at_home(unit, far, "step", torch.tensor(3.0))
+    steps = job.engine.at_home(unit, far, "step", torch.tensor(3.0))
     assert steps.device.type == ("meta" if there else "cpu")
-    assert job.engine._at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
-    assert job.engine._at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
-    assert job.engine._at_home(unit, far, "name", 5) == 5
+    assert job.engine.at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
+    assert job.engine.at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
+    assert job.engine.at_home(unit, far, "name", 5) == 5

@@ -18,6 +18,7 @@ from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
+from lightning_efficient.offload.placement import Attribute
 from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
@@ -190,15 +191,46 @@ def test_one_amount_is_of_the_fastest_memory_o5() -> None:
     assert "no room in host" in run.trainer.strategy.placement()
 
 
-def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
-    monkeypatch.setattr(tier_set, "free_bytes", lambda device: next(free))
-    run = fit(None, build=offload(place=None))
-    texts = [event.text for event in run.events]
-    assert len(texts) >= 2
-    assert "disk: " in texts[0]
-    assert "disk: " not in texts[-1]
+def state_of_blocks(attribute: Attribute) -> str | None:
+    """Named in a configuration too, see ``test_cli.py``."""
+    return "disk" if attribute.kind == "optimizer_state" and "blocks" in attribute.name else None
+
+
+@pytest.mark.parametrize("place", [state_of_blocks, {"optimizer_state": f"{__name__}.state_of_blocks"}])
+def test_a_function_places_o2(place: Any) -> None:
+    run = fit(None, build=offload(place=place))
+    table = run.trainer.strategy.placement()
+    assert "| optimizer_state | update to update | disk |" in table
+    assert "state_of_blocks |" in table
+    assert "| optimizer_state | update to update | host |" in table
     same(run, fit(None))
+
+
+def test_a_function_is_not_asked_about_what_must_stay_o2() -> None:
+    run = fit(None, build=offload(place=lambda _: "disk"), after=[SeesGradients()], max_steps=2)
+    assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
+
+
+def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload_session, "ADAPT_EVERY", 4)
+    free = {4: 0, 8: 1 << 24}
+    now = SawBatches()
+    monkeypatch.setattr(tier_set, "free_bytes", lambda device: free.get(now.begun, 1 << 20))
+    run = fit(None, build=offload(place=None), before=[now], log_every_n_steps=1000)
+    texts = [event.text for event in run.events]
+    assert [event.step for event in run.events] == [3, 7]  # no matter where logs are due
+    assert "disk: " in texts[0]
+    assert "disk: " not in texts[1]
+    same(run, fit(None))
+
+
+class SawBatches(pl.Callback):
+    """How many batches of training have begun."""
+
+    begun = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun += 1
 
 
 def test_measurements_are_logged_o4() -> None:
@@ -355,6 +387,12 @@ def test_full_precision_that_begins_at_the_switch_g6() -> None:
             {"place": {"activation:blocks.*": "disk"}},
             r"place\['activation:blocks.\*'\] would do nothing: what backward",
         ),
+        (
+            {"place": "disk"},
+            r"place='disk' is not allowed. Give a mapping, such as \{'optimizer_state': 'disk'\}, or a",
+        ),
+        ({"place": {"gradient": "os.nothing"}}, r"place\['gradient'\]: 'os.nothing' is no tier, and no function"),
+        ({"place": "os.sep"}, "place: 'os.sep' is no function but '/'"),
         ({"memory_budget": {"gpu": 1}}, "memory_budget: 'gpu' is no tier"),
         ({"memory_budget": {"host": "much"}}, r"memory_budget\['host'\]='much' is no amount of memory"),
         ({"memory_budget": 0}, "memory_budget=0 must be more than nothing"),
@@ -426,7 +464,7 @@ def test_room_that_is_short_by_pages_is_said_before_the_first_step(monkeypatch: 
 
 
 def test_the_disks_budget_is_kept_to() -> None:
-    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 471 KiB would go there"):
+    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 628 KiB would go there"):
         fit(None, build=offload(memory_budget={"disk": "1KiB"}))
 
 
@@ -531,6 +569,13 @@ def test_state_on_a_numa_node_o9(caplog: pytest.LogCaptureFixture) -> None:
         run = fit(None, build=offload(place={"optimizer_state": "numa:0"}))
     assert "| optimizer_state | update to update | numa:0 |" in run.trainer.strategy.placement()
     assert "numa:0: optimizer_state" in caplog.text
+    [*_, logged] = [metrics for _, metrics in run.logged if "offload/numa_0_read_bytes" in metrics]
+    state = 2 * sum(p.numel() * 4 for p in run.module.parameters())  # of which small neighbours have gaps between
+    assert state <= logged["offload/numa_0_read_bytes"] < 1.1 * state
+    assert state <= logged["offload/numa_0_written_bytes"] < 1.1 * state
+    assert logged["offload/numa_0_read_gigabytes_per_second"] > 0
+    assert logged["offload/numa_0_write_gigabytes_per_second"] > 0
+    assert logged["offload/total_numa_0_read_bytes"] >= 14 * state
     same(run, fit(None))
 
 
