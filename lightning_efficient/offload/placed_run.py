@@ -118,8 +118,8 @@ class PlacedRun:
         return max(_STAGING, 2 * max(sizes, default=0) + TOGETHER_BYTES)
 
     @property
-    def _waited_seconds(self) -> float:
-        """That computing waited for transfers."""
+    def waited_seconds(self) -> float:
+        """That computing waited for transfers, as far as the host sees it: a GPU's streams wait by themselves."""
         updating = self._host or self._staging  # what the host waits for, computing does not
         waited = updating.waited_seconds if updating is not None else 0.0
         if self.updates is not None:

@@ -83,7 +83,7 @@ class OffloadSession(PlacedRun):
         if gradients:
             self._means.step()
             host = self._host.busy_seconds if self._host is not None else 0.0
-            self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds, host))
+            self._limit.step(Work(self.tiers.disk_seconds, self.waited_seconds, host))
         if self.stream is not None:
             self.stream.end_step()
             self.stream.begin_step(gradients=gradients)
