@@ -28,6 +28,7 @@ from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
 from lightning_efficient.offload.step_means import Increase
 from lightning_efficient.offload.tiers.tier import TierError
+from lightning_efficient.offload.timed_steps import TimedStepsMixin
 from lightning_efficient.offload.trainer import (
     Schedule,
     accumulates,
@@ -48,7 +49,7 @@ else:
     _Base = object
 
 
-class OffloadMixin(MicroBatchMixin, _Base):
+class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
     """To be put before a strategy of Lightning, whose constructor calls :meth:`_configure`."""
 
     def _configure(self, *, enabled: bool, **arguments: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_efficient.offload.limit import Work
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
 from lightning_efficient.offload.placement import Placement, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
@@ -59,6 +58,7 @@ class OffloadSession(PlacedRun):
             self._staging = Staging(self.staging_bytes)
         else:
             self._staging = DeviceStaging(self.staging_bytes, self._device)
+        self.limit.disk_bytes_per_second = self._disk_bytes_per_second()
         self._begin()
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
@@ -82,8 +82,9 @@ class OffloadSession(PlacedRun):
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
         if gradients:
             self._means.step()
-            host = self._host.busy_seconds if self._host is not None else 0.0
-            self._limit.step(Work(self.tiers.disk_seconds, self.waited_seconds, host))
+            self.limit.step()
+        else:
+            self.limit.interrupt()
         if self.stream is not None:
             self.stream.end_step()
             self.stream.begin_step(gradients=gradients)
