@@ -262,6 +262,16 @@ class GrowAndUnshareCallback(Callback):
         if self._width_check and progress.growing.width == "narrow":
             self._width_check.listen()
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether a condition compares gradients, or a check needs all weights to be of one step when they are there.
+
+        Asked by strategies that would update parameters in backward, or put gradients elsewhere.
+        """
+        phases = self._grown().phases
+        compares = any(phase.until is not None and phase.until.correlation_below is not None for phase in phases)
+        return compares or self.settings.width is not None
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._triggers.unwatch()
 

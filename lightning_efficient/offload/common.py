@@ -26,7 +26,9 @@ from lightning_efficient.offload.checkpoint import load_mapped, own_memory, sett
 from lightning_efficient.offload.checkpoint_io import streaming
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
+from lightning_efficient.offload.step_means import Increase
 from lightning_efficient.offload.tiers.tier import TierError
+from lightning_efficient.offload.timed_steps import TimedStepsMixin
 from lightning_efficient.offload.trainer import (
     Schedule,
     accumulates,
@@ -47,7 +49,7 @@ else:
     _Base = object
 
 
-class OffloadMixin(MicroBatchMixin, _Base):
+class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
     """To be put before a strategy of Lightning, whose constructor calls :meth:`_configure`."""
 
     def _configure(self, *, enabled: bool, **arguments: Any) -> None:
@@ -320,6 +322,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
         def session_allows() -> bool:
             return self._session is None or self._session.may_retry
 
+        def waited() -> float:
+            return self._session.waited_seconds if self._session is not None else 0.0
+
         def give_up() -> None:
             if self._session is not None:
                 self._session.give_up_attempt()
@@ -332,6 +337,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
                     loss_reduction=self.settings.loss_reduction,
                     may_retry=session_allows,
                     abandoned=give_up,
+                    idle_s=Increase(waited),
                 ),
             )
         except ValueError as error:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.core.units import human_bytes
 from lightning_efficient.offload.feasible import check_rooms, check_staging, plan_with_window, window_bytes
 from lightning_efficient.offload.inventory import attributes_of, to_device
-from lightning_efficient.offload.limit import LimitMeter
+from lightning_efficient.offload.limit import LimitMeter, Work
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Row, Rules, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
@@ -24,6 +24,7 @@ from lightning_efficient.offload.step_means import StepMeans
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
+from lightning_efficient.offload.tiers.disk_bandwidth import bandwidth_for
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -53,6 +54,7 @@ class PlacedRun:
         gradients: Has the gradients that are elsewhere.
         engine: Has the optimizers' state.
         updates: Runs the optimizers' updates; None until training starts.
+        limit: Holds the time of steps against what they cannot be shorter than.
 
     Args:
         module: That is trained, or evaluated.
@@ -93,7 +95,8 @@ class PlacedRun:
         self._module, self._optimizers, self._settings = module, list(optimizers), settings
         self._device, self._schedule, self._complete = device, schedule, complete
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
-        self._limit, self._means = LimitMeter(), StepMeans(self._totals)
+        self.limit = LimitMeter(self._work, behind=device.type != "cpu")
+        self._means = StepMeans(self._totals)
         self._handles: list[RemovableHandle] = []
         self._rules = Rules(settings.place, fastest=self.tiers.fastest)
         self.updates: Updates | None = None
@@ -118,8 +121,8 @@ class PlacedRun:
         return max(_STAGING, 2 * max(sizes, default=0) + TOGETHER_BYTES)
 
     @property
-    def _waited_seconds(self) -> float:
-        """That computing waited for transfers."""
+    def waited_seconds(self) -> float:
+        """That computing waited for transfers, as far as the host sees it: a GPU's streams wait by themselves."""
         updating = self._host or self._staging  # what the host waits for, computing does not
         waited = updating.waited_seconds if updating is not None else 0.0
         if self.updates is not None:
@@ -189,7 +192,18 @@ class PlacedRun:
         if self.saved is not None:
             values["activation_resident_bytes"] = float(self.saved.statistics().stash.peak_resident_bytes)
         values |= self.tiers.measurements(self._means.means())
-        return values | self._chosen.measurements() | self._limit.measurements()
+        return values | self._chosen.measurements() | self.limit.measurements()
+
+    def _work(self) -> Work:
+        """So far."""
+        host = self._host.busy_seconds if self._host is not None else 0.0
+        return Work(self.tiers.disk_seconds, self.waited_seconds, host, self.tiers.disk_bytes)
+
+    def _disk_bytes_per_second(self) -> float | None:
+        """What the disk can move, where that was measured or soon is."""
+        if self._chosen.measured is not None and self._chosen.measured.on_disk:
+            return self._chosen.measured.disk_bytes_per_second
+        return bandwidth_for(self.tiers.directory, self.placement.used("disk"), memory_bytes=self.staging_bytes)
 
     def _totals(self) -> dict[str, float]:
         """What grows, by the tag of its mean over batches."""

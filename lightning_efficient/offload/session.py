@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_efficient.core.buffers import round_up
-from lightning_efficient.offload.limit import Work
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
 from lightning_efficient.offload.placement import Placement, Room, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
@@ -68,6 +67,7 @@ class OffloadSession(PlacedRun):
             self._staging = Staging(self.staging_bytes)
         else:
             self._staging = DeviceStaging(self.staging_bytes, self._device)
+        self.limit.disk_bytes_per_second = self._disk_bytes_per_second()
         self._begin()
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
@@ -92,8 +92,9 @@ class OffloadSession(PlacedRun):
         if gradients:
             self._batches += 1
             self._means.step()
-            host = self._host.busy_seconds if self._host is not None else 0.0
-            self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds, host))
+            self.limit.step()
+        else:
+            self.limit.interrupt()
         if self.stream is not None:
             self.stream.end_step()
             self.stream.begin_step(gradients=gradients)

@@ -138,6 +138,12 @@ class TierSet:
         found = [tier.statistics() for tier in self._tiers.values() if not isinstance(tier, HostTier)]
         return sum(max(one.read_seconds, one.write_seconds) for one in found)
 
+    @property
+    def disk_bytes(self) -> float:
+        """That the disk moved, in both directions together."""
+        found = [tier.statistics() for tier in self._tiers.values() if not isinstance(tier, HostTier)]
+        return float(sum(one.read_bytes + one.written_bytes for one in found))
+
     def totals(self) -> dict[str, float]:
         """What grows: bytes that were moved, and the time in which they were, by the tier's name."""
         values: dict[str, float] = {}

@@ -21,6 +21,7 @@ from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.layout import MASTER, VALUE
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward
+from lightning_efficient.offload.updates.subset_step import for_host_step
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier
 from tests.offload.late_crossing import LateCrossing
@@ -437,3 +438,58 @@ def test_counters_go_back_to_where_a_step_on_the_device_has_them(there: bool, jo
     assert job.engine.at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
     assert job.engine.at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
     assert job.engine.at_home(unit, far, "name", 5) == 5
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "device", "fused"),
+    [
+        (torch.optim.AdamW, {}, CUDA, True),
+        (torch.optim.SGD, {}, CUDA, True),
+        (torch.optim.AdamW, {}, CPU, None),  # there its own steps are the same bit for bit
+        (torch.optim.AdamW, {"fused": False}, CUDA, False),
+        (torch.optim.AdamW, {"foreach": False}, CUDA, None),
+        (torch.optim.AdamW, {"foreach": True}, CUDA, None),
+        (torch.optim.NAdam, {}, CUDA, None),  # which has none
+        (type("Own", (torch.optim.AdamW,), {}), {}, CUDA, None),
+    ],
+)
+def test_fused_kernels_are_taken_for_other_devices_where_the_user_leaves_it_open(
+    kind: Any, said: dict[str, Any], device: torch.device, fused: bool | None
+) -> None:
+    value = nn.Parameter(torch.ones(3))
+    optimizer = kind([value], **{"lr": 0.1} | said)
+    group = {key: one for key, one in optimizer.param_groups[0].items() if key != "params"}
+    before = dict(group)
+    assert for_host_step(optimizer, group, [value], device).get("fused") == fused
+    assert group == before
+
+
+def test_sparse_gradients_have_no_fused_kernel() -> None:
+    value = nn.Parameter(torch.ones(3, 2))
+    value.grad = torch.ones(3, 2).to_sparse(1)
+    optimizer = torch.optim.SGD([value], lr=0.1)
+    assert for_host_step(optimizer, optimizer.param_groups[0], [value], CUDA)["fused"] is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-amsgrad", "adam-tensor-lr", "sgd-momentum", "adagrad"])
+def test_steps_for_another_device_are_fused_inside_and_the_users_groups_stay(
+    optimizer: str, jobs: Callable[..., HostJobs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, step = [], host_job.step_alone
+
+    def spied(of: Any, group: Any, shown: Any) -> None:
+        seen.append(group["fused"])
+        step(of, group, shown)
+
+    monkeypatch.setattr(host_job, "step_alone", spied)
+    monkeypatch.setattr(host_job, "for_host_step", lambda *arguments: for_host_step(*arguments[:3], CUDA))
+    plain, job = jobs(OPTIMIZERS[optimizer]), jobs(OPTIMIZERS[optimizer])
+    job.on_host("after_backward", "memory")
+    job.train(6)
+    plain.train(6)
+    assert set(seen) == {True}
+    assert all(group["fused"] is None for group in job.optimizer.param_groups)
+    torch.testing.assert_close(job.weights(), plain.weights())

@@ -332,6 +332,28 @@ def test_growth_while_offloaded_keeps_state_g6() -> None:
     assert len([event for event in ours.events if event.technique == "offload"]) == 1
 
 
+SHARE: dict[str, Any] = {"mode": "share", "unit": 2, "correlation_every_n_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule"),
+    [
+        ({"mode": "stack", "stages": [{"depth": 2, "until": 5}, {"depth": 4}]}, "in_backward"),
+        (SHARE | {"until": 5}, "in_backward"),
+        (SHARE | {"until": {"correlation_below": 0.9, "step": 5}}, "under_forward"),
+        ({"width": {"factor": 2, "until": 5}}, "under_forward"),
+    ],
+)
+def test_growth_updates_in_backward_unless_it_looks_at_gradients_g6(
+    arguments: dict[str, Any], schedule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = DISK | ({"gradient": "disk"} if schedule == "in_backward" else {})
+    with caplog.at_level("INFO"):
+        ours = fit(None, build={**offload(place=place), "callbacks": [GrowAndUnshareCallback(**arguments)]})
+    assert f"schedule {schedule}: " in caplog.text
+    same(ours, fit(None, build={"callbacks": [GrowAndUnshareCallback(**arguments)]}))
+
+
 # -- full precision --------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ class BatchFeedback:
         may_retry: Asked after an error; False if weights have changed within the step.
         abandoned: Called when an attempt is given up, before gradients, buffers and generators are put back: for those
             who have taken anything of it, such as gradients that left ``.grad``.
-        idle_s: Seconds that the device waited for data since it was last asked.
+        idle_s: Seconds that the device waited for data since it was last asked, as each step begins.
 
     Raises:
         ValueError: For another ``loss_reduction``.

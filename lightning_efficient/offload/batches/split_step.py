@@ -56,7 +56,7 @@ class SplitSteps:
         self._step: Step | None = None
         self._looked_at = False
         self._checks, self._splits = feedback.check_loss, 0
-        self._began_at = self._step_s = 0.0
+        self._began_at = self._step_s = self._idle_s = 0.0
         self._in_last_part = True
 
     @property
@@ -71,6 +71,7 @@ class SplitSteps:
             self._looked_at = True
         now = perf_counter()
         self._step_s, self._began_at = now - self._began_at if self._began_at else 0.0, now
+        self._idle_s = min(self._feedback.idle_s(), self._step_s)  # of the same time
         step = self._step = Step(run, batch, rest, count_samples(batch))
         self._recovery.begin(step)
         self._plan(step)
@@ -228,7 +229,7 @@ class SplitSteps:
                 free_bytes=step.free_bytes,
                 peak_bytes=self._meter.peak_bytes(),
                 step_s=self._step_s,
-                idle_s=self._feedback.idle_s(),
+                idle_s=self._idle_s,
                 pressure_percent=memory_pressure() if on_host else 0.0,
             )
         )

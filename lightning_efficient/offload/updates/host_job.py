@@ -15,7 +15,7 @@ from lightning_efficient.offload.updates.gradients import GradientClaim
 from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.layout import MASTER, VALUE, Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease
-from lightning_efficient.offload.updates.subset_step import on_host, step_alone, twin
+from lightning_efficient.offload.updates.subset_step import for_host_step, step_alone, twin
 from lightning_efficient.offload.updates.units import Unit
 
 __all__ = ["HostJob", "Keep", "fingerprint"]
@@ -68,6 +68,7 @@ class HostJob:
         self.sent: Mark | None = None
         self.done = False
         self._unit, self._gradients = unit, list(gradients)
+        self._device = unit.parameters[0].device
         self._crossing, self._staging, self._keep = crossing, staging, keep
         self._in_full = in_full
         self._small: list[dict[str, Any] | None] = []  # what the optimizer has of each parameter; None: nothing
@@ -191,7 +192,7 @@ class HostJob:
             if state := {key: one for key, one in whole.items() if key not in _VALUES}:
                 self._twin.state[shown[index]] = state
         vars(self._twin).update({key[1]: one for key, one in self._way.items() if key[0] == "own"})  # as scalers set
-        step_alone(self._twin, self._group_on_host(), list(shown.values()))
+        step_alone(self._twin, self._group_on_host(list(shown.values())), list(shown.values()))
         for index, value in shown.items():
             value.grad = None
             states[index] = state = dict(self._twin.state.get(value, {}))
@@ -230,8 +231,9 @@ class HostJob:
         small = self._small[index] or {}
         return {key: self._way.get(("small", index, key), value) for key, value in small.items()}
 
-    def _group_on_host(self) -> dict[str, Any]:
-        return on_host({key: self._way.get(("group", key), value) for key, value in self.group.items()})
+    def _group_on_host(self, shown: Sequence[Tensor]) -> dict[str, Any]:
+        group = {key: self._way.get(("group", key), value) for key, value in self.group.items()}
+        return for_host_step(self._twin, group, shown, self._device)
 
     def _send(self, shown: Mapping[int, Tensor]) -> None:
         pairs = []
