@@ -241,7 +241,8 @@ class PlacedRun:
             with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
             self.placement = without_values_on_disk(with_values, self._plain)
         self._window_bytes = window_bytes(self.placement)
-        check_rooms(self.placement, self._rules, self.tiers.unbudgeted({row.tier for row in self._away()}))
+        named = self.tiers.unbudgeted({row.tier for row in self._away()})
+        check_rooms(self.placement, self._rules, named, self._settings.stays)
         check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)

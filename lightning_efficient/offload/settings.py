@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,6 +34,7 @@ class Settings:
         loss_reduction: What the loss is over the samples of a batch.
         delay_after: Steps before the first one whose update may be late.
         step_on: Where updates are computed whose optimizer state is elsewhere.
+        stays: Kinds that the run needs where they are used.
     """
 
     budgets: Mapping[str, int | None]
@@ -46,6 +47,7 @@ class Settings:
     loss_reduction: LossReduction = "mean"
     delay_after: int = 40
     step_on: SiteChoice = "auto"
+    stays: Collection[str] = ()
 
     @property
     def rules(self) -> Rules:

@@ -106,7 +106,8 @@ def test_it_is_measured_with_the_users_optimizer_which_stays_as_it_is(
     assert optimizer.state_dict() == before
     assert not optimizer.state
     assert torch.equal(torch.get_rng_state(), random)
-    assert found.state_bytes == pytest.approx(12 if in_full else 8, abs=1 if shape else 4)
+    moments = 8 if shape else 0  # of a single number they stay with its counter
+    assert found.state_bytes == pytest.approx(moments + 4 * in_full)
     assert 0 < found.host_step_ns < 1e9
     assert 0 < found.disk_bytes_per_second < math.inf
     assert not list(tmp_path.iterdir())
