@@ -326,6 +326,17 @@ def test_begins_at_the_switch_and_keeps_state_g6(caplog: pytest.LogCaptureFixtur
     assert told.index("2 layers -> 4 layers") < told.index("OffloadStrategy:")
 
 
+def test_resumed_behind_the_switch_it_is_offloaded_too_g6(tmp_path: Path) -> None:
+    def run(**arguments: Any) -> Run:
+        return fit(None, build={**offload(enabled=False), "callbacks": [grow(offload_on_switch=True)]}, **arguments)
+
+    whole = run(root=tmp_path, checkpoints={})
+    resumed = run(root=tmp_path / "resumed", ckpt_path=whole.checkpoints[10])
+    assert "| optimizer_state | update to update | disk |" in resumed.trainer.strategy.placement()
+    assert resumed.losses == whole.losses[10:]
+    assert_same_tree(resumed.weights, whole.weights, "weights")
+
+
 def test_growth_while_offloaded_keeps_state_g6() -> None:
     ours = fit(None, build={**offload(), "callbacks": [grow()]})
     same(ours, fit(None, build={"callbacks": [grow()]}))
