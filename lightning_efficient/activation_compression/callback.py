@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
+from lightning_efficient.activation_compression.batches import tensors_in
 from lightning_efficient.activation_compression.blocks import Blocks
 from lightning_efficient.activation_compression.classify import EXACT, FP8, Classifier, held_by
 from lightning_efficient.activation_compression.compiled import CompiledModules, stored_bits
@@ -191,7 +191,12 @@ class ActivationCompressionPlugin(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._held = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self._held = tensors_in(batch)
+        if self._budget is not None and not self._held:
+            raise MisconfigurationException(
+                "memory_budget plans by the shapes of the tensors in a batch, and a batch of "
+                f"{type(batch).__name__} has none that can be seen. Put them in a mapping, a sequence or a dataclass, or give bits."
+            )
         self._batch = trainer.global_rank, trainer.current_epoch, batch_idx
         self._passes = 0
         step = self._step = steps_done(trainer)

@@ -205,7 +205,7 @@ class _Curve:
     def __init__(self, seen: Sequence[int], size: int) -> None:
         different = len(set(seen))
         powers = (1,) if different == 1 else (0, 1) if different == 2 else (0, 1, 2)
-        scale = max(seen)
+        scale = max(1, *seen)  # a batch may be empty
         basis = torch.tensor([[(one / scale) ** power for power in powers] for one in seen], dtype=torch.float64)
         at = torch.tensor([(size / scale) ** power for power in powers], dtype=torch.float64)
         self._weights = (at @ torch.linalg.pinv(basis)).tolist()
