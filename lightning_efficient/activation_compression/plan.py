@@ -24,7 +24,18 @@ __all__ = ["MemoryPlan", "MemoryPlanner", "make_plan"]
 
 _LEVELS = (EXACT, 8, 7, 6, 5, 4, 3, 2)
 _OFFLOADED = 4  # bits at which what can go to the host goes there before it gets fewer
-_FIRST = ("loss", "attention", "activation", "other", "pooling", "dropout", "block", "normalization", "linear")
+_FIRST = (
+    "loss",
+    "checkpoint",
+    "attention",
+    "activation",
+    "other",
+    "pooling",
+    "dropout",
+    "block",
+    "normalization",
+    "linear",
+)
 """Which kinds of operation get what is left of the budget first: those whose errors reach the most gradients."""
 _KEEP = 64  # sizes that are remembered
 

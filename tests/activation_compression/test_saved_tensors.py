@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -289,6 +290,32 @@ def test_activation_checkpointing_inside_keeps_its_inputs_only(reentrant: bool) 
     chosen = classifier(8)
     assert relative_error(gradients(model, lambda: loss(checkpointed), chosen, tokens, targets), exact) < 0.05
     assert sum(saved for saved, _ in chosen.ledger.by.values()) < 12 * tokens.numel() * 64 * 4
+    chosen = classifier(2)
+    gradients(model, lambda: loss(checkpointed), chosen, tokens, targets)
+    inputs = {way: saved for (_, kind, way), (saved, _) in chosen.ledger.by.items() if kind == "checkpoint"}
+    assert inputs == {"8 bits": 4 * tokens.numel() * 64 * 4}, "errors of them are in all that is made again"
+
+
+class Cubed(torch.autograd.Function):
+    """One of the user's, which saves as checkpointing does: no operation is called."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * 3 * x.square()
+
+
+def test_a_function_of_the_users_is_not_taken_for_checkpointing() -> None:
+    x, chosen = torch.randn(64, 64, requires_grad=True), classifier(2)
+    with compressed(chosen, nn.Module()):
+        out = Cubed.apply(x * 1)  # type: ignore[no-untyped-call]
+    assert set(chosen.ledger.by) == {("", "other", "4 bits")}
+    out.sum().backward()
 
 
 def test_autocast_keeps_no_copies_of_weights() -> None:
