@@ -245,6 +245,11 @@ class SavedTensors:
         self.ledger.decode_seconds += time.perf_counter() - begin
         return tensor
 
+    def pieces(self, handle: Handle) -> Iterator[tuple[slice, Tensor]] | None:
+        """Of a handle that was deferred; see :meth:`Handle.pieces`."""
+        pieces = handle.pieces()
+        return self._timed(pieces) if pieces is not None else None
+
     @contextlib.contextmanager
     def deferring(self) -> Iterator[list[Handle]]:
         """Within it, who unpacks in this thread gets nothing, and the handle is in the list."""
@@ -269,6 +274,15 @@ class SavedTensors:
         self._index.clear()
         self._derived.clear()
         self._let_go()
+
+    def _timed(self, pieces: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        while True:
+            begin = time.perf_counter()
+            piece = next(pieces, None)
+            self.ledger.decode_seconds += time.perf_counter() - begin
+            if piece is None:
+                return
+            yield piece
 
     def _let_go(self) -> None:
         last = self._last() if self._last is not None else None

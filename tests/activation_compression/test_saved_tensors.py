@@ -411,6 +411,15 @@ def test_a_mask_of_booleans_is_not_held_beside_its_bits() -> None:
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], (x > 0).float())
 
 
+def test_the_time_of_pieces_is_counted() -> None:
+    x, chosen = torch.randn(600_000, requires_grad=True), classifier(4)
+    with compressed(chosen, nn.Module()):
+        out = F.gelu(x * 1.0)
+    assert chosen.ledger.encode_seconds > 0
+    out.sum().backward()
+    assert chosen.ledger.decode_seconds > 0
+
+
 def test_a_streamed_function_is_checked_for_edits_too() -> None:
     x = torch.randn(600_000, requires_grad=True)
     with compressed(classifier(4), nn.Module()):
