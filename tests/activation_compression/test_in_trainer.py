@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
@@ -82,6 +85,31 @@ def test_validation_is_untouched() -> None:
     fit(ActivationCompressionPlugin(bits=2), watch, steps=3, val_check_interval=1, limit_val_batches=1)
     assert len(watch.depth) == 3
     assert all(watch.depth)
+
+
+def test_what_was_there_before_is_there_afterwards() -> None:
+    """Somebody else's context of the step, and no batch: neither after a run nor after one that ended in an error."""
+
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            raise KeyError("broken")
+
+    for others in ([], [Failing()]):
+        precision, plugin = Precision(), ActivationCompressionPlugin()
+        own, entered = precision.train_step_context, list[int]()
+
+        @contextlib.contextmanager
+        def counting(own: Any = own, entered: list[int] = entered) -> Iterator[None]:
+            entered.append(1)
+            with own():
+                yield
+
+        precision.train_step_context = counting  # type: ignore[method-assign]
+        with pytest.raises(KeyError, match="broken") if others else contextlib.nullcontext():
+            fit(*others, plugin, steps=2, plugins=[precision])
+        assert entered
+        assert vars(precision)["train_step_context"] is counting
+        assert plugin._held == []
 
 
 def test_the_summary_says_what_was_kept_and_how() -> None:
