@@ -242,6 +242,7 @@ class ActivationCompressionPlugin(Callback):
         values = {
             "activations/saved_bytes": float(ledger.saved_bytes),
             "activations/kept_bytes": float(ledger.kept_bytes),
+            "activations/live_bytes": float(ledger.live_bytes),
             "activations/ratio": ledger.saved_bytes / max(1, ledger.kept_bytes),
             "activations/encode_ms": ledger.encode_seconds * 1e3,
             "activations/decode_ms": ledger.decode_seconds * 1e3,
