@@ -155,7 +155,7 @@ class ActivationCompressionPlugin(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._undo.close()
+        self._undo.close()  # what follows is not for setup: after that come configure_model, and the run's length
         if self._schedule is not None:
             total = total_steps(trainer) if self._schedule.uses_fractions else math.inf
             try:
