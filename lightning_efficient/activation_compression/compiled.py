@@ -296,12 +296,14 @@ class CompiledModules:
         self._classifier = classifier
         self._group_size = group_size
         self._tables: dict[tuple[str, int], Overrides] = {}
-        self._traced: dict[tuple[type, int, Overrides], list[Traced]] = {}
+        self._shapes: dict[str, tuple[Any, ...]] = {}
+        self._traced: dict[tuple[Any, ...], list[Traced]] = {}
 
     @contextlib.contextmanager
     def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """Within it, the calls of these compiled modules compress where the classifier's hooks are the innermost."""
         self._tables.clear()
+        self._shapes.clear()
         with contextlib.ExitStack() as undo:
             for name, module in modules.items():
                 entry = compiled_entry(module)
@@ -339,10 +341,15 @@ class CompiledModules:
             classifier.layers.pop()
             _outside.reset(token)
             _unsettled.clear()
-        key = type(getattr(module, "_orig_mod", module)), bits, overrides  # its graphs may serve all of its type
+        if name not in self._shapes:
+            own = getattr(module, "_orig_mod", module)
+            self._shapes[name] = type(own), *(tuple(parameter.shape) for parameter in own.parameters())
+        own_key = name, *self._shapes[name], bits, overrides
+        key = own_key[1:]  # its graphs may serve others like it
         if outside.traced:
-            self._traced[key] = list(outside.traced.values())
-        for one in self._traced.get(key, []) if torch.is_grad_enabled() else []:
+            self._traced[key] = self._traced[own_key] = list(outside.traced.values())
+        traced = self._traced.get(own_key) or self._traced.get(key, [])
+        for one in traced if torch.is_grad_enabled() else []:
             layer = ".".join(part for part in (name, one.layer) if part)
             classifier.ledger.passed(layer, one.kind, f"{one.way}, compiled", one.nbytes, one.kept_nbytes)
 

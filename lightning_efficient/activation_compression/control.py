@@ -252,7 +252,7 @@ class BudgetControl:
         if plan is None:
             return ""
         text = (
-            f"Plan for saved tensors: a batch of {self._signature or 'no tensors'} keeps "
+            f"Plan for saved tensors: a batch of {self._signature} keeps "
             f"{plan.describe() or 'nothing that has a rate'}; "
             f"{plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
         )

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_efficient.core.torch_internals import saves_for_checkpointing
+
 __all__ = ["FLOORS", "CurrentOperation", "Kind", "kind_of"]
 
-Kind = Literal["linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other", "block"]
+Kind = Literal[
+    "linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other", "block", "checkpoint"
+]
 
 FLOORS: Mapping[Kind, int] = {
     "linear": 1,
@@ -24,13 +28,14 @@ FLOORS: Mapping[Kind, int] = {
     "other": 4,
     "loss": 8,
     "block": 8,
+    "checkpoint": 8,
 }
 """Fewest bits for what an operation saves.
 
 An error in the input of a linear operation enters only the gradient of its weight, and on average not even that. In
 the other operations it enters the gradient of their input, and so all layers before, with a bias where they are not
-linear; in normalizations least, whose statistics are exact. The input of a block that is made again enters all that
-it saves.
+linear; in normalizations least, whose statistics are exact. The input of a block that is made again, by us or by the
+user's activation checkpointing, enters all that it saves.
 """
 
 _NAMES: Mapping[Kind, tuple[str, ...]] = {
@@ -114,6 +119,8 @@ class CurrentOperation(TorchFunctionMode):
         if self.name in _PRODUCTS:
             factors = self._arguments[1:] if self.name in _SUMMED else self._arguments
             return "linear" if any(isinstance(factor, nn.Parameter) for factor in factors) else "other"
+        if not self.name and saves_for_checkpointing():
+            return "checkpoint"
         return kind_of(self.name)
 
     @contextlib.contextmanager

@@ -519,6 +519,37 @@ def test_blocks_of_one_class_do_not_get_the_rate_of_another() -> None:
     assert [row for row in rows if "blocks.2" in row and "4 bits" in row]
 
 
+def test_modules_of_one_class_report_their_own_bytes() -> None:
+    parts = nn.ModuleList(
+        torch.compile(nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 64)), backend="aot_eager")
+        for width in (128, 256, 128)
+    )
+    chosen, x = classifier(4), torch.randn(32, 64)
+    modules = CompiledModules(chosen)
+    for key in range(2):  # nothing is traced in the second step
+        chosen.begin([*parts.parameters(), x], key)
+        hooks = torch.autograd.graph.saved_tensors_hooks(chosen.saved.pack, chosen.saved.unpack)
+        named = {str(place): part for place, part in enumerate(parts)}
+        with hooks, chosen.operation, modules.attached(named):
+            for part in parts:
+                part(x).square().mean().backward()
+        chosen.end()
+    hidden = [sum(saved for (layer, *_), (saved, _) in chosen.ledger.by.items() if layer == f"{n}.1") for n in range(3)]
+    assert hidden == [32 * width * 4 for width in (128, 256, 128)]
+
+
+def test_what_codes_in_graphs_are_is_said_where_something_else_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    for asked, stored, words in ((3, 4.0, "and not 3 bits"), ("fp8", 8.0, "and not floats of 8 bits")):
+        plugin = ActivationCompressionPlugin(bits=asked)  # type: ignore[arg-type]
+        with caplog.at_level("INFO"):
+            fit(network(), plugin, max_steps=1)
+        assert words in caplog.text
+        assert plugin.measurements()["activations/bits_compiled"] == stored
+    caplog.clear()
+    fit(network(), ActivationCompressionPlugin(bits=8), max_steps=1)
+    assert "and not" not in caplog.text
+
+
 def test_a_bound_is_held_after_the_forward_pass() -> None:
     plugin = ActivationCompressionPlugin(error_bound=1e-2)
     fit(network(), plugin, max_steps=2)
