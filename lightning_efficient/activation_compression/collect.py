@@ -47,7 +47,7 @@ class LayerMeasurement:
 
     Attributes:
         unit: Whose rate the error of its input comes from.
-        numel: Numbers of its input.
+        numel: Numbers of its input, or, where that is known, all those that its unit keeps.
         sensitivity: Variance of the weight's gradient, the sum over its elements, for each unit of the variance that
             comes with the rate: :func:`step_variance` of the bits, or a third of the squared error bound.
         gradient_squares: Sum of squares of the weight's gradient, without its errors.

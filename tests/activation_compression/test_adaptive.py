@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
-from lightning_efficient.activation_compression.adaptive import AdaptiveRates
+from lightning_efficient.activation_compression.adaptive import AdaptiveRates, Choice
 from lightning_efficient.activation_compression.bounds import step_variance
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.collect import Collector, LayerMeasurement
@@ -23,7 +24,9 @@ from lightning_efficient.activation_compression.layers import follow_modules
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.demos.model import ByteTransformer
 from tests.activation_compression.networks import classifier, compressed
-from tests.technique_settings import demo_data, demo_model
+from tests.helpers.fitting import assert_continues
+from tests.helpers.fitting import fit as fit_setting
+from tests.technique_settings import TechniqueSetting, demo_data, demo_model
 
 Layer = Callable[[Tensor, nn.Parameter], Tensor]
 
@@ -154,6 +157,22 @@ def test_a_budget_goes_where_errors_do_most_harm_a8() -> None:
     assert sum(bits.values()) <= 3.5 * 2
 
 
+def test_a_bit_costs_as_much_as_a_unit_keeps_in_this_batch_a8() -> None:
+    """The first is more sensitive, but keeps four times as many numbers."""
+    measured = {"a": one("a", 300.0), "b": one("b", 200.0)}
+    rules = AdaptiveRates(every=10, target=0.1)
+    rules.measured = measured
+    assert rules.choose(LayerRates(4), 3.5).bits == {("linear", "a"): 4, ("linear", "b"): 3}
+    sizes = {("linear", "a"): 4000, ("linear", "b"): 1000}
+    assert rules.choose(LayerRates(4), 3.5, sizes).bits == {("linear", "a"): 3, ("linear", "b"): 5}
+
+
+def test_a_choice_comes_back_from_a_checkpoint() -> None:
+    noisy = one("a", 100.0, noise_squares=1e-2)
+    for choice in (choose(2.0, a=noisy), choose(None, LayerRates(4, error_bound=1e-3), a=noisy)):
+        assert Choice.from_state(choice.state_dict()) == choice
+
+
 def test_nobody_gets_more_than_the_target_needs_a8() -> None:
     assert choose(8.0, a=one("a", 1e-3)).bits == {("linear", "a"): 1}
 
@@ -221,6 +240,41 @@ def test_the_target_is_reached_and_what_was_predicted_is_measured(arguments: dic
     assert 0 < values["activations/noise_ratio"] < 0.1
     assert {values[tag] for tag in values if tag.startswith("activations/bits/")} <= {3.0, 4.0, 5.0, 6.0}
     assert "| model.blocks.0.mlp.up | " in plugin.summary()
+
+
+def test_the_same_bytes_are_given_to_other_layers_a8() -> None:
+    """Attention keeps four tensors and the signal of one: each bit costs as much as all of them."""
+    kept = {}
+    for name, rules in (("even", None), ("adaptive", {"every": 2, "target": 1e-3, "guard": 1e9})):
+        plugin = ActivationCompressionPlugin(bits=5, adaptive=rules)
+        fit(plugin, steps=5)
+        kept[name] = plugin.measurements()["activations/kept_bytes"]
+    bits = {value for tag, value in plugin.measurements().items() if tag.startswith("activations/bits/")}
+    assert len(bits) > 1
+    assert plugin.measurements()["activations/guarded"] == 0
+    assert kept["adaptive"] <= 1.01 * kept["even"]
+    sizes = plugin._adaptive.adaptive.sizes()  # type: ignore[union-attr]
+    block = "model.blocks.1.attention"
+    assert sizes["attention", block] == 4 * sizes["normalization", f"{block}_norm"]  # queries, keys, values, result
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_a_run_with_a_bound_that_changes_is_resumed_bit_for_bit_a7(tmp_path: Path) -> None:
+    """The bounds in use were chosen under the bound of a step that is past."""
+    arguments = {
+        "schedule": {"initial_error_bound": 1e-3, "final_error_bound": 0.1, "begin": 2, "end": 0.75},
+        "adaptive": {"every": 5, "target": 0.1},
+    }
+    setting = TechniqueSetting(
+        name="bound",
+        yaml={"callbacks": [{"class_path": "lightning_efficient.ActivationCompressionPlugin", "init_args": arguments}]},
+        lossy=True,
+        volatile=("activations/encode_ms", "activations/decode_ms"),
+    )
+    whole = fit_setting(setting, root=tmp_path, checkpoints={})
+    assert "activations/error_bound/model.blocks.0.attention/attention" in whole.callbacks[0].measurements()
+    resumed = fit_setting(setting, root=tmp_path / "resumed", ckpt_path=whole.checkpoints[9])
+    assert_continues(resumed, whole)
 
 
 def test_measured_steps_train_like_others() -> None:
