@@ -73,6 +73,8 @@ _FACTORIZATIONS = (
     "triangular_solve",
 )  # fmt: skip
 """How the names of those begin whose gradients invert what was saved, or divide by differences: no error is small."""
+_ROOTS = frozenset(("sqrt", "rsqrt", "reciprocal"))
+"""What makes normalizers, and saves nothing but its result."""
 _COPIES = (
     "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0", "UnsafeViewBackward0", "ToCopyBackward0",
 )  # fmt: skip
@@ -130,6 +132,11 @@ class CurrentOperation(TorchFunctionMode):
     def is_factorization(self) -> bool:
         """Whether it takes a matrix apart, inverts it, or the like."""
         return self.name.removeprefix("linalg_").startswith(_FACTORIZATIONS)
+
+    def is_statistic(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is one number for many, as in norms that are written out: mean, scale, normalizer."""
+        shape = tensor.shape
+        return bool(shape) and (shape[-1] == 1 or (self.name in _ROOTS and 1 in shape[1:]))
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a linear operation saves ``tensor`` as its weight; an error in that enters all layers before."""

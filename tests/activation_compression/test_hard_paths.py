@@ -149,6 +149,26 @@ def test_factorizations_keep_what_they_need_exactly() -> None:
     assert_exact((lambda: torch.linalg.solve(a * 1, b * 1), [a, b], nn.Module()), bits=4)
 
 
+NORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "layer_norm of the batch": ((2048, 64), lambda x: F.layer_norm(x, (64,))),
+    "root mean square": ((2048, 64), lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),
+    "channels first": ((2, 64, 32, 32), lambda x: x / (x.var(1, keepdim=True) + 1e-5).sqrt()),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_are_exact_also_where_a_norm_is_written_out_a4(name: str) -> None:
+    shape, norm = NORMS[name]
+    x, chosen = leaf(*shape), classifier(2, recompute=False)
+    with compressed(chosen, nn.Module(), *([x] if "batch" in name else [])):
+        out = norm(x if "batch" in name else x * 1)
+    raw = sum(kept for (_, _, way), (_, kept) in chosen.ledger.by.items() if way == "raw")
+    assert raw in (2048 * 4, 2 * 2048 * 4), "and nothing larger"
+    lossy = sum(saved for (_, _, way), (saved, _) in chosen.ledger.by.items() if way != "raw")
+    assert lossy == (0 if "batch" in name else x.nbytes)
+    out.sum().backward()
+
+
 # -- operations that save in their own ways ---------------------------------------------------------------------------
 
 
