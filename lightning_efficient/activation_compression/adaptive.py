@@ -84,7 +84,7 @@ class AdaptiveRates:
             if first[layer].shape == second[layer].shape:
                 difference = float((first[layer] - second[layer]).square().mean()) / 2
                 one = self.measured[layer]
-                if math.isfinite(difference):
+                if math.isfinite(difference) and difference > 0:  # else it is not known, rather than none
                     self.measured[layer] = replace(one, noise_squares=difference * one.weight_numel)
 
     def choose(
@@ -149,7 +149,10 @@ class AdaptiveRates:
         guarded = []
         for unit, ones in units.items():
             wanted, safe = (
-                min(error_bound(math.sqrt(limit(one)), one.sensitivity, 1.0) for one in ones)
+                min(
+                    (error_bound(math.sqrt(limit(one)), one.sensitivity, 1.0) for one in ones if limit(one) > 0),
+                    default=math.inf,  # a gradient of zero says nothing
+                )
                 for limit in (self.allowed, self._tolerated)
             )
             bounds[unit] = min(most, wanted, safe)

@@ -95,6 +95,53 @@ def test_sparse_inputs_are_seen_a5() -> None:
     assert found[""].nonzero == pytest.approx(0.5, abs=0.05)
 
 
+def samples(x: Tensor, weight: nn.Parameter) -> dict[str, Tensor]:
+    """Of the weight's gradient."""
+    chosen, collector = classifier(EXACT), Collector(lambda _: None)
+    chosen.saved.observer, chosen.after = collector, collector.after
+    with compressed(chosen, nn.ParameterList([weight])):
+        loss = F.linear(x * 1, weight).square().sum()
+    torch.autograd.grad(loss, weight)
+    return collector.gradient_samples()
+
+
+def test_the_sample_of_a_gradient_is_of_all_its_columns() -> None:
+    """The first input is always zero: at equal distances, of 16 columns and 16,384 elements, it would be that alone."""
+    x, weight = torch.randn(64, 16), nn.Parameter(torch.randn(1024, 16))
+    x[:, 0] = 0
+    (sample,), (again,) = (samples(x, weight).values() for _ in range(2))
+    assert sample.shape == (1024,)
+    assert (sample != 0).float().mean() > 0.9
+    assert torch.equal(sample, again)
+
+
+def test_two_weights_of_a_module_are_two_measurements() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(128, 32), [nn.Parameter(torch.randn(size, 32)) for size in (16, 48)]
+
+    def run() -> Tensor:
+        return F.linear(x * 1, weights[0]).square().sum() + 100 * F.linear(x * 2, weights[1]).square().sum()
+
+    exact, found = measure(classifier(4), run, weights)
+    assert [one.weight_numel for one in found.values()] == [16 * 32, 48 * 32]
+    for one, gradient in zip(found.values(), exact, strict=True):
+        assert one.gradient_squares == pytest.approx(float(gradient.square().sum()), rel=0.1)
+
+
+def test_a_weight_that_two_units_feed_is_shared_by_them() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 64, requires_grad=True), nn.Parameter(torch.randn(64, 64))
+
+    def run() -> Tensor:
+        return F.linear(F.layer_norm(x * 1, (64,)), weight).square().sum() + F.linear(F.gelu(x * 1), weight).sum()
+
+    (exact,), found = measure(classifier(4), run, [weight])
+    assert {one.unit for one in found.values()} == {("normalization", ""), ("activation", "")}
+    squares = sum(one.gradient_squares for one in found.values())
+    assert squares == pytest.approx(float(exact.square().sum()), rel=0.1)
+    assert sum(one.weight_numel for one in found.values()) == 64 * 64
+
+
 def language(bits: int) -> tuple[ByteTransformer, Classifier, Callable[[], Tensor], tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     model = ByteTransformer(layers=2, width=64, heads=2, context=32)
@@ -211,6 +258,15 @@ def test_noise_is_what_differs_between_batches() -> None:
     mean = torch.randn(2000)
     rules.take_noise({"a": mean + 3 * torch.randn(2000)}, {"a": mean + 3 * torch.randn(2000)})
     assert rules.measured["a"].noise_squares == pytest.approx(9 * 5000, rel=0.1)
+
+
+def test_noise_that_is_not_seen_is_not_known_and_a_gradient_of_zero_gives_no_bound() -> None:
+    rules = AdaptiveRates(every=10, target=0.1)
+    rules.measured = {"a": one("a", 1.0)}
+    rules.take_noise({"a": torch.ones(100)}, {"a": torch.ones(100)})
+    assert rules.measured["a"].noise_squares is None
+    nothing = choose(None, LayerRates(4, error_bound=1e-3), a=one("a", 30.0, gradient_squares=0.0))
+    assert nothing.bounds == {("linear", "a"): 1e-3}
 
 
 def test_a_gradient_that_is_not_finite_gives_no_rate() -> None:
