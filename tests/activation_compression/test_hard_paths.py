@@ -64,6 +64,16 @@ def low_rank(x: Tensor) -> Case:
     return lambda: F.linear(x * 1, a @ b), [x, a, b], nn.Module()
 
 
+def low_rank_product(on_the_left: bool) -> Case:
+    x, a, b = leaf(64, 64), nn.Parameter(torch.randn(64, 8)), nn.Parameter(torch.randn(8, 64))
+
+    def compute() -> Tensor:
+        weight = 2 * (a @ b)
+        return weight @ (x * 1) if on_the_left else (x * 1) @ weight
+
+    return compute, [x, a, b], nn.ParameterList([a, b])
+
+
 def in_bfloat16(case: Case) -> Case:
     def compute() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -96,6 +106,9 @@ WEIGHTS: dict[str, Callable[[], Case]] = {
     "orthogonal": lambda: layer(parametrizations.orthogonal(linear()), 32, 64),
     "low rank": lambda: low_rank(leaf(32, 64)),
     "low rank, many dimensions": lambda: low_rank(leaf(2, 16, 64)),
+    "low rank, product": lambda: low_rank_product(False),
+    "low rank, product from the left": lambda: low_rank_product(True),
+    "low rank, product, autocast": lambda: in_bfloat16(low_rank_product(False)),
     "low rank, autocast": lambda: in_bfloat16(low_rank(leaf(64, 64))),
     "weight_norm, autocast": lambda: in_bfloat16(layer(parametrizations.weight_norm(linear()), 32, 64)),
     "weight_norm, frozen": lambda: frozen(layer(parametrizations.weight_norm(linear()), 32, 64)),
@@ -405,6 +418,22 @@ def test_a_weight_that_is_changed_before_its_norm_is_made_again() -> None:
             weight.fill_(3)  # type: ignore[operator]
         found.append(torch.autograd.grad(out.sum(), module[1].weight)[0])  # type: ignore[arg-type]
     assert torch.equal(*found)
+
+
+def test_what_is_made_again_of_an_edited_tensor_is_refused_or_that_of_before() -> None:
+    """Only the linear layer is differentiated: nobody else asks for what the norm has saved."""
+    module, x = nn.Sequential(nn.LayerNorm(64), linear()), leaf(32, 64)
+
+    def gradient(chosen: Classifier | None) -> Tensor:
+        with compressed(chosen, module) if chosen else contextlib.nullcontext():
+            hidden = x * 1
+            out = module(hidden)
+        hidden.add_(torch.arange(64.0))
+        return torch.autograd.grad(out.square().sum(), module[1].weight)[0]  # type: ignore[arg-type]
+
+    assert relative_error([gradient(classifier(8))], [gradient(None)]) < 0.02
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(classifier(99))
 
 
 # -- checkpointing and other hooks ------------------------------------------------------------------------------------
