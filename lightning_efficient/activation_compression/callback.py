@@ -307,12 +307,13 @@ class ActivationCompressionPlugin(Callback):
         """Take the rates that follow from what was measured."""
         if self._adaptive is None:
             return
-        average = self._average
+        average, sizes = self._average, None
         if self._budget is not None:
-            average = self._budget.average_bits(self._adaptive.sizes())
-            if average is None:
+            share = self._budget.share(self._adaptive.adaptive.sizes())
+            if share is None:
                 return
-        choice = self._adaptive.choose(average)
+            average, sizes = share
+        choice = self._adaptive.choose(average, sizes)
         if choice is not None:
             self._rates.bounds = choice.bounds
             planned = self._budget.plan.levels if self._budget is not None and self._budget.plan is not None else {}

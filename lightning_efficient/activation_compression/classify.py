@@ -137,7 +137,7 @@ class Classifier:
             return Demand(EXACT, EXACT, unit)
         if operation.name in ("relu", "relu_"):
             return Demand(EXACT, EXACT, unit, "signs")
-        if size < _SMALL or size * _STATISTICS <= operation.largest:
+        if size < _SMALL or size * _STATISTICS <= operation.largest or operation.is_statistic(tensor):
             return Demand(EXACT, EXACT, unit)
         if operation.is_factorization or operation.is_weight(tensor) or _PARAMETRIZATIONS in f".{unit[1]}":
             return Demand(EXACT, EXACT, unit)

@@ -377,6 +377,14 @@ def test_every_size_stays_within_the_budget_and_as_predicted_a9() -> None:
     assert "Plan for saved tensors: a batch of 8x33 keeps " in texts[0]
 
 
+def test_rates_that_follow_the_gradients_stay_within_the_budget_of_each_batch_a8_a9() -> None:
+    plugin = ActivationCompressionPlugin(memory_budget="768KiB", adaptive={"every": 3, "target": 1e-3, "guard": 1e9})
+    watch = fit(plugin, steps=16)
+    for length, values in watch.seen[1:]:
+        assert values["activations/kept_bytes"] <= 1.01 * 768 * 1024, length
+    assert watch.seen[-1][1]["activations/guarded"] == 0
+
+
 def test_a_part_is_of_what_the_batch_takes_without_compression_a9() -> None:
     watch = fit(ActivationCompressionPlugin(memory_budget=0.2))
     for _, values in watch.seen[2:]:

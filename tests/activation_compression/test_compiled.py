@@ -247,6 +247,34 @@ def test_a_transformer_with_its_loss(autocast: bool) -> None:
     assert rows["net.model.blocks.1.mlp.down", "linear", "4 bits, compiled"][0] == 128 * 256 * (2 if autocast else 4)
 
 
+class Masked(nn.Module):
+    """Minus infinity where a mask says so: in attention, in the logits of a loss, and before a sum in log space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(64, 96), nn.Linear(32, 64)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.first(x).chunk(3, -1))
+        hidden = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        logits = self.head(hidden.transpose(1, 2).flatten(2)).masked_fill(~mask, -torch.inf)
+        return F.cross_entropy(logits.flatten(0, 1), torch.zeros(128, dtype=torch.int64)) + logits.logsumexp(-1).sum()
+
+
+@pytest.mark.usefixtures("_both_codecs")
+def test_minus_infinity_of_masks_and_in_log_space_spoils_nothing() -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 64, 64), torch.ones(64, 64).tril().bool().expand(2, 64, 64).contiguous()
+    run = Run(Masked(), 4, x, mask)
+
+    def loss(compiled: nn.Module) -> Tensor:
+        return compiled(x, mask)
+
+    exact = [gradient.clone() for gradient in run.gradients(loss, compress=False)]
+    assert 0 < relative_error(run.gradients(loss), exact) < 0.1
+    assert {way for _, kind, way in run.rows() if kind == "loss" and not way.startswith("raw")} == {"8 bits, compiled"}
+
+
 @pytest.mark.usefixtures("_both_codecs")
 def test_batch_norm_relu_max_pooling_and_dropout() -> None:
     torch.manual_seed(0)

@@ -64,6 +64,16 @@ def low_rank(x: Tensor) -> Case:
     return lambda: F.linear(x * 1, a @ b), [x, a, b], nn.Module()
 
 
+def low_rank_product(on_the_left: bool) -> Case:
+    x, a, b = leaf(64, 64), nn.Parameter(torch.randn(64, 8)), nn.Parameter(torch.randn(8, 64))
+
+    def compute() -> Tensor:
+        weight = 2 * (a @ b)
+        return weight @ (x * 1) if on_the_left else (x * 1) @ weight
+
+    return compute, [x, a, b], nn.ParameterList([a, b])
+
+
 def in_bfloat16(case: Case) -> Case:
     def compute() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -96,6 +106,9 @@ WEIGHTS: dict[str, Callable[[], Case]] = {
     "orthogonal": lambda: layer(parametrizations.orthogonal(linear()), 32, 64),
     "low rank": lambda: low_rank(leaf(32, 64)),
     "low rank, many dimensions": lambda: low_rank(leaf(2, 16, 64)),
+    "low rank, product": lambda: low_rank_product(False),
+    "low rank, product from the left": lambda: low_rank_product(True),
+    "low rank, product, autocast": lambda: in_bfloat16(low_rank_product(False)),
     "low rank, autocast": lambda: in_bfloat16(low_rank(leaf(64, 64))),
     "weight_norm, autocast": lambda: in_bfloat16(layer(parametrizations.weight_norm(linear()), 32, 64)),
     "weight_norm, frozen": lambda: frozen(layer(parametrizations.weight_norm(linear()), 32, 64)),
@@ -167,6 +180,26 @@ def test_a_weight_that_is_computed_is_kept_once() -> None:
     kept = {way: nbytes for (layer, _, way), (_, nbytes) in chosen.ledger.by.items() if not layer}
     assert kept == {"raw": 256 * 256 * 4, "4 bits": 64 * 256 * (4 / 8 + 4 / 128)}
     assert chosen.ledger.kept_bytes - sum(kept.values()) <= 256 * 4, "norms of rows"
+
+
+NORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "layer_norm of the batch": ((2048, 64), lambda x: F.layer_norm(x, (64,))),
+    "root mean square": ((2048, 64), lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),
+    "channels first": ((2, 64, 32, 32), lambda x: x / (x.var(1, keepdim=True) + 1e-5).sqrt()),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_are_exact_also_where_a_norm_is_written_out_a4(name: str) -> None:
+    shape, norm = NORMS[name]
+    x, chosen = leaf(*shape), classifier(2, recompute=False)
+    with compressed(chosen, nn.Module(), *([x] if "batch" in name else [])):
+        out = norm(x if "batch" in name else x * 1)
+    raw = sum(kept for (_, _, way), (_, kept) in chosen.ledger.by.items() if way == "raw")
+    assert raw in (2048 * 4, 2 * 2048 * 4), "and nothing larger"
+    lossy = sum(saved for (_, _, way), (saved, _) in chosen.ledger.by.items() if way != "raw")
+    assert lossy == (0 if "batch" in name else x.nbytes)
+    out.sum().backward()
 
 
 # -- operations that save in their own ways ---------------------------------------------------------------------------
@@ -443,6 +476,22 @@ def test_a_weight_that_is_changed_before_its_norm_is_made_again() -> None:
             weight.fill_(3)  # type: ignore[operator]
         found.append(torch.autograd.grad(out.sum(), module[1].weight)[0])  # type: ignore[arg-type]
     assert torch.equal(*found)
+
+
+def test_what_is_made_again_of_an_edited_tensor_is_refused_or_that_of_before() -> None:
+    """Only the linear layer is differentiated: nobody else asks for what the norm has saved."""
+    module, x = nn.Sequential(nn.LayerNorm(64), linear()), leaf(32, 64)
+
+    def gradient(chosen: Classifier | None) -> Tensor:
+        with compressed(chosen, module) if chosen else contextlib.nullcontext():
+            hidden = x * 1
+            out = module(hidden)
+        hidden.add_(torch.arange(64.0))
+        return torch.autograd.grad(out.square().sum(), module[1].weight)[0]  # type: ignore[arg-type]
+
+    assert relative_error([gradient(classifier(8))], [gradient(None)]) < 0.02
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(classifier(99))
 
 
 # -- checkpointing and other hooks ------------------------------------------------------------------------------------
