@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from lightning_efficient import AsyncCheckpointIO, OffloadStrategy
 from lightning_efficient.offload import session as offload_session
-from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
 from tests.helpers.fitting import Run, assert_continues, assert_same_tree, fit
 from tests.offload.late import AFTER, CLIPS, PLACES, by_hand, delayed, same
