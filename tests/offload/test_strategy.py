@@ -467,33 +467,30 @@ class Steps(pl.Callback):
         self.begun += 1
 
 
-def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch, most: int, message: str) -> None:
+    """On a disk on which the file can have no more than ``most`` bytes."""
+
     def fallocate(descriptor: int, offset: int, nbytes: int) -> None:
-        if offset + nbytes > 400 << 10:  # the state takes twice 471 KiB
+        if offset + nbytes > most:
             raise OSError(28, "No space left on device")
         os.posix_fallocate(descriptor, offset, nbytes)
 
     full, steps = SystemCalls(fallocate=fallocate), Steps()
     monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
-    with pytest.raises(OSError, match=r"no room to offload to: .* bytes free and .* bytes more are needed"):
+    with pytest.raises(OSError, match=message):
         fit(None, build=offload(), before=[steps])
     assert steps.begun == 0
+
+
+def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"no room to offload to: .* bytes free and .* bytes more are needed"
+    assert_said_before_the_first_step(monkeypatch, 400 << 10, message)  # the state takes twice 471 KiB
 
 
 def test_room_that_is_short_by_pages_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     session = fit(None, build=offload(), max_steps=1).trainer.strategy._session
     needed = 2 * sum(row.attribute.nbytes for row in session.placement.rows if row.tier == "disk")
-
-    def fallocate(descriptor: int, offset: int, nbytes: int) -> None:
-        if offset + nbytes > needed + (16 << 10):  # beside the header
-            raise OSError(28, "No space left on device")
-        os.posix_fallocate(descriptor, offset, nbytes)
-
-    full, steps = SystemCalls(fallocate=fallocate), Steps()
-    monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
-    with pytest.raises(OSError, match=r"no room to offload to"):
-        fit(None, build=offload(), before=[steps])
-    assert steps.begun == 0
+    assert_said_before_the_first_step(monkeypatch, needed + (16 << 10), "no room to offload to")  # beside the header
 
 
 def test_the_disks_budget_is_kept_to() -> None:
