@@ -18,7 +18,8 @@ Or a group becomes floats of 8 bits (``"fp8"``: e4m3, Micikevicius et al. 2022, 
 largest of them next to 448, with a scale and no minimum. They are rounded to nearest, so biased, and small numbers
 have small errors: ``|error| <= max(|x| / 16, scale / 1024)``, in a group at most ``16 * scale``.
 
-On a GPU the kernels of :mod:`lightning_efficient.core.kernels` do the same, bit for bit.
+The kernels of :mod:`lightning_efficient.core.kernels` do the same, bit for bit and several times as fast, on a GPU and
+where a C compiler is at hand.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_efficient.core.kernels import kernels_for
+from lightning_efficient.core.kernels import host, kernels_for
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
 
 __all__ = [
@@ -196,7 +197,13 @@ def dequantized_pieces(encoded: Quantized) -> Iterator[tuple[slice, Tensor]]:
     if encoded.outliers is not None or encoded.payload.is_cuda:  # where pieces would take thousands of launches
         yield slice(0, encoded.numel), dequantize(encoded)
         return
-    yield from _decoded(encoded, None)
+    if host.available(encoded.dtype):
+        yield from host.decoded_pieces(
+            encoded.numel, encoded.dtype, encoded.payload, encoded.scale, encoded.minimum, encoded.bits,
+            encoded.group_size, encoded.rounding, encoded.key,
+        )  # fmt: skip
+    else:
+        yield from _decoded(encoded, None)
 
 
 def _encode(
