@@ -2,7 +2,7 @@
 
 Time: wall time of whole training steps (forward, backward, update), all arms in turn in each round, for that is what
 waiting for a disk costs; the CPU time of the process stands beside it. Exact: weights and state after whole runs,
-compared bit for bit. Bounds and kills: processes of their own (``benchmarks/bounded.py``).
+compared bit for bit (``benchmarks/exact.py``). Bounds and kills: processes of their own (``benchmarks/bounded.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import offload_gpu
+from benchmarks import gpu_arms, offload_gpu
 from benchmarks.bounded import kills, trains_in_bounds
+from benchmarks.exact import exact_runs
 from benchmarks.harness import Options, Result, Table, spread
 from benchmarks.late_updates import late_losses
 from lightning_efficient.demos.model import ByteTransformer
@@ -56,15 +57,18 @@ class Job:
     """A model, its optimizer, and one batch."""
 
     def __init__(self, size: Size, clip: float | None = None) -> None:
-        self.clip = clip
+        self.clip, self.device = clip, torch.device("cpu")
         torch.manual_seed(0)
         context = min(256, size.tokens)
         heads = max(1, size.width // 64)
         self.model = ByteTransformer(layers=size.layers, width=size.width, heads=heads, context=context)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = self.adamw()
         self.tokens, self.targets = torch.randint(0, 256, (2, size.tokens // context, context))
         self.before: Callable[[], None] = lambda: None
         self.after: Callable[[Tensor], None] = lambda loss: None
+
+    def adamw(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     @property
     def state_bytes(self) -> int:
@@ -186,6 +190,13 @@ def buffered_files(job: Job, folder: Path) -> Iterator[None]:
     yield
 
 
+@contextlib.contextmanager
+def fsdp2(job: Job, folder: Path) -> Iterator[None]:
+    """Torch's own: ``fully_shard`` with ``CPUOffloadPolicy``, in a process group of one."""
+    with gpu_arms.fsdp2(job, folder):  # type: ignore[arg-type]
+        yield
+
+
 ARMS: dict[str, Arm] = {
     "all in memory": in_memory,
     "ours, in_backward": ours("in_backward"),
@@ -193,6 +204,7 @@ ARMS: dict[str, Arm] = {
     "ours, after_backward": ours("after_backward"),
     "memory-mapped files": memory_mapped,
     "buffered files": buffered_files,
+    "FSDP2 CPUOffloadPolicy (host memory)": fsdp2,
 }
 CLIPPED: dict[str, Arm] = {
     "all in memory": in_memory,
@@ -250,65 +262,6 @@ def _steps(
     return Table(title, header, rows, note), {"arms": found, "limit_seconds": limits, "disk_seconds": disk}
 
 
-# -- exact -------------------------------------------------------------------------------------------------------------
-
-
-def _trained(size: Size, arm: Arm, folder: Path, steps: int, clip: float | None) -> tuple[Job, float]:
-    """A trained job, and the part of its steps that were clipped."""
-    job, clipped = Job(size), 0
-    generator = torch.Generator().manual_seed(1)
-    job.before, after = lambda: None, None
-    with arm(job, folder):
-        before, after = job.before, job.after
-        for _ in range(steps):
-            job.tokens, job.targets = torch.randint(0, 256, (2, *job.tokens.shape), generator=generator)
-
-            def closure() -> Tensor:
-                nonlocal clipped
-                before()
-                loss = F.cross_entropy(job.model(job.tokens).flatten(0, 1), job.targets.flatten())
-                after(loss)
-                job.optimizer.zero_grad()
-                loss.backward()
-                if clip is not None:
-                    clipped += float(nn.utils.clip_grad_norm_(job.model.parameters(), clip)) > clip
-                return loss
-
-            job.optimizer.step(closure)
-        job.saved = job.optimizer.state_dict()  # type: ignore[attr-defined]
-        job.saved["state"] = {p: {k: v.clone() for k, v in s.items()} for p, s in job.saved["state"].items()}  # type: ignore[attr-defined]
-        job.weights = {name: value.clone() for name, value in job.model.state_dict().items()}  # type: ignore[attr-defined]
-    return job, clipped / steps
-
-
-def _exact(folder: Path, steps: int) -> tuple[Table, bool, float]:
-    size = Size(2, 64, 64, 0, 0)
-    rows, exact, clipped = [], True, 0.0
-    norms = []
-    probe = Job(size)
-    for _ in range(5):
-        probe.step()
-        norms.append(float(torch.stack([p.grad.norm() for p in probe.model.parameters() if p.grad is not None]).norm()))
-    for clip_name, clip in (("no clipping", None), ("clipping", statistics.median(norms) * 1.05)):
-        for number, schedule in enumerate(("after_backward", "in_backward", "under_forward")):
-            if clip is not None and schedule == "in_backward":
-                continue
-            place = folder / f"exact-{clip_name}-{number}".replace(" ", "-")
-            place.mkdir()
-            (plain, part), (job, _) = (_trained(size, arm, place, steps, clip) for arm in (in_memory, ours(schedule)))
-            weights = all(torch.equal(job.weights[n], v) for n, v in plain.weights.items())  # type: ignore[attr-defined]
-            state = all(
-                torch.equal(job.saved["state"][p][k], v)  # type: ignore[attr-defined]
-                for p, s in plain.saved["state"].items()  # type: ignore[attr-defined]
-                for k, v in s.items()
-            )
-            exact &= weights and state
-            clipped = max(clipped, part)
-            rows.append((schedule, clip_name, f"{part:.0%}", "yes" if weights else "no", "yes" if state else "no"))
-    header = ("schedule", "", "steps clipped", "weights bit-equal", "optimizer state bit-equal")
-    return Table(f"{steps} steps with the state on a disk, against AdamW alone", header, rows), exact, clipped
-
-
 def run(options: Options) -> Result:
     """All of it; about ten minutes. On a GPU: :mod:`benchmarks.offload_gpu`."""
     if options.device == "cuda":
@@ -316,9 +269,9 @@ def run(options: Options) -> Result:
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="offload-", dir=Path.cwd()))
     try:
-        exact_table, exact, clipped = _exact(folder, 6 if options.quick else 50)
-        tables = [exact_table]
-        raw: dict[str, Any] = {"clipped": clipped}
+        exact = exact_runs(folder / "exact", options)
+        tables = [exact.table]
+        raw: dict[str, Any] = {"clipped": exact.clipped}
         sizes = (QUICK, QUICK) if options.quick else (HIDING, BINDING)
         measured = []
         for number, size in enumerate(sizes):
@@ -350,12 +303,13 @@ def run(options: Options) -> Result:
     return Result(
         "offload",
         {
-            "exact": int(exact),
+            "exact": int(exact.equal),
             "rss_bound": int(bounds.held),
             "disk_step_ratio": max(statistics.median(hiding[name]["ratios"]) for name in best),
             "disk_fraction_of_limit": min(fraction(name) for name in best),
             "mmap_fraction_of_limit": fraction("memory-mapped files"),
             "buffered_fraction_of_limit": fraction("buffered files"),
+            "fsdp2_step_ratio": statistics.median(hiding["FSDP2 CPUOffloadPolicy (host memory)"]["ratios"]),
             "kills": f"{killed.survived}/{killed.number}",
             "clipped_step_ratio": clipped_ratios[0]["ours, under_forward"],
             "delayed_step_ratio": clipped_ratios[0]["ours, delayed (changes results)"],
@@ -367,6 +321,8 @@ def run(options: Options) -> Result:
         notes=[
             "GPT (byte-level), AdamW (fused). Wall time of whole steps, one after another in each round; median and "
             "range over the rounds of the ratio to the step in memory of the same round.",
+            "FSDP2 with CPUOffloadPolicy is torch's own offloading: on a CPU all of it stays in memory, and what its "
+            "wrappers cost is what shows.",
             "Memory-mapped files stay in the page cache where there is room, as there was here: their memory is not "
             "bounded.",
         ],

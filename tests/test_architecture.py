@@ -12,7 +12,7 @@ ROLES = {"callback.py", "strategy.py", "common.py", "ddp.py", "precision.py", "c
 ROLES |= {"fsdp2.py"}
 ROLES |= {"autosave.py", "exact_resume.py", "outcomes.py"}  # parts of checkpoint_io.py
 ROLES |= {"micro_batches.py", "split_step.py", "step_logs.py", "step_metrics.py"}
-ROLES |= {"loss_check.py", "recovery.py"}  # of the offload strategy.py
+ROLES |= {"loss_check.py", "recovery.py", "timed_steps.py"}  # of the offload strategy.py
 TECHNIQUES = {"growth", "checkpointing", "activation_compression", "offload", "precision"}
 FILES = sorted(ROOT.rglob("*.py"))
 

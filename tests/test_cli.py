@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import Strategy
 
 from lightning_efficient.__main__ import main
 from lightning_efficient.demos import ByteLanguageModel
@@ -113,6 +115,32 @@ def test_each_mode_is_written_in_yaml(arguments: dict[str, Any], tmp_path: Path)
     config.write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
     main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={config}", *SMALL])
     assert read_report(next(tmp_path.rglob("efficiency_report.json"))).events
+
+
+def test_a_function_places_from_yaml(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, path = tmp_path / "my.yaml", "tests.offload.test_strategy.state_of_blocks"
+    place = {"optimizer_state": path, "blocks.*": "host"}
+    offload = {
+        "class_path": "lightning_efficient.OffloadStrategy",
+        "init_args": {"offload_dir": "swap", "place": place},
+    }
+    config.write_text(yaml.safe_dump({"trainer": {"strategy": offload}}))
+    with caplog.at_level("INFO"):
+        main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={config}", *SMALL, "--trainer.max_steps=1"])
+    assert "disk: optimizer_state" in caplog.text
+    saved = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())
+    assert saved["trainer"]["strategy"]["init_args"]["place"] == place
+
+
+@pytest.mark.parametrize("strategy", ["OffloadStrategy", "OffloadDDPStrategy", "OffloadFSDP2Strategy"])
+def test_a_function_is_named_in_yaml_for_each_strategy(strategy: str) -> None:
+    path = "tests.offload.test_strategy.state_of_blocks"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=Strategy)
+    for place in (path, {"optimizer_state": path}):
+        given = {"class_path": f"lightning_efficient.{strategy}", "init_args": {"place": place}}
+        made = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+        assert [where.__name__ for where in made.settings.place.values()] == ["state_of_blocks"]
 
 
 class MyModule(pl.LightningModule):

@@ -43,6 +43,15 @@ class Choice:
     predicted: float
     noise: float | None
 
+    def state_dict(self) -> dict[str, Any]:
+        rates = {name: [[*unit, rate] for unit, rate in getattr(self, name).items()] for name in ("bits", "bounds")}
+        return {**rates, "guarded": [list(unit) for unit in self.guarded], "errors": [self.predicted, self.noise]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Choice:
+        bits, bounds = ({(kind, layer): rate for kind, layer, rate in state[name]} for name in ("bits", "bounds"))
+        return cls(bits, bounds, tuple((kind, layer) for kind, layer in state["guarded"]), *state["errors"])
+
 
 class AdaptiveRates:
     """Remembers what was measured, and chooses.
@@ -75,15 +84,18 @@ class AdaptiveRates:
             if first[layer].shape == second[layer].shape:
                 difference = float((first[layer] - second[layer]).square().mean()) / 2
                 one = self.measured[layer]
-                if math.isfinite(difference):
+                if math.isfinite(difference) and difference > 0:  # else it is not known, rather than none
                     self.measured[layer] = replace(one, noise_squares=difference * one.weight_numel)
 
-    def choose(self, rates: LayerRates, average_bits: float | None) -> Choice:
+    def choose(
+        self, rates: LayerRates, average_bits: float | None, sizes: Mapping[Unit, float] | None = None
+    ) -> Choice:
         """Rates for what was measured.
 
         Args:
             rates: Of the run: overrides, floors, and the error bound if that is what is given.
             average_bits: Budget: bits of a number, over all units that were measured; None: as many as it takes.
+            sizes: Numbers of each unit, where they are others than when it was measured.
         """
         units: dict[Unit, list[LayerMeasurement]] = {}
         for one in self.measured.values():
@@ -96,7 +108,8 @@ class AdaptiveRates:
         safe = {unit: self._fewest(units[unit], floors[unit], self._tolerated) for unit in units}
         bits = needed
         if average_bits is not None:
-            sizes = {unit: max(one.numel for one in ones) for unit, ones in units.items()}
+            sizes = {**self.sizes(), **(sizes or {})}
+            sizes = {unit: sizes[unit] for unit in units}
             harm = {
                 unit: sum(one.sensitivity / one.gradient_squares for one in ones if one.gradient_squares)
                 for unit, ones in units.items()
@@ -105,6 +118,10 @@ class AdaptiveRates:
         guarded = tuple(unit for unit in units if safe[unit] > bits[unit])
         bits = {unit: max(bits[unit], safe[unit]) for unit in units}
         return Choice(bits, {}, guarded, *self._errors(units, {unit: step_variance(bits[unit]) for unit in units}))
+
+    def sizes(self) -> dict[Unit, float]:
+        """Numbers of each unit that was measured."""
+        return {one.unit: one.numel for one in self.measured.values()}
 
     def state_dict(self) -> dict[str, Any]:
         return {layer: one.state_dict() for layer, one in self.measured.items()}
@@ -132,7 +149,10 @@ class AdaptiveRates:
         guarded = []
         for unit, ones in units.items():
             wanted, safe = (
-                min(error_bound(math.sqrt(limit(one)), one.sensitivity, 1.0) for one in ones)
+                min(
+                    (error_bound(math.sqrt(limit(one)), one.sensitivity, 1.0) for one in ones if limit(one) > 0),
+                    default=math.inf,  # a gradient of zero says nothing
+                )
                 for limit in (self.allowed, self._tolerated)
             )
             bounds[unit] = min(most, wanted, safe)

@@ -40,7 +40,7 @@ def error_bound(deviation: float, loss_squares: float, nonzero: float) -> float:
 
 
 def allocate_bits(
-    sizes: Mapping[Key, int],
+    sizes: Mapping[Key, float],
     harm: Mapping[Key, float],
     floors: Mapping[Key, int],
     ceilings: Mapping[Key, int],

@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.distributed.tensor import DTensor
 
 from lightning_efficient import compat, telemetry
+from lightning_efficient.activation_compression.batches import tensors_in
 from lightning_efficient.activation_compression.blocks import Blocks
 from lightning_efficient.activation_compression.classify import EXACT, FP8, Classifier, held_by
 from lightning_efficient.activation_compression.compiled import CompiledModules, stored_bits
@@ -56,7 +57,8 @@ class ActivationCompressionPlugin(Callback):
             least, other operations 4, losses 8, for their errors reach the gradients of all layers before.
             ``"fp8"``: floats of 8 bits (e4m3), small errors for small numbers, but biased; losses keep 8 bits.
             ``"lossless"``: only what is exact (one copy of each tensor, masks in one bit, narrow integers). Beside a
-            ``schedule`` of bits, which is for the inputs of linear layers then: the least for the other operations.
+            ``schedule`` of bits, which is for the inputs of linear layers then: the least for the other operations, if
+            that is more than they get anyway.
         error_bound: In place of ``bits``: as many as it takes that no kept number is off by more, whatever the
             operation.
         memory_budget: In place of ``bits``: bytes (``"512MiB"``) that saved tensors may take, or the part (float) of
@@ -125,7 +127,7 @@ class ActivationCompressionPlugin(Callback):
         self._batch = (0, 0, 0)
         self._passes = self._step = 0
         self._compiled = CompiledModules(self._classifier, group_size)
-        self._compiled_step = False
+        self._sees_compiled = self._compiled_step = False
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
         self._followed = contextlib.ExitStack()
@@ -153,7 +155,7 @@ class ActivationCompressionPlugin(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._undo.close()
+        self._undo.close()  # what follows is not for setup: after that come configure_model, and the run's length
         if self._schedule is not None:
             total = total_steps(trainer) if self._schedule.uses_fractions else math.inf
             try:
@@ -169,8 +171,9 @@ class ActivationCompressionPlugin(Callback):
                 f"({compiled[0]}). Give bits, or do not compile."
             )
         self._compiled_step = compat.step_is_compiled(pl_module)
+        self._sees_compiled = bool(compiled) and graph_hooks_are_shown_graphs()
         self._knows_operations = not self._compiled_step
-        if compiled and not graph_hooks_are_shown_graphs():
+        if compiled and not self._sees_compiled:
             self._compiled_step = self._knows_operations = False
             rank_zero_info(
                 "ActivationCompressionPlugin cannot see into compiled modules with this torch: all that they save gets "
@@ -191,7 +194,13 @@ class ActivationCompressionPlugin(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._held = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self._held = tensors_in(batch)
+        if self._budget is not None and not self._held:
+            raise MisconfigurationException(
+                "memory_budget plans by the shapes of the tensors in a batch, and a batch of "
+                f"{type(batch).__name__} has none that can be seen. Put them in a mapping, a sequence or a dataclass, "
+                "or give bits."
+            )
         self._batch = trainer.global_rank, trainer.current_epoch, batch_idx
         self._passes = 0
         step = self._step = steps_done(trainer)
@@ -219,6 +228,7 @@ class ActivationCompressionPlugin(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._undo.close()
+        self._held = []
         if self._adaptive is not None:
             self._adaptive.abandon(self._classifier)
 
@@ -232,6 +242,7 @@ class ActivationCompressionPlugin(Callback):
         values = {
             "activations/saved_bytes": float(ledger.saved_bytes),
             "activations/kept_bytes": float(ledger.kept_bytes),
+            "activations/live_bytes": float(ledger.live_bytes),
             "activations/ratio": ledger.saved_bytes / max(1, ledger.kept_bytes),
             "activations/encode_ms": ledger.encode_seconds * 1e3,
             "activations/decode_ms": ledger.decode_seconds * 1e3,
@@ -240,6 +251,8 @@ class ActivationCompressionPlugin(Callback):
             values["activations/error_bound"] = self._rates.error_bound
         elif self._rates.bits < EXACT and self._rates.chosen is None:
             values["activations/bits"] = 8.0 if self._rates.bits == FP8 else float(self._rates.bits)
+            if self._sees_compiled:
+                values["activations/bits_compiled"] = float(stored_bits(self._rates.bits))
         if self._adaptive is not None:
             values |= {f"activations/{name}": value for name, value in self._adaptive.measurements().items()}
         if self._budget is not None and self._budget.plan is not None:
@@ -294,12 +307,13 @@ class ActivationCompressionPlugin(Callback):
         """Take the rates that follow from what was measured."""
         if self._adaptive is None:
             return
-        average = self._average
+        average, sizes = self._average, None
         if self._budget is not None:
-            average = self._budget.average_bits(self._adaptive.sizes())
-            if average is None:
+            share = self._budget.share(self._adaptive.adaptive.sizes())
+            if share is None:
                 return
-        choice = self._adaptive.choose(average)
+            average, sizes = share
+        choice = self._adaptive.choose(average, sizes)
         if choice is not None:
             self._rates.bounds = choice.bounds
             planned = self._budget.plan.levels if self._budget is not None and self._budget.plan is not None else {}
@@ -309,8 +323,15 @@ class ActivationCompressionPlugin(Callback):
         what = ", ".join(outermost(compiled)) if compiled[0] else "the compiled LightningModule"
         if self._rates.error_bound is not None:
             return f"{what}: after the forward pass, for how many bits a bound takes is not known before"
-        bits = stored_bits(self._rates.bits)
-        return f"{what}: " + (f"{bits} bits, and 8 for losses" if bits < EXACT else "masks only, for all is exact")
+        asked = self._rates.bits
+        bits = stored_bits(asked)
+        if bits == EXACT:
+            return f"{what}: masks only, for all is exact"
+        words = f"{what}: {bits} bits, and 8 for losses"
+        if bits == asked:
+            return words
+        given = "floats of 8 bits" if asked == FP8 else f"{asked} bits"
+        return f"{words}; codes there are whole numbers of 4 or 8 bits, and not {given}"
 
     def _follow(self, module: pl.LightningModule) -> None:
         self._followed.close()
@@ -341,8 +362,14 @@ class ActivationCompressionPlugin(Callback):
             with own(), self._compressing(module):
                 yield
 
+        before = {name: value for name, value in vars(plugin).items() if name == "train_step_context"}
         plugin.__dict__["train_step_context"] = train_step_context
-        return lambda: plugin.__dict__.pop("train_step_context", None)
+
+        def restore() -> None:
+            plugin.__dict__.pop("train_step_context", None)
+            plugin.__dict__.update(before)
+
+        return restore
 
     @contextlib.contextmanager
     def _compressing(self, module: nn.Module) -> Iterator[None]:
@@ -367,17 +394,34 @@ class ActivationCompressionPlugin(Callback):
 
 def momentum_of(trainer: pl.Trainer) -> Callable[[Tensor], Tensor | None]:
     """What gives the mean magnitude of a weight's momentum, on the scale of one batch's gradient; None: it has none."""
+    module = trainer.lightning_module
+    names = {id(weight): name for name, weight in module.named_parameters()}
     buffers = {
-        id(weight): state["momentum_buffer"]
+        names[id(weight)]: state["momentum_buffer"]
         for optimizer in trainer.optimizers
         for weight, state in optimizer.state.items()
-        if isinstance(state.get("momentum_buffer"), Tensor)
+        if id(weight) in names and isinstance(state.get("momentum_buffer"), Tensor)
     }
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     # errors of accumulated batches are independent: their sum grows with the root of the number
     factor = (scaler.get_scale() if scaler is not None else 1.0) / math.sqrt(trainer.accumulate_grad_batches)
 
     def mean_momentum(weight: Tensor) -> Tensor | None:
-        return buffers[id(weight)].abs().mean() * factor if id(weight) in buffers else None
+        name = names.get(id(weight)) or _name_in(module, weight) if buffers else ""
+        return _mean_magnitude(buffers[name]) * factor if name in buffers else None
 
     return mean_momentum
+
+
+def _mean_magnitude(values: Tensor) -> Tensor:
+    mean = values.abs().sum() / values.numel()
+    return mean.full_tensor() if isinstance(mean, DTensor) else mean
+
+
+def _name_in(module: nn.Module, weight: Tensor) -> str:
+    """Of a parameter that is there only while the forward of its module goes on, as FSDP2 has them; or empty."""
+    for prefix, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter is weight:
+                return f"{prefix}.{name}" if prefix else name
+    return ""

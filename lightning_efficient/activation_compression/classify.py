@@ -22,7 +22,7 @@ from lightning_efficient.activation_compression.records import (
     signs,
     two_valued,
 )
-from lightning_efficient.activation_compression.store import Demand, SavedTensors, Unit
+from lightning_efficient.activation_compression.store import Demand, Kept, SavedTensors, Unit
 from lightning_efficient.activation_compression.streamed import streamed
 from lightning_efficient.core.quantization import Code, Quantized, Rounding, quantize
 from lightning_efficient.core.random import mix
@@ -137,7 +137,7 @@ class Classifier:
             return Demand(EXACT, EXACT, unit)
         if operation.name in ("relu", "relu_"):
             return Demand(EXACT, EXACT, unit, "signs")
-        if size < _SMALL or size * _STATISTICS <= operation.largest:
+        if size < _SMALL or size * _STATISTICS <= operation.largest or operation.is_statistic(tensor):
             return Demand(EXACT, EXACT, unit)
         if operation.is_factorization or operation.is_weight(tensor) or _PARAMETRIZATIONS in f".{unit[1]}":
             return Demand(EXACT, EXACT, unit)
@@ -179,16 +179,16 @@ class Classifier:
             numbers = numbers.clone()
         return Raw(numbers, numbers.nbytes)
 
-    def kept(self, record: Record, nbytes: int, instead_of: Record | None) -> None:
+    def kept(self, record: Record, nbytes: int, instead_of: Kept | None) -> None:
         layer = self.layers[-1] if self.layers else ""
         if instead_of is not None:
-            self.freed(instead_of)
+            self.freed(instead_of.record, instead_of.unit)
             nbytes = 0  # it counts already
         self.sizes.saved[layer] += nbytes
         self.ledger.add(layer, self.operation.kind, record.way, nbytes, record.nbytes)
 
-    def freed(self, record: Record) -> None:
-        self.ledger.live_bytes -= record.nbytes
+    def freed(self, record: Record, unit: Unit) -> None:
+        self.ledger.freed(unit[1], record.nbytes)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -8,37 +8,26 @@ of the gradient, to hold the prediction against.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch import Tensor
 
 from lightning_efficient.activation_compression.bounds import step_variance
 from lightning_efficient.activation_compression.classify import BOUNDED, FP8
+from lightning_efficient.activation_compression.linear_operations import LinearOperation, linear_operation, operands_of
 from lightning_efficient.activation_compression.store import Handle, Kept, Unit
 
 __all__ = ["Collector", "LayerMeasurement", "source"]
 
-_COLUMNS = 16  # of a linear layer's input that are kept exactly in a measured step
-_CHANNELS = 4  # of a convolution's
 _SAMPLE = 1024  # elements of a weight's gradient that are compared between batches
 _LEAST_PART = 0.1  # of a gradient that is taken for more than its errors
 _GROUP = 128
 _GROUPS = 512  # of which the spread is taken
-_CONVOLUTIONS: Mapping[str, tuple[int, bool, Callable[..., Tensor]]] = {
-    "conv1d": (1, False, conv1d_weight),
-    "conv2d": (2, False, conv2d_weight),
-    "conv3d": (3, False, conv3d_weight),
-    "conv_transpose1d": (1, True, conv1d_weight),
-    "conv_transpose2d": (2, True, conv2d_weight),
-    "conv_transpose3d": (3, True, conv3d_weight),
-}
-"""Dimensions, whether transposed, and what makes the gradient of the weight."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +36,12 @@ class LayerMeasurement:
 
     Attributes:
         unit: Whose rate the error of its input comes from.
-        numel: Numbers of its input.
+        numel: Numbers of its input, or, where that is known, all those that its unit keeps.
         sensitivity: Variance of the weight's gradient, the sum over its elements, for each unit of the variance that
             comes with the rate: :func:`step_variance` of the bits, or a third of the squared error bound.
         gradient_squares: Sum of squares of the weight's gradient, without its errors.
-        weight_numel: Elements of the weight.
+        weight_numel: Elements of the weight. Where several units feed one weight, each has its part of these, and of
+            the gradient's squares.
         nonzero: R, the fraction of its input that is not zero.
         error_squares: Measured variance of the weight's gradient, likewise the sum; None: not measured.
         momentum: Mean magnitude of the weight's momentum; None: the optimizer has none.
@@ -62,7 +52,7 @@ class LayerMeasurement:
     numel: int
     sensitivity: float
     gradient_squares: float
-    weight_numel: int
+    weight_numel: float
     nonzero: float
     error_squares: float | None = None
     momentum: float | None = None
@@ -77,28 +67,23 @@ class LayerMeasurement:
         return cls(**{**state, "unit": (kind, layer)})
 
 
-@dataclass(frozen=True)
-class _Operation:
-    """A linear operation, as far as its errors go.
+@dataclass
+class _Weight:
+    """One whose gradient is measured."""
 
-    Attributes:
-        fan: Elements of the weight's gradient that each number of the loss signal goes into, and each of the input.
-        columns: Takes some columns of the input, or some of its channels.
-        error: Of those columns of the weight's gradient, from the loss signal and the error of the input's; None where
-            that is too much to ask.
-    """
-
-    fan: float
-    columns: Callable[[Tensor], Tensor]
-    error: Callable[[Tensor, Tensor], Tensor] | None
+    tensor: Tensor
+    momentum: Tensor | None
+    squares: Tensor | None = None
+    sample: Tensor | None = None
 
 
 @dataclass
 class _Call:
     """One that is measured."""
 
-    operation: _Operation
+    operation: LinearOperation
     layer: str
+    weight: _Weight
     kept: Kept
     numel: int
     exact: Tensor  # the columns before compression
@@ -107,14 +92,6 @@ class _Call:
     loss_squares: Tensor | None = None
     input_error: Tensor | None = None  # mean of squares
     gradient_error: Tensor | None = None
-
-
-@dataclass
-class _Weight:
-    numel: int
-    momentum: Tensor | None
-    squares: Tensor | None = None
-    sample: Tensor | None = None
 
 
 class Collector:
@@ -132,7 +109,7 @@ class Collector:
         self._momentum = momentum
         self._packed: list[tuple[Handle, Tensor]] = []
         self._calls: dict[int, tuple[Handle, _Call]] = {}
-        self._weights: dict[str, _Weight] = {}
+        self._weights: dict[int, _Weight] = {}
         self._hooks: list[Any] = []
 
     def packed(self, handle: Handle, tensor: Tensor) -> None:
@@ -143,23 +120,23 @@ class Collector:
         packed, self._packed = self._packed, []
         if not packed or not isinstance(result, Tensor) or not result.requires_grad:
             return
-        operands = _operands(name, args, kwargs)
+        operands = operands_of(name, args, kwargs)
         if operands is None or not operands[1].requires_grad:
             return
         x, weight = operands
         for handle, tensor in packed:
             if handle.record is None or tensor.numel() != x.numel():
                 continue
-            operation = _operation(name, args, kwargs, tensor, weight)
+            operation = linear_operation(name, args, kwargs, tensor, weight)
             call = _Call(
                 operation,
                 layer,
+                self._watched(weight),
                 handle.record,
                 tensor.numel(),
                 exact=operation.columns(tensor.detach()).float().clone(),
                 spread_squares=_spread_squares(tensor.detach()),
             )
-            self._watch(weight, layer)
             self._calls[id(handle)] = handle, call
             self._hooks.append(result.register_hook(partial(_note_loss, call)))
             return
@@ -177,28 +154,21 @@ class Collector:
 
     def gradient_samples(self) -> dict[str, Tensor]:
         """Some elements of each weight's gradient, by layer."""
-        return {layer: weight.sample for layer, weight in self._weights.items() if weight.sample is not None}
+        samples = {layer: calls[0].weight.sample for layer, calls in self._by_layer().items()}
+        return {layer: sample for layer, sample in samples.items() if sample is not None}
 
     def measurements(self) -> dict[str, LayerMeasurement]:
         """By layer, of those that a backward pass went through."""
         found: dict[str, LayerMeasurement] = {}
-        for _, call in self._calls.values():
-            weight = self._weights[call.layer]
-            if weight.squares is None or call.loss_squares is None or call.input_error is None:
-                continue
-            reach = call.operation.fan * float(call.loss_squares)
-            error, noisy = reach * float(call.input_error), float(weight.squares)
-            one = LayerMeasurement(
-                unit=source(call.kept),
-                numel=call.numel,
-                sensitivity=reach * self._gain(call),
-                gradient_squares=max(noisy - error, _LEAST_PART * noisy),  # its errors are in the squares too
-                weight_numel=weight.numel,
-                nonzero=float((call.exact != 0).float().mean()),
-                error_squares=float(call.gradient_error) * weight.numel if call.gradient_error is not None else None,
-                momentum=float(weight.momentum) if weight.momentum is not None else None,
-            )
-            found[call.layer] = _together(found[call.layer], one) if call.layer in found else one
+        by_layer = self._by_layer()
+        shares = Counter(id(calls[0].weight) for calls in by_layer.values())
+        for layer, calls in by_layer.items():
+            measured = [one for one in map(self._measurement, calls) if one is not None]
+            if measured:
+                one, parts = reduce(_together, measured), shares[id(calls[0].weight)]
+                found[layer] = replace(
+                    one, gradient_squares=one.gradient_squares / parts, weight_numel=one.weight_numel / parts
+                )
         return found
 
     def close(self) -> None:
@@ -207,13 +177,42 @@ class Collector:
             hook.remove()
         self._hooks.clear()
         self._calls.clear()
+        self._weights.clear()
         self._packed.clear()
 
-    def _watch(self, weight: Tensor, layer: str) -> None:
-        if layer not in self._weights:
-            noted = _Weight(weight.numel(), self._momentum(weight))
-            self._weights[layer] = noted
+    def _watched(self, weight: Tensor) -> _Weight:
+        if id(weight) not in self._weights:
+            noted = self._weights[id(weight)] = _Weight(weight, self._momentum(weight))
             self._hooks.append(weight.register_hook(partial(_note_gradient, noted)))
+        return self._weights[id(weight)]
+
+    def _by_layer(self) -> dict[str, list[_Call]]:
+        """Calls with the same weight, whose inputs' errors come from the same unit: with more of them, numbered."""
+        groups: dict[tuple[str, int, Unit], list[_Call]] = {}
+        for _, call in self._calls.values():
+            groups.setdefault((call.layer, id(call.weight), source(call.kept)), []).append(call)
+        counts, found = Counter[str](), dict[str, list[_Call]]()
+        for (layer, _, _), calls in groups.items():
+            counts[layer] += 1
+            found[layer if counts[layer] == 1 else f"{layer} ({counts[layer]})"] = calls
+        return found
+
+    def _measurement(self, call: _Call) -> LayerMeasurement | None:
+        weight = call.weight
+        if weight.squares is None or call.loss_squares is None or call.input_error is None:
+            return None
+        reach = call.operation.fan * float(call.loss_squares)
+        error, noisy, numel = reach * float(call.input_error), float(weight.squares), weight.tensor.numel()
+        return LayerMeasurement(
+            unit=source(call.kept),
+            numel=call.numel,
+            sensitivity=reach * self._gain(call),
+            gradient_squares=max(noisy - error, _LEAST_PART * noisy),  # its errors are in the squares too
+            weight_numel=numel,
+            nonzero=float((call.exact != 0).float().mean()),
+            error_squares=float(call.gradient_error) * numel if call.gradient_error is not None else None,
+            momentum=float(weight.momentum) if weight.momentum is not None else None,
+        )
 
     def _gain(self, call: _Call) -> float:
         """Variance of the input's errors for each unit of that which comes with the rate."""
@@ -237,7 +236,7 @@ def _base(kept: Kept) -> Kept:
 
 
 def _together(a: LayerMeasurement, b: LayerMeasurement) -> LayerMeasurement:
-    """Of a layer that is called more than once, where the weight is the same."""
+    """Of two calls with the same weight."""
     errors = (a.error_squares, b.error_squares)
     return replace(
         a,
@@ -257,53 +256,13 @@ def _note_loss(call: _Call, loss: Tensor) -> None:
 def _note_gradient(weight: _Weight, gradient: Tensor) -> None:
     gradient = gradient.detach()
     weight.squares = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
-    flat = gradient.reshape(-1)
-    weight.sample = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].float().clone()
+    weight.sample = gradient.reshape(-1)[_places(gradient.numel()).to(gradient.device)].float()
 
 
-_PRODUCTS = ("matmul", "mm", "__matmul__", "addmm")
-
-
-def _operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Input and weight of a linear operation."""
-    operands: tuple[Any, Any]
-    if name == "linear" or name in _CONVOLUTIONS:
-        operands = _argument(args, kwargs, 0, "input", None), _argument(args, kwargs, 1, "weight", None)
-    elif name in _PRODUCTS and len(args) >= 2 and isinstance(args[-1], nn.Parameter) and args[-1].dim() == 2:
-        operands = args[-2], args[-1]
-    else:
-        return None
-    return operands if isinstance(operands[0], Tensor) and isinstance(operands[1], Tensor) else None
-
-
-def _operation(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, weight: Tensor) -> _Operation:
-    if name not in _CONVOLUTIONS:
-        outputs = weight.shape[1 if name in _PRODUCTS else 0]
-        take = slice(0, x.shape[-1], max(1, x.shape[-1] // _COLUMNS))
-        return _Operation(weight.numel() / outputs, lambda x: x[..., take], _linear_error)
-    dimensions, transposed, gradient = _CONVOLUTIONS[name]
-    take = slice(0, x.shape[1], max(1, x.shape[1] // _CHANNELS))
-    stride = _each(_argument(args, kwargs, 3, "stride", 1), dimensions)
-    groups = _argument(args, kwargs, 6, "groups", 1)
-    if transposed:  # each number of the loss signal meets one in so many elements of the kernel
-        outputs = weight.shape[1] * groups
-        return _Operation(weight.numel() / outputs / math.prod(stride), lambda x: x[:, take], None)
-    padding, dilation = _argument(args, kwargs, 4, "padding", 0), _argument(args, kwargs, 5, "dilation", 1)
-    error = None
-    if groups == 1 and not isinstance(padding, str) and x.dim() == dimensions + 2:
-
-        def error(loss: Tensor, difference: Tensor) -> Tensor:
-            shape = (weight.shape[0], difference.shape[1], *weight.shape[2:])
-            return gradient(
-                difference, shape, loss.view(-1, *loss.shape[-dimensions - 1 :]), stride,
-                _each(padding, dimensions), _each(dilation, dimensions),
-            )  # fmt: skip
-
-    return _Operation(weight.numel() / weight.shape[0], lambda x: x[:, take], error)
-
-
-def _linear_error(loss: Tensor, difference: Tensor) -> Tensor:
-    return loss.reshape(-1, loss.shape[-1]).T @ difference.reshape(-1, difference.shape[-1])
+@lru_cache(256)
+def _places(numel: int) -> Tensor:
+    """The same random ones each time: at equal distances they might be one column of the weight."""
+    return torch.randint(numel, (min(numel, _SAMPLE),), generator=torch.Generator().manual_seed(numel))
 
 
 def _spread_squares(x: Tensor) -> Tensor:
@@ -312,11 +271,3 @@ def _spread_squares(x: Tensor) -> Tensor:
     width = min(_GROUP, numbers.numel())
     groups = numbers[: numbers.numel() // width * width].view(-1, width).float()
     return (groups.amax(1) - groups.amin(1)).square().mean()
-
-
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str, default: Any) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name, default)
-
-
-def _each(value: Any, count: int) -> tuple[int, ...]:
-    return (value,) * count if isinstance(value, int) else tuple(value) * (count // len(value))

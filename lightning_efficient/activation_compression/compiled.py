@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.graph_codec import (
     CODES,
+    LOGARITHMS,
     RAW,
     RECTIFIED,
     SIGNS,
@@ -34,8 +35,17 @@ from lightning_efficient.activation_compression.graph_codec import (
     encode,
     group_of,
 )
+from lightning_efficient.activation_compression.graph_uses import (
+    beyond_views,
+    in_log_space,
+    is_mask,
+    is_statistic,
+    kind_of_users,
+    of_input,
+    operation,
+)
 from lightning_efficient.activation_compression.layers import is_in
-from lightning_efficient.activation_compression.operations import Kind, kind_of
+from lightning_efficient.activation_compression.operations import Kind
 from lightning_efficient.activation_compression.store import SavedTensors
 from lightning_efficient.core.torch_internals import (
     GraphsOfSaved,
@@ -50,15 +60,6 @@ __all__ = ["CompiledModules", "Traced", "graph_hooks", "stored_bits"]
 
 _LOSSY = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1024  # numbers that are not worth the work
-_STATISTICS = 8  # times smaller than what they are the mean, scale or normalizer of
-_REDUCTIONS = frozenset(("mean", "sum", "var", "amax", "amin", "logsumexp", "var_mean", "std"))
-_CASTS = frozenset((
-    "_to_copy", "convert_element_type", "t", "transpose", "permute", "view", "reshape", "_unsafe_view", "detach",
-    "alias", "clone", "expand", "squeeze", "unsqueeze",
-))  # fmt: skip
-
-_SENSITIVITY: tuple[Kind, ...] = ("loss", "attention", "activation", "normalization", "dropout", "pooling", "linear")
-
 
 Overrides = tuple[tuple[str, int], ...]
 
@@ -100,8 +101,11 @@ class _Plan:
 
 def _plan(tensor: Tensor, graphs: GraphsOfSaved, bits: int, overrides: Overrides) -> _Plan:
     """How to keep ``tensor``, made by a node of the forward graph, for those that use it in the backward graph."""
-    users = [_operation(user) for user in _beyond_views(graphs.users())]
-    kind = _kind(users)
+    nodes = beyond_views(graphs.users())
+    users = [operation(node) for node in nodes]
+    kind, logarithms = kind_of_users(users), in_log_space(nodes)
+    if kind == "other" and logarithms:
+        kind = "loss"
     layer = graphs.layer()
     if kind == "loss":
         bits = max(bits, 8)
@@ -113,79 +117,11 @@ def _plan(tensor: Tensor, graphs: GraphsOfSaved, bits: int, overrides: Overrides
     rectified = "threshold_backward" in users
     if tensor.dtype == torch.bool or (rectified and set(users) == {"threshold_backward"}):
         way = SIGNS
-    elif tensor.dtype in _LOSSY and bits < EXACT and not _is_statistic(graphs.node):
-        way = RECTIFIED if rectified else CODES
-    if tensor.numel() < _SMALL or _of_input(graphs.node) or 0 in tensor.stride():
+    elif tensor.dtype in _LOSSY and bits < EXACT and not is_statistic(graphs.node):
+        way = RECTIFIED if rectified else LOGARITHMS if kind == "loss" or logarithms else CODES
+    if tensor.numel() < _SMALL or of_input(graphs.node) or 0 in tensor.stride() or is_mask(graphs.node, nodes):
         way = RAW
     return _Plan(way, bits, kind, layer)
-
-
-def _beyond_views(users: list[fx.Node]) -> list[fx.Node]:
-    """They, and in place of views and casts what uses those."""
-    return [one for user in users for one in (_beyond_views(list(user.users)) if _target(user) in _CASTS else [user])]
-
-
-def _kind(users: list[str]) -> Kind:
-    """The most sensitive of them."""
-    kinds = {_kinds_of_aten(name) for name in users}
-    return next((kind for kind in _SENSITIVITY if kind in kinds), "other")
-
-
-def _kinds_of_aten(name: str) -> Kind:
-    name = name.removesuffix("_data").removesuffix("_backward").removeprefix("_").removeprefix("native_")
-    if name in ("mm", "addmm", "convolution"):
-        return "linear"
-    if "scaled_dot_product" in name or name == "safe_softmax":
-        return "attention"
-    if "loss" in name:
-        return "loss"
-    return "normalization" if "norm" in name else kind_of(name)
-
-
-def _operation(node: fx.Node) -> str:
-    """The name of the operation that the user called, of which ``node`` is a part."""
-    target = node.meta.get("original_aten") or node.target
-    return str(getattr(target, "__name__", target)).partition(".")[0]
-
-
-def _target(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-
-
-def _of_input(node: fx.Node) -> bool:
-    """Whether it is a copy of an input of the graph, as autocast makes them of weights."""
-    while node.op != "placeholder":
-        if _target(node) not in _CASTS or not isinstance(node.args[0], fx.Node):
-            return False
-        node = node.args[0]
-    return True
-
-
-def _is_statistic(node: fx.Node) -> bool:
-    """Whether it is made, by elementwise operations, of what an operation found out about many more numbers."""
-    numel = node.meta["val"].numel()
-    for _ in range(8):
-        source = node.args[0] if node.args else None
-        if _target(node) == "getitem" and isinstance(source, fx.Node):
-            if node.args[1] == 0 and _target(source) not in _REDUCTIONS:
-                return False
-            return _largest(source) >= _STATISTICS * numel
-        if _target(node) in _REDUCTIONS:
-            return _largest(node) >= _STATISTICS * numel
-        same = [one for one in node.all_input_nodes if _numel(one) == numel]
-        if len(same) != 1:
-            return False
-        node = same[0]
-    return False
-
-
-def _largest(node: fx.Node) -> int:
-    return max((_numel(one) for one in node.all_input_nodes), default=0)
-
-
-def _numel(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() if isinstance(value, Tensor) else 0
 
 
 # -- hooks -------------------------------------------------------------------------------------------------------------
@@ -296,12 +232,14 @@ class CompiledModules:
         self._classifier = classifier
         self._group_size = group_size
         self._tables: dict[tuple[str, int], Overrides] = {}
-        self._traced: dict[tuple[type, int, Overrides], list[Traced]] = {}
+        self._shapes: dict[str, tuple[Any, ...]] = {}
+        self._traced: dict[tuple[Any, ...], list[Traced]] = {}
 
     @contextlib.contextmanager
     def attached(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """Within it, the calls of these compiled modules compress where the classifier's hooks are the innermost."""
         self._tables.clear()
+        self._shapes.clear()
         with contextlib.ExitStack() as undo:
             for name, module in modules.items():
                 entry = compiled_entry(module)
@@ -339,10 +277,15 @@ class CompiledModules:
             classifier.layers.pop()
             _outside.reset(token)
             _unsettled.clear()
-        key = type(getattr(module, "_orig_mod", module)), bits, overrides  # its graphs may serve all of its type
+        if name not in self._shapes:
+            own = getattr(module, "_orig_mod", module)
+            self._shapes[name] = type(own), *(tuple(parameter.shape) for parameter in own.parameters())
+        own_key = name, *self._shapes[name], bits, overrides
+        key = own_key[1:]  # its graphs may serve others like it
         if outside.traced:
-            self._traced[key] = list(outside.traced.values())
-        for one in self._traced.get(key, []) if torch.is_grad_enabled() else []:
+            self._traced[key] = self._traced[own_key] = list(outside.traced.values())
+        traced = self._traced.get(own_key) or self._traced.get(key, [])
+        for one in traced if torch.is_grad_enabled() else []:
             layer = ".".join(part for part in (name, one.layer) if part)
             classifier.ledger.passed(layer, one.kind, f"{one.way}, compiled", one.nbytes, one.kept_nbytes)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -95,24 +96,22 @@ class AdaptiveControl:
             self._next = step + self.adaptive.every
             if not measured:
                 return False
-            self.adaptive.take(measured)
+            numbers = classifier.sizes.numbers  # the rate is that of all that a unit keeps
+            sizes = {one.unit: numbers.get(one.unit, (one.numel, 0))[0] for one in measured.values()}
+            self.adaptive.take({layer: replace(one, numel=sizes[one.unit]) for layer, one in measured.items()})
             self._predicted = self.choice.predicted if self.choice is not None else None
             self._first = samples
         self._stale = True
         return True
 
-    def sizes(self) -> dict[Unit, int]:
-        """Numbers of each unit that was measured."""
-        return {one.unit: one.numel for one in self.adaptive.measured.values()}
-
-    def choose(self, average_bits: float | None) -> Choice | None:
+    def choose(self, average_bits: float | None, sizes: Mapping[Unit, float] | None = None) -> Choice | None:
         """Rates for the batch to come, with this budget; see :meth:`AdaptiveRates.choose`."""
         if not self.adaptive.measured:
             return None
         moved = average_bits is not None and (self._average is None or abs(average_bits - self._average) >= _CHANGE)
-        if self._stale or moved:
+        if self._stale or moved or sizes is not None:
             self._average, self._stale = average_bits, False
-            self.choice = self.adaptive.choose(self._rates, average_bits)
+            self.choice = self.adaptive.choose(self._rates, average_bits, sizes)
         return self.choice
 
     def measurements(self) -> dict[str, float]:
@@ -159,13 +158,16 @@ class AdaptiveControl:
             "average": self._average,
             "stale": self._stale,
             "predicted": self._predicted,
+            "choice": self.choice.state_dict() if self.choice is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.adaptive.load_state_dict(state["measured"])
         self._first, self._next = dict(state["first"]), state["next"]
         self._average, self._stale, self._predicted = state["average"], state["stale"], state["predicted"]
-        if not self._stale:
+        if state.get("choice") is not None:  # made with the rates of a step that is past
+            self.choice = Choice.from_state(state["choice"])
+        elif not self._stale:
             self.choice = self.adaptive.choose(self._rates, self._average)
 
 
@@ -193,6 +195,7 @@ class BudgetControl:
         self._planner = MemoryPlanner()
         self._signature = ""
         self._size = 0
+        self._sizes: Mapping[Unit, float] = {}  # that are predicted of the batch that goes on
         self._plans: dict[str, MemoryPlan] = {}
         self._told: set[str] = set()
 
@@ -208,6 +211,7 @@ class BudgetControl:
         self._signature = " ".join("x".join(map(str, tensor.shape)) for tensor in batch)
         self._size = sum(tensor.numel() for tensor in batch)
         sizes = self._planner.predict(self._signature, self._size)
+        self._sizes = {unit: numel for unit, (numel, _) in sizes.numbers.items()} if sizes is not None else {}
         self.plan = None
         self._rates.bits, self._rates.chosen = _LEAST, {}
         classifier.offloaded, self.blocks.recomputed = frozenset(), frozenset()
@@ -223,12 +227,19 @@ class BudgetControl:
             self._rates.chosen = self.plan.levels
             classifier.offloaded, self.blocks.recomputed = self.plan.offloaded, frozenset(self.plan.recomputed)
 
-    def average_bits(self, sizes: Mapping[Unit, int]) -> float | None:
-        """That the plan gives to units of these sizes; None if it leaves them raw, or there is none."""
-        levels = {unit: self.plan.levels.get(unit, _LEAST) for unit in sizes} if self.plan is not None else {}
-        if not levels or EXACT in levels.values():
+    def share(self, units: Iterable[Unit]) -> tuple[float, dict[Unit, float]] | None:
+        """Bits on average that the plan gives to these units, and the numbers that each of them will keep.
+
+        None if it leaves some raw, or if there is none.
+        """
+        if self.plan is None:
             return None
-        return sum(level * sizes[unit] for unit, level in levels.items()) / sum(sizes.values())
+        sizes = {unit: self._sizes.get(unit, 0.0) for unit in units}
+        levels = {unit: self.plan.levels.get(unit, _LEAST) for unit in units}
+        total = sum(sizes.values())
+        if not total or EXACT in levels.values():
+            return None
+        return sum(level * sizes[unit] for unit, level in levels.items()) / total, sizes
 
     def end(self, classifier: Classifier) -> bool:
         """The batch is over; returns whether it was the first of its shapes."""
@@ -252,7 +263,7 @@ class BudgetControl:
         if plan is None:
             return ""
         text = (
-            f"Plan for saved tensors: a batch of {self._signature or 'no tensors'} keeps "
+            f"Plan for saved tensors: a batch of {self._signature} keeps "
             f"{plan.describe() or 'nothing that has a rate'}; "
             f"{plan.predicted_bytes / 2**20:.1f} MiB predicted, {plan.budget_bytes / 2**20:.1f} MiB allowed."
         )

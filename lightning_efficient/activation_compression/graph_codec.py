@@ -16,10 +16,23 @@ from torch import Tensor
 from lightning_efficient.core.quantization import Quantized, dequantize, payload_bytes, quantize
 from lightning_efficient.core.torch_internals import likely_size
 
-__all__ = ["CODES", "RAW", "RECTIFIED", "SIGNS", "VERSION", "decode", "encode", "group_of", "noise_key", "seed_noise"]
+__all__ = [
+    "CODES",
+    "LOGARITHMS",
+    "RAW",
+    "RECTIFIED",
+    "SIGNS",
+    "VERSION",
+    "decode",
+    "encode",
+    "group_of",
+    "noise_key",
+    "seed_noise",
+]
 
-RAW, CODES, SIGNS, RECTIFIED = range(4)
-"""Ways to keep a tensor: as it is, in codes, which numbers are positive, and in codes with which are positive."""
+RAW, CODES, SIGNS, RECTIFIED, LOGARITHMS = range(5)
+"""Ways to keep a tensor: as it is, in codes, which numbers are positive, and in codes with which are positive or with
+which are minus infinity."""
 
 _GROUPS = (128, 64, 32)  # neighbours that share a scale, where not all are of a whole number of the first
 _UP = 1 + 2.0**-8 * 1.02  # what is rounded to bfloat16 after this is not less than before
@@ -31,6 +44,7 @@ _STEP = 0x278DDE6E5FD29E85  # odd, and about 2^62 over the golden ratio
 _SOURCES = (
     (__package__, "compiled.py"),
     (__package__, "graph_codec.py"),
+    (__package__, "graph_uses.py"),
     ("lightning_efficient.core", "quantization.py"),
 )
 VERSION = hashlib.sha256(b"".join(pkgutil.get_data(*source) or b"" for source in _SOURCES)).hexdigest()[:12]
@@ -49,6 +63,11 @@ def encode(x: Tensor, way: int, bits: int, group: int) -> tuple[Any, ...]:
         return *head, _pack_bits(groups if x.dtype == torch.bool else groups > 0)
     key = noise_key(x.device)
     code = _encode_at_once if x.device.type in _AT_ONCE else _encode_groups
+    if way == LOGARITHMS:
+        nothing = groups == -torch.inf
+        most = groups.amax(1, keepdim=True)  # of a number of the group, so that its scale is that of the others
+        kept = *code(torch.where(nothing, torch.where(most == -torch.inf, 0, most), groups), key, bits), key
+        return *head, *kept, _pack_bits(nothing)
     kept = *code(groups, key, bits), key
     return (*head, *kept, _pack_bits(groups > 0)) if way == RECTIFIED else (*head, *kept)
 
@@ -65,6 +84,8 @@ def decode(packed: tuple[Any, ...], like: Tensor) -> Tensor:
         numbers = make(codes, scale, minimum, key, bits, group, like.dtype)
         if way == RECTIFIED:  # zeros stay zeros, and what is positive stays so
             numbers = torch.where(_unpack_bits(tensors[4], group), numbers.clamp_min(2.0**-14), 0)
+        elif way == LOGARITHMS:
+            numbers = torch.where(_unpack_bits(tensors[4], group), -torch.inf, numbers)
     numel = 1
     for size in sizes:
         numel = numel * size

@@ -16,14 +16,14 @@ class Ledger:
     Attributes:
         by: Bytes of the saved tensors, and bytes that are kept, by layer, kind of operation, and way. What is kept by
             reference is not in it.
-        live_bytes: Kept now, whichever pass it is of; what compiled code keeps is not in it.
+        live: Bytes that are kept now, by layer, whichever pass they are of; what compiled code keeps is not in it.
         encode_seconds: Of the host, in this pass.
         decode_seconds: Likewise.
     """
 
     def __init__(self) -> None:
         self.by: dict[tuple[str, str, str], tuple[int, int]] = {}
-        self.live_bytes = 0
+        self.live: dict[str, int] = {}
         self.encode_seconds = self.decode_seconds = 0.0
 
     def open(self) -> None:
@@ -34,7 +34,13 @@ class Ledger:
     def add(self, layer: str, kind: str, way: str, nbytes: int, kept_nbytes: int) -> None:
         """``kept_nbytes`` are kept instead of ``nbytes``."""
         self.passed(layer, kind, way, nbytes, kept_nbytes)
-        self.live_bytes += kept_nbytes
+        self.live[layer] = self.live.get(layer, 0) + kept_nbytes
+
+    def freed(self, layer: str, kept_nbytes: int) -> None:
+        """They are kept no more."""
+        left = self.live.pop(layer, 0) - kept_nbytes
+        if left:
+            self.live[layer] = left
 
     def passed(self, layer: str, kind: str, way: str, nbytes: int, kept_nbytes: int) -> None:
         """Likewise, but compiled code keeps them, and does not say how long."""
@@ -51,12 +57,20 @@ class Ledger:
         """What is kept of them."""
         return sum(kept for _, kept in self.by.values())
 
+    @property
+    def live_bytes(self) -> int:
+        """Of all layers."""
+        return sum(self.live.values())
+
     def table(self) -> str:
         """In Markdown, in the order of the forward pass."""
         rows = ["| layer | operation | kept as | saved (KiB) | kept (KiB) |", "|---|---|---|---:|---:|"]
         for (layer, kind, way), (saved, kept) in self.by.items():
             rows.append(f"| {layer or '(training step)'} | {kind} | {way} | {saved / 1024:.1f} | {kept / 1024:.1f} |")
         rows.append(f"| **all** | | | {self.saved_bytes / 1024:.1f} | {self.kept_bytes / 1024:.1f} |")
+        if self.live:
+            held = ", ".join(f"{layer or '(training step)'} {size / 1024:.1f}" for layer, size in self.live.items())
+            rows += ["", f"Kept still (KiB): {held}."]
         return "\n".join(rows)
 
 

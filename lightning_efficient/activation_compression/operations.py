@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_efficient.core.torch_internals import saves_for_checkpointing
+
 __all__ = ["FLOORS", "CurrentOperation", "Kind", "kind_of"]
 
-Kind = Literal["linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other", "block"]
+Kind = Literal[
+    "linear", "normalization", "activation", "attention", "loss", "dropout", "pooling", "other", "block", "checkpoint"
+]
 
 FLOORS: Mapping[Kind, int] = {
     "linear": 1,
@@ -24,13 +28,14 @@ FLOORS: Mapping[Kind, int] = {
     "other": 4,
     "loss": 8,
     "block": 8,
+    "checkpoint": 8,
 }
 """Fewest bits for what an operation saves.
 
 An error in the input of a linear operation enters only the gradient of its weight, and on average not even that. In
 the other operations it enters the gradient of their input, and so all layers before, with a bias where they are not
-linear; in normalizations least, whose statistics are exact. The input of a block that is made again enters all that
-it saves.
+linear; in normalizations least, whose statistics are exact. The input of a block that is made again, by us or by the
+user's activation checkpointing, enters all that it saves.
 """
 
 _NAMES: Mapping[Kind, tuple[str, ...]] = {
@@ -58,7 +63,7 @@ _KINDS: Mapping[str, Kind] = {name: kind for kind, names in _NAMES.items() for n
 
 _NEEDS_FINITE = frozenset((
     *_NAMES["linear"], *_NAMES["normalization"], "gelu", "silu", "mish", "sigmoid", "tanh", "softmax", "dropout",
-    "scaled_dot_product_attention", "mul", "__mul__", "__rmul__",
+    "scaled_dot_product_attention",
 ))  # fmt: skip
 
 
@@ -73,9 +78,33 @@ _FACTORIZATIONS = (
     "triangular_solve",
 )  # fmt: skip
 """How the names of those begin whose gradients invert what was saved, or divide by differences: no error is small."""
+_ROOTS = frozenset(("sqrt", "rsqrt", "reciprocal"))
+"""What makes normalizers, and saves nothing but its result."""
 _COPIES = (
     "TBackward0", "TransposeBackward0", "ViewBackward0", "PermuteBackward0", "UnsafeViewBackward0", "ToCopyBackward0",
 )  # fmt: skip
+_OF_WEIGHTS = frozenset((
+    *_COPIES, "MmBackward0", "BmmBackward0", "AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0",
+    "CloneBackward0", "SqueezeBackward1", "torch::autograd::AccumulateGrad",
+))  # fmt: skip
+_ELEMENTWISE = frozenset(("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0"))
+"""Their other operand may be a number."""
+_SHORT = 16  # operations that make a weight of parameters
+
+
+def _is_made_of_parameters(tensor: Tensor) -> bool:
+    waiting = [tensor.grad_fn]
+    for _ in range(_SHORT):
+        if not waiting:
+            return True
+        node = waiting.pop()
+        if node is None or node.name() not in _OF_WEIGHTS:
+            return False
+        if not isinstance(getattr(node, "variable", None), nn.Parameter | None):
+            return False
+        others = [other for other, _ in node.next_functions]
+        waiting += [other for other in others if other is not None] if node.name() in _ELEMENTWISE else others
+    return False
 
 
 def kind_of(name: str) -> Kind:
@@ -114,6 +143,8 @@ class CurrentOperation(TorchFunctionMode):
         if self.name in _PRODUCTS:
             factors = self._arguments[1:] if self.name in _SUMMED else self._arguments
             return "linear" if any(isinstance(factor, nn.Parameter) for factor in factors) else "other"
+        if not self.name and saves_for_checkpointing():
+            return "checkpoint"
         return kind_of(self.name)
 
     @contextlib.contextmanager
@@ -131,9 +162,19 @@ class CurrentOperation(TorchFunctionMode):
         """Whether it takes a matrix apart, inverts it, or the like."""
         return self.name.removeprefix("linalg_").startswith(_FACTORIZATIONS)
 
+    def is_statistic(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is one number for many, as in norms that are written out: mean, scale, normalizer."""
+        shape = tensor.shape
+        return bool(shape) and (shape[-1] == 1 or (self.name in _ROOTS and 1 in shape[1:]))
+
     def is_weight(self, tensor: Tensor) -> bool:
-        """Whether a linear operation saves ``tensor`` as its weight; an error in that enters all layers before."""
-        if self.name in _PRODUCTS or self.kind != "linear":
+        """Whether a linear operation saves ``tensor`` as its weight; an error in that enters all layers before.
+
+        In products it may be either factor: the one that is made of parameters and nothing else.
+        """
+        if self.name in _PRODUCTS:
+            return tensor.dim() == 2 and _is_made_of_parameters(tensor)
+        if self.kind != "linear":
             return False
         x, weight = (
             self._arguments[place] if len(self._arguments) > place else self._keywords.get(name)
@@ -157,7 +198,8 @@ class CurrentOperation(TorchFunctionMode):
     def needs_finite(self) -> bool:
         """Whether something infinite or NaN among what it saves makes the step's result so in any case.
 
-        Not so in losses and in log space, where minus infinity stands for what cannot be.
+        Not so in losses and in log space, where minus infinity stands for what cannot be; nor in elementwise products,
+        of which ``where`` may take away what is not finite.
         """
         if self.name == "scaled_dot_product_attention" and any(
             isinstance(mask, Tensor) and mask.requires_grad

@@ -24,7 +24,18 @@ __all__ = ["MemoryPlan", "MemoryPlanner", "make_plan"]
 
 _LEVELS = (EXACT, 8, 7, 6, 5, 4, 3, 2)
 _OFFLOADED = 4  # bits at which what can go to the host goes there before it gets fewer
-_FIRST = ("loss", "attention", "activation", "other", "pooling", "dropout", "block", "normalization", "linear")
+_FIRST = (
+    "loss",
+    "checkpoint",
+    "attention",
+    "activation",
+    "other",
+    "pooling",
+    "dropout",
+    "block",
+    "normalization",
+    "linear",
+)
 """Which kinds of operation get what is left of the budget first: those whose errors reach the most gradients."""
 _KEEP = 64  # sizes that are remembered
 
@@ -205,7 +216,7 @@ class _Curve:
     def __init__(self, seen: Sequence[int], size: int) -> None:
         different = len(set(seen))
         powers = (1,) if different == 1 else (0, 1) if different == 2 else (0, 1, 2)
-        scale = max(seen)
+        scale = max(1, *seen)  # a batch may be empty
         basis = torch.tensor([[(one / scale) ** power for power in powers] for one in seen], dtype=torch.float64)
         at = torch.tensor([(size / scale) ** power for power in powers], dtype=torch.float64)
         self._weights = (at @ torch.linalg.pinv(basis)).tolist()

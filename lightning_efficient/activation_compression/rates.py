@@ -25,7 +25,7 @@ class LayerRates:
         bits: For the inputs of linear operations, or a level beside them; others have a floor (:data:`FLOORS`).
         error_bound: In place of bits, for all operations.
         overrides: By pattern of a module's name, for all that it and those in it save; the first that fits counts.
-        least: In place of the floors of operations other than linear ones, normalizations and losses.
+        least: For operations other than linear ones and normalizations, where that is more than their floors.
 
     Attributes:
         bits: To be changed between steps, as is ``error_bound``.
@@ -73,7 +73,7 @@ class LayerRates:
 
     def floor(self, kind: Kind) -> int:
         """Fewest bits for what an operation of this kind saves."""
-        return FLOORS[kind] if self._least is None or kind in (*_TOLERANT, "loss") else self._least
+        return FLOORS[kind] if self._least is None or kind in _TOLERANT else max(FLOORS[kind], self._least)
 
     def override(self, layer: str) -> float | None:
         """Bits that the user asked for in this layer."""

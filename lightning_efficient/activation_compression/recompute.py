@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_efficient.activation_compression.records import Raw
 from lightning_efficient.activation_compression.store import Kept, SavedTensors
+from lightning_efficient.core.saved_tensors import Witness
 
 __all__ = ["Recomputation", "recomputation"]
 
@@ -31,6 +33,7 @@ class Recomputation:
         shape: Of its input, with the stride and the offset in what is kept of that.
         args: Its other arguments; tensors are copies, for weights may have changed, or be sharded, when it is done.
         nbytes: Of the copies.
+        witness: Of its input, where what is kept of that is its very memory.
     """
 
     name: str
@@ -43,9 +46,16 @@ class Recomputation:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     nbytes: int
+    witness: Witness | None
 
     def __call__(self, kept: Kept) -> Tensor:
-        """The numbers of its result, ``[n]``, of what is kept of its input."""
+        """The numbers of its result, ``[n]``, of what is kept of its input.
+
+        Raises:
+            RuntimeError: If that was changed in place.
+        """
+        if self.witness is not None:
+            self.witness.check()
         function = _FUNCTIONS[self.name]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self.name not in _ELEMENTWISE or not self.in_order or kept.in_use:
@@ -86,6 +96,7 @@ def recomputation(
         args=tuple(_copy(value) for value in args[1:]),
         kwargs={key: _copy(value) for key, value in others.items()},
         nbytes=nbytes,
+        witness=Witness(source) if isinstance(kept.record, Raw) else None,
     )
 
 

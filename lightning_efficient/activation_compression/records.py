@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_efficient.core.kernels import host, kernels_for
 from lightning_efficient.core.quantization import Quantized, dequantize, dequantized_pieces, pack_bits, unpack_bits
 
 __all__ = ["Bits", "Lossy", "Narrowed", "Raw", "Recomputed", "Record", "narrowed", "signs", "two_valued"]
@@ -94,13 +95,15 @@ class Bits(Record):
         return self.packed.nbytes
 
     def decode(self) -> Tensor:
+        if _in_c(self.values[0]):
+            numbers = torch.empty(self.numel)
+            low, high = (float(value) for value in self.values)
+            host.unpack_two(numbers, low, high, self.packed)
+            return numbers
         codes = torch.empty(-(-self.numel // 64) * 64, dtype=torch.uint8, device=self.packed.device)
         unpack_bits(self.packed, 1, codes)
         upper = codes[: self.numel].view(torch.bool)
-        low, high = self.values
-        if low.dtype == torch.bool:
-            return upper
-        return torch.where(upper, high, low)
+        return upper if self.values[0].dtype == torch.bool else torch.where(upper, self.values[1], self.values[0])
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,13 @@ def two_valued(values: Tensor) -> Bits | None:
     if not ((sample == sample.amin()) | (sample == sample.amax())).all():
         return None
     low, high = torch.aminmax(values)
+    if _in_c(values):
+        packed = torch.empty(_packed_bytes(values), dtype=torch.uint8)
+        return (
+            Bits(packed, (low, high), values.numel())
+            if host.pack_two(values, float(low), float(high), packed)
+            else None
+        )
     upper = values == high
     return _bits(upper, low, high) if (upper | (values == low)).all() else None
 
@@ -160,11 +170,20 @@ def _zero_and_one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _bits(upper: Tensor, low: Tensor, high: Tensor) -> Bits:
-    packed = torch.empty(-(-upper.numel() // 64) * 8, dtype=torch.uint8, device=upper.device)
+    packed = torch.empty(_packed_bytes(upper), dtype=torch.uint8, device=upper.device)
     codes = torch.zeros(packed.numel() * 8, dtype=torch.uint8, device=upper.device)
     codes[: upper.numel()].copy_(upper)
     pack_bits(codes, 1, packed)
     return Bits(packed, (low, high), upper.numel())
+
+
+def _packed_bytes(values: Tensor) -> int:
+    """With a bit of each, filled up to whole words."""
+    return -(-values.numel() // 64) * 8
+
+
+def _in_c(values: Tensor) -> bool:
+    return values.dtype == torch.float32 and kernels_for(values) is host
 
 
 def narrowed(values: Tensor) -> Narrowed | None:

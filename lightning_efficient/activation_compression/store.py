@@ -59,11 +59,11 @@ class Chooser(Protocol):
     def record(self, numbers: Tensor, tensor: Tensor, demand: Demand) -> Record:
         """Keep ``numbers``, the memory ``[n]`` in which ``tensor`` lies."""
 
-    def kept(self, record: Record, nbytes: int, instead_of: Record | None) -> None:
-        """Hear that ``record`` is kept now for ``nbytes`` that were saved; ``instead_of`` another one of the same."""
+    def kept(self, record: Record, nbytes: int, instead_of: Kept | None) -> None:
+        """Hear that ``record`` is kept now for ``nbytes`` that were saved; ``instead_of`` what another one has."""
 
-    def freed(self, record: Record) -> None:
-        """Nobody needs ``record`` any more."""
+    def freed(self, record: Record, unit: Unit) -> None:
+        """Nobody needs ``record``, which was kept for ``unit``, any more."""
 
 
 class Observer(Protocol):
@@ -88,7 +88,7 @@ class Kept:
         in_hand: It, decoded, where it will be needed again at once.
     """
 
-    def __init__(self, record: Record, level: float, unit: Unit, freed: Callable[[Record], None]) -> None:
+    def __init__(self, record: Record, level: float, unit: Unit, freed: Callable[[Record, Unit], None]) -> None:
         self.record = record
         self.level = level
         self.unit = unit
@@ -119,7 +119,7 @@ class Kept:
         self._decoded = self.in_hand = None
 
     def __del__(self) -> None:
-        self._freed(self.record)
+        self._freed(self.record, self.unit)
 
 
 class Handle:
@@ -245,6 +245,11 @@ class SavedTensors:
         self.ledger.decode_seconds += time.perf_counter() - begin
         return tensor
 
+    def pieces(self, handle: Handle) -> Iterator[tuple[slice, Tensor]] | None:
+        """Of a handle that was deferred; see :meth:`Handle.pieces`."""
+        pieces = handle.pieces()
+        return self._timed(pieces) if pieces is not None else None
+
     @contextlib.contextmanager
     def deferring(self) -> Iterator[list[Handle]]:
         """Within it, who unpacks in this thread gets nothing, and the handle is in the list."""
@@ -270,6 +275,15 @@ class SavedTensors:
         self._derived.clear()
         self._let_go()
 
+    def _timed(self, pieces: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        while True:
+            begin = time.perf_counter()
+            piece = next(pieces, None)
+            self.ledger.decode_seconds += time.perf_counter() - begin
+            if piece is None:
+                return
+            yield piece
+
     def _let_go(self) -> None:
         last = self._last() if self._last is not None else None
         if last is not None:
@@ -291,7 +305,7 @@ class SavedTensors:
             numbers = _own_numbers(tensor) if numbers is None else numbers
             record = self._chooser.record(numbers, tensor, demand)
         nbytes = storage.nbytes() if numbers is None else numbers.nbytes
-        self._chooser.kept(record, nbytes, kept.record if kept is not None else None)
+        self._chooser.kept(record, nbytes, kept)
         if kept is None:
             kept = Kept(record, level, demand.unit, self._chooser.freed)
             self._index[key] = WeakStorage(storage), weakref.ref(kept)

@@ -76,7 +76,7 @@ class _Streamed(torch.autograd.Function):
             return ctx.gradient(grad, *ctx.saved_tensors), None, None, None
         with ctx.saved.deferring() as handles:
             (tensor,) = ctx.saved_tensors
-        pieces = handles[0].pieces() if handles else None
+        pieces = ctx.saved.pieces(handles[0]) if handles else None
         if pieces is None:
             return ctx.gradient(grad, handles[0].tensor() if handles else tensor), None, None, None
         grad = grad.contiguous()

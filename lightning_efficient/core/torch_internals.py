@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -21,6 +25,7 @@ from torch.storage import TypedStorage, UntypedStorage
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "BatchNorm",
     "GraphsOfSaved",
     "WeakStorage",
     "bytes_of",
@@ -40,6 +45,7 @@ __all__ = [
     "local_part",
     "not_compiling",
     "rebuild_tensor",
+    "saves_for_checkpointing",
     "shares_version",
     "spread_of",
     "spread_over_ranks",
@@ -51,6 +57,9 @@ __all__ = [
     "without_mode",
     "without_torch_function",
 ]
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The base of all modules that normalize by the statistics of their batch, those of other libraries included."""
 
 rebuild_tensor = torch._utils._rebuild_tensor_v2
 """What ``torch.load`` calls to make a tensor of a storage."""
@@ -89,6 +98,22 @@ def innermost_saved_tensors_hooks() -> tuple[Any, Any] | None:
 def is_of_checkpointing(pack: Any) -> bool:
     """Whether a hook that packs saved tensors is that of ``torch.utils.checkpoint``, in forward or in backward."""
     return getattr(pack, "__module__", None) == "torch.utils.checkpoint"
+
+
+_TORCH = Path(torch.__file__).parent
+_TRANSPARENT = tuple(map(str, (Path(__file__).parents[1], _TORCH / "autograd" / "function.py", _TORCH / "_dynamo")))
+"""Where the frames between a hook and who calls the operation are from."""
+
+
+def saves_for_checkpointing() -> bool:
+    """Whether ``torch.utils.checkpoint`` saves the input of a function, to call it again in backward.
+
+    To be asked by a hook that packs saved tensors: no operation is called then, so nothing else tells.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_TRANSPARENT):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == torch.utils.checkpoint.__file__
 
 
 def saved_tensors_hooks_are_allowed() -> bool:

@@ -224,6 +224,7 @@ class GrowAndUnshareCallback(Callback):
         self._stepped = self._stepped if trainer.global_step else 0
         self._step = self._steps(trainer)
         progress.begin(self._step)
+        self._offload_if_complete(trainer)
         total = None if progress.complete else total_steps(trainer)
         self._triggers.start(
             progress.phases,
@@ -262,6 +263,16 @@ class GrowAndUnshareCallback(Callback):
         if self._width_check and progress.growing.width == "narrow":
             self._width_check.listen()
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether a condition compares gradients, or a check needs all weights to be of one step when they are there.
+
+        Asked by strategies that would update parameters in backward, or put gradients elsewhere.
+        """
+        phases = self._grown().phases
+        compares = any(phase.until is not None and phase.until.correlation_below is not None for phase in phases)
+        return compares or self.settings.width is not None
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._triggers.unwatch()
 
@@ -296,9 +307,13 @@ class GrowAndUnshareCallback(Callback):
         rank_zero_info(f"GrowAndUnshareCallback at step {self._step}: {switch.text}")
         change = switch.change
         announce(trainer, ParameterChange(change.added, change.removed, change.replaced, reason=switch.text))
+        self._offload_if_complete(trainer)
+        telemetry.log(trainer, self.measurements(), force=True)
+
+    def _offload_if_complete(self, trainer: pl.Trainer) -> None:
+        """The full model has begun, now or before the run was resumed."""
         if self._grown().complete and self.offload_on_switch and (offloader := find(trainer, Offloader)):
             offloader.enable_offload(trainer)
-        telemetry.log(trainer, self.measurements(), force=True)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_efficient.core.durable_file import sweep_temporaries
 from lightning_efficient.core.durable_stream import DurableStream, durable_stream
 from lightning_efficient.offload.tiers.mapped_memory import drop_pages_at
+from lightning_efficient.offload.updates.full_precision import in_16_bits
 from lightning_efficient.offload.updates.layout import is_bulk
 
 __all__ = ["load_mapped", "own_memory", "save_streamed", "settle_state"]
@@ -105,7 +106,7 @@ def settle_state(optimizer: Optimizer, state_dict: Mapping[str, Any], *, full_pr
     Args:
         optimizer: To load into.
         state_dict: As ``Optimizer.state_dict`` gave it.
-        full_precision: Keep state of more bits than its parameter has, which torch would round.
+        full_precision: Keep state of more bits than a parameter of 16 bits has, which torch would round.
     """
     bulk: dict[int, dict[str, Tensor]] = {}
     light: dict[Any, Any] = {}
@@ -120,5 +121,5 @@ def settle_state(optimizer: Optimizer, state_dict: Mapping[str, Any], *, full_pr
     for position, tensors in bulk.items():
         parameter = parameters[position]
         for key, value in tensors.items():
-            kept = value if full_precision or not value.is_floating_point() else value.to(parameter.dtype)
-            optimizer.state[parameter][key] = kept
+            keep = not value.is_floating_point() or (full_precision and in_16_bits(parameter))
+            optimizer.state[parameter][key] = value if keep else value.to(parameter.dtype)

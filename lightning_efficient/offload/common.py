@@ -26,7 +26,9 @@ from lightning_efficient.offload.checkpoint import load_mapped, own_memory, sett
 from lightning_efficient.offload.checkpoint_io import streaming
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import Settings, parse_settings
+from lightning_efficient.offload.step_means import Increase
 from lightning_efficient.offload.tiers.tier import TierError
+from lightning_efficient.offload.timed_steps import TimedStepsMixin
 from lightning_efficient.offload.trainer import (
     Schedule,
     accumulates,
@@ -47,7 +49,7 @@ else:
     _Base = object
 
 
-class OffloadMixin(MicroBatchMixin, _Base):
+class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
     """To be put before a strategy of Lightning, whose constructor calls :meth:`_configure`."""
 
     def _configure(self, *, enabled: bool, **arguments: Any) -> None:
@@ -163,9 +165,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if self._session is None or trainer is None:
             return
         self._session.begin_batch(gradients=True)
+        if self._session.adapts_now and self._session.adapt():
+            self._tell(trainer, "the free memory changed")
         if telemetry.due(trainer):
-            if self._session.adapt():
-                self._tell(trainer, "the free memory changed")
             self._session.look()
             telemetry.log(trainer, self.measurements())
 
@@ -202,6 +204,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
 
     def teardown(self) -> None:
         self._measured = self.measurements()
+        self._loaded = None  # what was loaded for an evaluation is not for a fit that follows
         self.stop_batch_feedback()
         self._undo.close()
         if self._session is not None:
@@ -252,7 +255,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            settle_state(optimizer, state, full_precision=self.settings.master_weights)
+            in_full = self.settings.master_weights and self._begun  # until then the optimizer steps with what it has
+            settle_state(optimizer, state, full_precision=in_full)
             if self._session is not None:
                 self._session.take_over(optimizer)
 
@@ -278,6 +282,8 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if fitting:
             schedule, self._why = self._choose_schedule(trainer)
             settings = self._allowed_settings(trainer)
+            # Also where no gradient is elsewhere yet: one may be later, as with groups that come in the middle.
+            self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
         self._schedule = schedule
         self._session = self._new_session(
             trainer.lightning_module,
@@ -296,8 +302,6 @@ class OffloadMixin(MicroBatchMixin, _Base):
         if self._session is None:
             return
         self._session.start()
-        if self._session.gradients is not None:
-            self._undo.callback(clip_everywhere(trainer.precision_plugin, lambda: self._session))
         parts = self._session.summary(), f"schedule {self._schedule}: {self._why}", *self._session.ways()
         rank_zero_info(f"{type(self).__name__}: {'; '.join(parts)}")
         if self._schedule == "delayed":
@@ -318,6 +322,9 @@ class OffloadMixin(MicroBatchMixin, _Base):
         def session_allows() -> bool:
             return self._session is None or self._session.may_retry
 
+        def waited() -> float:
+            return self._session.waited_seconds if self._session is not None else 0.0
+
         def give_up() -> None:
             if self._session is not None:
                 self._session.give_up_attempt()
@@ -330,6 +337,7 @@ class OffloadMixin(MicroBatchMixin, _Base):
                     loss_reduction=self.settings.loss_reduction,
                     may_retry=session_allows,
                     abandoned=give_up,
+                    idle_s=Increase(waited),
                 ),
             )
         except ValueError as error:

@@ -15,6 +15,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_efficient.offload.common import OffloadMixin
+from lightning_efficient.offload.placement import PlaceFunction
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, Settings, SiteChoice
 from lightning_efficient.offload.sharded.ranks import Ranks
@@ -73,7 +74,7 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
         *,
         memory_budget: int | str | dict[str, int | str] | None = None,
         offload_dir: str | Path | None = None,
-        place: dict[str, str] | None = None,
+        place: Mapping[str, str | PlaceFunction] | str | PlaceFunction | None = None,
         schedule: ScheduleChoice = "auto",
         step_on: SiteChoice = "auto",
         staging: int | str | None = None,

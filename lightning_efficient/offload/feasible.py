@@ -85,13 +85,14 @@ def _largest(placement: Placement, at_once: Mapping[str, Collection[str]]) -> tu
     return module, sizes.get(module, 0), sum(away.values())
 
 
-def check_rooms(placement: Placement, rules: Rules, others: Mapping[str, int]) -> None:
+def check_rooms(placement: Placement, rules: Rules, others: Mapping[str, int], stays: Collection[str] = ()) -> None:
     """Whether what goes to a tier, by a rule or because there is no other, fits what may be there.
 
     Args:
         placement: With its rooms.
         rules: Of the user.
         others: The bytes of tiers that a rule names and no budget does.
+        stays: Kinds that are where they are used because the run needs them there, whatever room there is.
 
     Raises:
         ValueError: If it does not, naming the rules that send the most there.
@@ -99,7 +100,8 @@ def check_rooms(placement: Placement, rules: Rules, others: Mapping[str, int]) -
     for tier, limit in ({room.tier: room.nbytes for room in placement.rooms} | dict(others)).items():
         rows = [row for row in placement.rows if row.tier == tier]
         if tier == placement.rooms[0].tier:  # what no rule keeps there is there because it fits, or is small
-            needed = sum(row.attribute.nbytes for row in rows if rules.find(row.attribute))
+            rows = [row for row in rows if row.attribute.kind not in stays and rules.find(row.attribute)]
+            needed = sum(row.attribute.nbytes for row in rows)
         else:
             needed = placement.used(tier)
         if limit is None or needed <= limit:
@@ -108,7 +110,7 @@ def check_rooms(placement: Placement, rules: Rules, others: Mapping[str, int]) -
         for row in rows:
             if found := rules.find(row.attribute):
                 asking[found[0]] = asking.get(found[0], 0) + row.attribute.nbytes
-        by = f" by place[{max(asking, key=asking.__getitem__)!r}]" if asking else ""
+        by = f" by {max(asking, key=asking.__getitem__)}" if asking else ""
         budget = f"memory_budget[{tier!r}]"
         has, enough = f"{budget} allows {human_bytes(limit)}", f"Give {budget} at least {needed:,} bytes, or place"
         if tier in others:

@@ -20,6 +20,7 @@ from lightning_efficient.core.torch_internals import spread_of
 from lightning_efficient.offload.common import STATE_KEY, OffloadMixin
 from lightning_efficient.offload.local_shards.engine import communicates
 from lightning_efficient.offload.local_shards.session import LocalShardSession
+from lightning_efficient.offload.placement import PlaceFunction
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.settings import ScheduleChoice, Settings
 from lightning_efficient.offload.sharded.ranks import Ranks
@@ -66,7 +67,7 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
         *,
         memory_budget: int | str | dict[str, int | str] | None = None,
         offload_dir: str | Path | None = None,
-        place: dict[str, str] | None = None,
+        place: Mapping[str, str | PlaceFunction] | str | PlaceFunction | None = None,
         schedule: ScheduleChoice = "auto",
         staging: int | str | None = None,
         master_weights: bool = False,

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_efficient.core.units import human_bytes
 from lightning_efficient.offload.feasible import check_rooms, check_staging, plan_with_window, window_bytes
 from lightning_efficient.offload.inventory import attributes_of, to_device
-from lightning_efficient.offload.limit import LimitMeter
+from lightning_efficient.offload.limit import LimitMeter, Work
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Row, Rules, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
@@ -24,6 +24,7 @@ from lightning_efficient.offload.step_means import StepMeans
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
+from lightning_efficient.offload.tiers.disk_bandwidth import bandwidth_for
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -38,6 +39,8 @@ __all__ = ["TOGETHER_BYTES", "PlacedRun", "Schedule"]
 TOGETHER_BYTES = 4 << 20
 """Of parameters that are updated in one go, for records that are worth a disk's while."""
 _STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
+_PARTS = {"optimizer_state": 1, "activation": 2, "gradient": 4, "updates on the host": 2}
+"""What is on its way has memory of its own, by kind: so much of `staging` (a half, a quarter)."""
 Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 
 
@@ -51,6 +54,7 @@ class PlacedRun:
         gradients: Has the gradients that are elsewhere.
         engine: Has the optimizers' state.
         updates: Runs the optimizers' updates; None until training starts.
+        limit: Holds the time of steps against what they cannot be shorter than.
 
     Args:
         module: That is trained, or evaluated.
@@ -91,11 +95,10 @@ class PlacedRun:
         self._module, self._optimizers, self._settings = module, list(optimizers), settings
         self._device, self._schedule, self._complete = device, schedule, complete
         self.tiers = TierSet(device, directory, settings.budgets, host_share=self._host_share)
-        self._limit, self._means = LimitMeter(), StepMeans(self._totals)
+        self.limit = LimitMeter(self._work, behind=device.type != "cpu")
+        self._means = StepMeans(self._totals)
         self._handles: list[RemovableHandle] = []
-        on_cpu = device.type == "cpu"  # where the device's memory is that of the host
-        place = {rule: "host" if on_cpu and tier == "device" else tier for rule, tier in settings.place.items()}
-        self._rules = Rules(place)
+        self._rules = Rules(settings.place, fastest=self.tiers.fastest)
         self.updates: Updates | None = None
         self.gradients: GradientStore | None = None
         self.stream: ParameterStream | None = None
@@ -111,15 +114,15 @@ class PlacedRun:
 
     @property
     def staging_bytes(self) -> int:
-        """Memory for records on their way: as given, or enough for two of the largest ones."""
+        """Memory for optimizer state on its way: as given, or enough for two of the largest records."""
         if self._settings.staging_bytes is not None:
             return self._settings.staging_bytes
         sizes = [a.nbytes for a in self.attributes if self._elsewhere(a.kind, a.name) is not None]
         return max(_STAGING, 2 * max(sizes, default=0) + TOGETHER_BYTES)
 
     @property
-    def _waited_seconds(self) -> float:
-        """That computing waited for transfers."""
+    def waited_seconds(self) -> float:
+        """That computing waited for transfers, as far as the host sees it: a GPU's streams wait by themselves."""
         updating = self._host or self._staging  # what the host waits for, computing does not
         waited = updating.waited_seconds if updating is not None else 0.0
         if self.updates is not None:
@@ -158,9 +161,18 @@ class PlacedRun:
 
     def ways(self) -> list[str]:
         """Of what is elsewhere: the memory for it on its way, and the folder of what is on a disk."""
-        tiers = {row.tier for row in self.placement.rows} - {self.tiers.fastest}
-        parts = [f"staging up to {human_bytes(self.staging_bytes)}, beside the budget"] if tiers else []
-        return [*parts, f"files in {self.tiers.directory.absolute()}"] if "disk" in tiers else parts
+        away = self._away()
+        kinds: set[str] = {row.attribute.kind for row in away}
+        if self._chosen.site == "host" and "optimizer_state" in kinds:
+            kinds.add("updates on the host")
+        most = sum(self._on_the_way(kind) for kind in kinds & _PARTS.keys())
+        parts = [f"staging up to {human_bytes(most)}, beside the budget"] if most else []
+        on_disk = any(row.tier == "disk" for row in away)
+        return [*parts, f"files in {self.tiers.directory.absolute()}"] if on_disk else parts
+
+    def _on_the_way(self, kind: str) -> int:
+        """Most memory for what is on its way."""
+        return self.staging_bytes // _PARTS[kind]
 
     def look(self) -> None:
         """As a batch begins: the means among the measurements are of the batches since the last look from now on."""
@@ -180,7 +192,18 @@ class PlacedRun:
         if self.saved is not None:
             values["activation_resident_bytes"] = float(self.saved.statistics().stash.peak_resident_bytes)
         values |= self.tiers.measurements(self._means.means())
-        return values | self._chosen.measurements() | self._limit.measurements()
+        return values | self._chosen.measurements() | self.limit.measurements()
+
+    def _work(self) -> Work:
+        """So far."""
+        host = self._host.busy_seconds if self._host is not None else 0.0
+        return Work(self.tiers.disk_seconds, self.waited_seconds, host, self.tiers.disk_bytes)
+
+    def _disk_bytes_per_second(self) -> float | None:
+        """What the disk can move, where that was measured or soon is."""
+        if self._chosen.measured is not None and self._chosen.measured.on_disk:
+            return self._chosen.measured.disk_bytes_per_second
+        return bandwidth_for(self.tiers.directory, self.placement.used("disk"), memory_bytes=self.staging_bytes)
 
     def _totals(self) -> dict[str, float]:
         """What grows, by the tag of its mean over batches."""
@@ -205,7 +228,10 @@ class PlacedRun:
         self._values_stay = False  # on the host, beside their state
         self.attributes = self._plain = self._attributes()
         self._placed_for = self._arrangement()
-        rooms, at_once = self.tiers.rooms(self._parameters, self._optimizers), used_at_once(self._module)
+        rooms, at_once = (
+            self.tiers.rooms(self._parameters, self._optimizers, self.placement),
+            used_at_once(self._module),
+        )
         self.placement = plan_with_window(self.attributes, rooms, self._rules, at_once)
         self._choose_site()
         streams = any(row.attribute.kind == "parameter" for row in self._away())
@@ -215,7 +241,8 @@ class PlacedRun:
             with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
             self.placement = without_values_on_disk(with_values, self._plain)
         self._window_bytes = window_bytes(self.placement)
-        check_rooms(self.placement, self._rules, self.tiers.unbudgeted(self._rules.tiers))
+        named = self.tiers.unbudgeted({row.tier for row in self._away()})
+        check_rooms(self.placement, self._rules, named, self._settings.stays)
         check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)

@@ -7,17 +7,40 @@ step and how large the tiers are.)
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.core.units import human_bytes
 
-__all__ = ["KINDS", "SMALL", "Attribute", "Kind", "Placement", "Room", "Row", "Rules", "keep_or_replan", "plan"]
+__all__ = [
+    "KINDS",
+    "NOT_PLACED",
+    "SMALL",
+    "Attribute",
+    "Kind",
+    "PlaceFunction",
+    "Placement",
+    "Room",
+    "Row",
+    "Rules",
+    "Where",
+    "is_tier",
+    "keep_or_replan",
+    "plan",
+]
 
 Kind = Literal["parameter", "gradient", "optimizer_state", "master_weight", "activation", "input_batch", "checkpoint"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+NOT_PLACED: Mapping[str, str] = {
+    "master_weight": "values in full precision lie with the optimizer state of their parameter; place optimizer_state",
+    "input_batch": "batches are where the DataLoader and the Trainer put them",
+    "checkpoint": "checkpoints are where the Trainer's checkpoint_io writes them",
+}
+"""Kinds that a plan knows, and does not decide about; and who does."""
 
 SMALL = 64 << 10
 """Bytes of a parameter below which only a rule moves it: fetching it takes longer than computing with it."""
@@ -88,36 +111,68 @@ class Row:
     why: str
 
 
+PlaceFunction = Callable[[Attribute], str | None]
+"""Names a tier, or returns None where others are to decide."""
+Where = str | PlaceFunction
+
+
+def is_tier(name: object) -> bool:
+    """Whether this is the name of a tier."""
+    kind, _, node = name.partition(":") if isinstance(name, str) else ("", "", "")
+    return name in ("device", "host", "disk") or (kind == "numa" and node.isdigit())
+
+
 class Rules:
     """Where the user wants what.
 
     Args:
-        place: From a kind, a pattern of parameter names, or ``kind:pattern`` to the name of a tier. The most specific
-            one counts: ``kind:pattern``, then a kind, then a pattern.
+        place: From a kind, a pattern of parameter names, or ``kind:pattern`` to a tier, or to a function. The most
+            specific one counts: ``kind:pattern``, then a kind, then a pattern, and of those that are alike the first;
+            where a function answers None, the next.
+        fastest: What ``device`` stands for.
     """
 
-    def __init__(self, place: Mapping[str, str]) -> None:
-        self._place = dict(place)
-
-    @property
-    def tiers(self) -> set[str]:
-        """That the rules name."""
-        return set(self._place.values())
+    def __init__(self, place: Mapping[str, Where], *, fastest: str = "device") -> None:
+        self._place, self._fastest = dict(place), fastest
 
     def find(self, attribute: Attribute) -> tuple[str, str] | None:
-        """The rule that counts for it, and its tier; None if there is none."""
-        candidates = [
-            (rule, tier)
-            for rule, tier in self._place.items()
-            if ":" in rule and rule.split(":", 1)[0] == attribute.kind and _fits(rule.split(":", 1)[1], attribute.name)
-        ]
-        candidates += [(rule, tier) for rule, tier in self._place.items() if rule == attribute.kind]
-        candidates += [
-            (rule, tier)
-            for rule, tier in self._place.items()
-            if ":" not in rule and rule not in KINDS and _fits(rule, attribute.name)
-        ]
-        return candidates[0] if candidates else None
+        """The rule that counts for it, for messages, and its tier; None if there is none.
+
+        Raises:
+            ValueError: If a function names what is no tier.
+        """
+        for rule, where in self._that_fit(attribute):
+            said = f"place[{rule!r}]"
+            if isinstance(where, str):
+                return said, self._named(where)
+            if attribute.kind in NOT_PLACED or (tier := where(attribute)) is None:
+                continue
+            said = f"{said}, {getattr(where, '__qualname__', type(where).__name__)}"
+            if not is_tier(tier):
+                raise ValueError(
+                    f"{said}: {tier!r}, for the {attribute.kind} of {attribute.name!r}, is no tier. Return device, "
+                    "host, disk, numa:N with the number of a node, or None where the plan is to decide."
+                )
+            return said, self._named(tier)
+        return None
+
+    def _named(self, tier: str) -> str:
+        return self._fastest if tier == "device" else tier
+
+    def _that_fit(self, attribute: Attribute) -> list[tuple[str, Where]]:
+        """The most specific first."""
+        ranked = []
+        for rule, where in self._place.items():
+            kind, _, pattern = rule.rpartition(":")
+            if kind:
+                rank, fits = 0, kind == attribute.kind and _fits(pattern, attribute.name)
+            elif rule in KINDS:
+                rank, fits = 1, rule == attribute.kind
+            else:
+                rank, fits = 2, _fits(rule, attribute.name)
+            if fits:
+                ranked.append((rank, rule, where))
+        return [(rule, where) for _, rule, where in sorted(ranked, key=lambda found: found[0])]
 
     def unused(self, names: Sequence[str]) -> list[str]:
         """The rules whose pattern fits none of the parameters' ``names``."""
@@ -155,7 +210,7 @@ class Placement:
 
     def used(self, tier: str) -> int:
         """Bytes that are taken there: whole pages, but where tensors are used."""
-        first = self.rooms[0].tier
+        first = self.rooms[0].tier if self.rooms else tier
         return sum(_taken(row.attribute, tier == first) for row in self.rows if row.tier == tier)
 
     def table(self) -> str:
@@ -191,7 +246,7 @@ def plan(attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules) -
     for index, attribute in enumerate(attributes):
         if found := rules.find(attribute):
             rule, tier = found
-            placed[index] = Row(attribute, tier, f"place[{rule!r}]")
+            placed[index] = Row(attribute, tier, rule)
         elif attribute.kind == "parameter" and 0 < attribute.nbytes < SMALL:
             placed[index] = Row(attribute, rooms[0].tier, "too small to be worth its way")
         if index in placed and (free := left.get(placed[index].tier)) is not None:
@@ -224,13 +279,17 @@ def keep_or_replan(
 ) -> Placement:
     """A new placement when the room has changed, or the current one where that is not worth it.
 
-    It is replaced if it does not fit any more, or if more would fit into a faster tier with ``slack`` of its room left
-    free: so that memory that comes and goes a little moves nothing.
+    It is replaced if it does not fit any more, or if more would fit into the faster tiers (the fastest, the two
+    fastest, and so on to the last but one) with ``slack`` of their room left free by what comes: so that memory that
+    comes and goes a little moves nothing.
     """
     fast = rooms[:-1]
-    with_slack = [*(Room(r.tier, None if r.nbytes is None else int(r.nbytes * (1 - slack))) for r in fast), rooms[-1]]
-    better = plan(attributes, with_slack, rules)
-    over = any(room.nbytes is not None and current.used(room.tier) > room.nbytes for room in fast)
-    if over or any(better.used(room.tier) > current.used(room.tier) for room in fast[:1]):
-        return better
-    return current
+    used = [current.used(room.tier) for room in fast]
+    over = any(room.nbytes is not None and taken > room.nbytes for room, taken in zip(fast, used, strict=True))
+    with_slack = [
+        Room(r.tier, None if r.nbytes is None else max(int(r.nbytes * (1 - slack)), 0 if over else taken))
+        for r, taken in zip(fast, used, strict=True)
+    ]
+    better = plan(attributes, [*with_slack, rooms[-1]], rules)
+    gained = list(itertools.accumulate(better.used(room.tier) for room in fast))
+    return better if over or gained > list(itertools.accumulate(used)) else current

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_efficient.offload.limit import Work
+from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
-from lightning_efficient.offload.placement import Placement, keep_or_replan
+from lightning_efficient.offload.placement import Placement, Room, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.site_choice import without_values_on_disk
 from lightning_efficient.offload.tiers.carriers import carrier_for
@@ -20,14 +21,17 @@ from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
 from lightning_efficient.offload.updates.engine import UpdateEngine
 from lightning_efficient.offload.updates.gradients import GradientStore
+from lightning_efficient.offload.updates.handover import Handover
 from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward, Updates
 from lightning_efficient.offload.updates.staging import Staging
 from lightning_efficient.offload.updates.under_forward import UnderForward
 
-__all__ = ["OffloadSession"]
+__all__ = ["ADAPT_EVERY", "OffloadSession"]
 
+ADAPT_EVERY = 10
+"""Training batches between looks at the free memory."""
 _SAVED = 1 << 20  # bytes of a saved tensor below which it stays
 
 
@@ -37,6 +41,10 @@ class OffloadSession(PlacedRun):
     Parameters are placed at once; what belongs to training follows with :meth:`start`. Its arguments are those of
     :class:`~.placed_run.PlacedRun`.
     """
+
+    _before: Handover | None = None  # while an engine is replaced
+    _batches = 0  # of training, that have begun
+    _rooms_then: Sequence[Room] = ()  # at the last look
 
     def start(self) -> None:
         """Training starts: the optimizers' state, as it is now, goes to its places, and updates are taken over.
@@ -53,12 +61,13 @@ class OffloadSession(PlacedRun):
                 crossing_for(self._device),
                 self._staging,
                 master_weights=self._settings.master_weights,
-                in_flight_bytes=self.staging_bytes // 2,
+                in_flight_bytes=self._on_the_way("updates on the host"),
             )
         elif self._device.type == "cpu":
             self._staging = Staging(self.staging_bytes)
         else:
             self._staging = DeviceStaging(self.staging_bytes, self._device)
+        self.limit.disk_bytes_per_second = self._disk_bytes_per_second()
         self._begin()
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self.finish_updates()))
@@ -76,14 +85,16 @@ class OffloadSession(PlacedRun):
         """
         if gradients and self.updates is not None and self._arrangement() != self._placed_for:
             self._let_go()  # the optimizers have other parameters, or have them in other groups
-            self.engine.bring_back()
+            self._before = self._hand_over()
             self._place_what_came()
             self._begin()
         self._accumulates_elsewhere = self.gradients is not None and not self.gradients.empty
         if gradients:
+            self._batches += 1
             self._means.step()
-            host = self._host.busy_seconds if self._host is not None else 0.0
-            self._limit.step(Work(self.tiers.disk_seconds, self._waited_seconds, host))
+            self.limit.step()
+        else:
+            self.limit.interrupt()
         if self.stream is not None:
             self.stream.end_step()
             self.stream.begin_step(gradients=gradients)
@@ -126,20 +137,38 @@ class OffloadSession(PlacedRun):
     # -- what changes while it runs ----------------------------------------------------------------------------------
 
     def bring_back(self) -> None:
-        """Before parameters come or go: all are ordinary ones, and the optimizers have their state and step alone."""
+        """Before parameters come or go: all are ordinary ones, and the optimizers have their state and step alone.
+
+        Of what is in tiers they have a view, which takes no memory of what is on a disk.
+        """
         self._let_go()
         if self.updates is not None:
-            self.engine.bring_back()
+            self._before = self._lend()
         if self.stream is not None:
             self.stream.end_step()
             self.stream.detach()
             self.stream = None
+
+    def _hand_over(self) -> Handover | None:
+        """What the next engine has state from; None: it is all in the optimizers."""
+        return Handover(self.engine)
+
+    def _lend(self) -> Handover | None:
+        """Likewise; the optimizers have it for as long."""
+        before = Handover(self.engine)
+        before.lend()
+        return before
 
     def begin_again(self) -> None:
         """After parameters came or went: everything is placed anew."""
         self._place()
         if self.updates is not None:
             self._begin()
+
+    @property
+    def adapts_now(self) -> bool:
+        """Whether it is time to look at the free memory, with the batch that has begun."""
+        return self._batches % ADAPT_EVERY == 0
 
     def adapt(self) -> bool:
         """Move state to where there is room now, if that is worth it; results stay the same bit for bit.
@@ -149,7 +178,10 @@ class OffloadSession(PlacedRun):
         """
         if self.updates is None:
             return False
-        rooms = self.tiers.rooms(self._parameters, self._optimizers)
+        rooms = self.tiers.rooms(self._parameters, self._optimizers, self.placement)
+        if rooms == self._rooms_then:
+            return False
+        self._rooms_then = rooms
         stay = [row for row in self.placement.rows if row.attribute.kind != "optimizer_state"]
         left = self._left(rooms, Placement(tuple(stay), tuple(rooms)))
         states = [row for row in self.placement.rows if row.attribute.kind == "optimizer_state"]
@@ -233,22 +265,34 @@ class OffloadSession(PlacedRun):
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self.gradients = self._gradient_store(names)
         self.engine = self._new_engine(names)
+        self._before = None
         if (tier := self._elsewhere("activation", "*")) is not None:
             held = [*self._module.parameters(), *self._module.buffers()]
-            staged = self.staging_bytes // 2
+            staged = self._on_the_way("activation")
             self.saved = SavedTensorOffload(
-                self.tiers.get(tier), staging_bytes=staged, minimum_bytes=_SAVED, held=lambda: held
+                self.tiers.get(tier),
+                staging_bytes=staged,
+                minimum_bytes=_SAVED,
+                held=lambda: held,
+                room_bytes=functools.partial(self._beside_the_plan, tier),
             )
         self.updates = self._new_updates()
-        self.tiers.prepare_disk(self._disk_bytes_to_come())
+        self.tiers.prepare(self._bytes_to_come)
 
-    def _disk_bytes_to_come(self) -> int:
-        """What the first steps will reserve on a disk: optimizer state in two slots, gradients in one."""
-        made = {name for unit in self.engine.units if unit.placed is not None for name in unit.names}
-        slots = {"optimizer_state": 2, "gradient": int(self.gradients is not None)}
-        rows = [row.attribute for row in self.placement.rows if row.tier == "disk"]
-        to_come = [row for row in rows if row.kind != "optimizer_state" or row.name not in made]
-        return sum(slots.get(row.kind, 0) * row.nbytes for row in to_come)
+    def _bytes_to_come(self, tier: str) -> int:
+        """What the first steps will reserve there, in pages: optimizer state, which a disk has twice, and gradients."""
+        here = [row.attribute for row in self.placement.rows if row.tier == tier]
+        states = {one.name: one.nbytes for one in here if one.kind == "optimizer_state"}
+        units = [unit for unit in self.engine.units if unit.placed is None and unit.tier is self.tiers.get(tier)]
+        records = [sum(states.get(name, 0) for name in unit.names) for unit in units]
+        records *= 2 if tier == "disk" else 1
+        if self.gradients is not None:
+            records += [one.nbytes for one in here if one.kind == "gradient"]
+        return sum(map(round_up, records))
+
+    def _beside_the_plan(self, tier: str) -> float:
+        """Room for what no plan knows the size of, so that it does not take that of optimizer state to come."""
+        return self.tiers.room(tier) - self.placement.used(tier)
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
         return UpdateEngine(self._optimizers, names, self._tier_of, **self._engine_arguments())
@@ -264,6 +308,7 @@ class OffloadSession(PlacedRun):
             "stream": self.stream,
             "together_bytes": together_bytes,
             "host": self._host,
+            "before": self._before,
         }
 
     def _new_updates(self) -> Updates:
@@ -291,8 +336,8 @@ class OffloadSession(PlacedRun):
             tiers,
             self._optimizers,
             self._complete,
-            carrier_for(self._device, self.staging_bytes // 4),
-            self.staging_bytes // 4,
+            carrier_for(self._device, self._on_the_way("gradient")),
+            self._on_the_way("gradient"),
             keep_complete=self._schedule == "in_backward",
             two_steps=self._schedule == "delayed",
         )

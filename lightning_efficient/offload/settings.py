@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning_efficient.core.units import parse_bytes
-from lightning_efficient.offload.placement import KINDS, Rules
+from lightning_efficient.offload.placement import KINDS, NOT_PLACED, PlaceFunction, Rules, Where, is_tier
 
 __all__ = ["LossReduction", "ScheduleChoice", "Settings", "SiteChoice", "parse_settings"]
 
@@ -17,22 +18,15 @@ ScheduleChoice = Literal["auto", "after_backward", "in_backward", "under_forward
 SiteChoice = Literal["auto", "device", "host"]
 
 
-_NOT_PLACED = {
-    "master_weight": "values in full precision lie with the optimizer state of their parameter; place optimizer_state",
-    "input_batch": "batches are where the DataLoader and the Trainer put them",
-    "checkpoint": "checkpoints are where the Trainer's checkpoint_io writes them",
-}
-"""Kinds that a plan shows, and does not decide about; and who does."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """See the arguments of :class:`~lightning_efficient.OffloadStrategy`.
 
     Attributes:
-        budgets: Bytes by tier; a tier that is not named, or is ``auto``, takes what is free.
+        budgets: Bytes by tier; a tier that is not named, or is ``auto``, takes what is free. Of a NUMA node, which is
+            used only if it is named, None is ``auto``.
         directory: For what goes to a disk; None: below the Trainer's ``default_root_dir``.
-        place: From a kind, a pattern of names, or both, to a tier.
+        place: From a kind, a pattern of names, or both, to a tier, or to a function that names one.
         schedule: When updates take place.
         staging_bytes: For records on their way.
         master_weights: Whether parameters of 16 bits have values in full precision beside them.
@@ -40,11 +34,12 @@ class Settings:
         loss_reduction: What the loss is over the samples of a batch.
         delay_after: Steps before the first one whose update may be late.
         step_on: Where updates are computed whose optimizer state is elsewhere.
+        stays: Kinds that the run needs where they are used.
     """
 
-    budgets: Mapping[str, int]
+    budgets: Mapping[str, int | None]
     directory: Path | None
-    place: Mapping[str, str]
+    place: Mapping[str, Where]
     schedule: ScheduleChoice
     staging_bytes: int | None
     master_weights: bool
@@ -52,22 +47,18 @@ class Settings:
     loss_reduction: LossReduction = "mean"
     delay_after: int = 40
     step_on: SiteChoice = "auto"
+    stays: Collection[str] = ()
 
     @property
     def rules(self) -> Rules:
         return Rules(self.place)
-
-    @property
-    def tiers(self) -> list[str]:
-        """The tiers that are named, each once."""
-        return list(dict.fromkeys((*self.budgets, *self.place.values())))
 
 
 def parse_settings(
     *,
     memory_budget: int | str | Mapping[str, int | str] | None,
     offload_dir: str | Path | None,
-    place: Mapping[str, str] | None,
+    place: Mapping[str, str | PlaceFunction] | str | PlaceFunction | None,
     schedule: str,
     staging: int | str | None,
     master_weights: bool,
@@ -89,22 +80,12 @@ def parse_settings(
         raise ValueError(f"loss_reduction={loss_reduction!r} is not allowed. Use 'mean' or 'sum'.")
     if not isinstance(delay_after, int) or isinstance(delay_after, bool) or delay_after < 0:
         raise ValueError(f"delay_after={delay_after!r} is not allowed. Give a number of steps, 0 or more.")
-    if place is not None and not isinstance(place, Mapping):
-        raise ValueError(f"place={place!r} is not allowed. Give a mapping, such as {{'optimizer_state': 'disk'}}.")
     if offload_dir is not None and not isinstance(offload_dir, str | Path):
         raise ValueError(f"offload_dir={offload_dir!r} is no folder. Give a path.")
-    place = dict(place or {})
-    for rule, tier in place.items():
-        _check_tier(tier, f"place[{rule!r}]")
-        kind = rule.split(":", 1)[0] if ":" in rule else None
-        if kind is not None and kind not in KINDS:
-            raise ValueError(f"place[{rule!r}]: {kind!r} is no kind of tensor. Use one of {', '.join(KINDS)}.")
-        if why := _NOT_PLACED.get(kind or rule):
-            raise ValueError(f"place[{rule!r}] would do nothing: {why}. Leave this rule out.")
     return Settings(
         budgets=_budgets(memory_budget),
         directory=Path(offload_dir) if offload_dir is not None else None,
-        place=place,
+        place=_places(place),
         schedule=schedule,  # type: ignore[arg-type]
         staging_bytes=None if staging is None else parse_bytes(staging, "staging"),
         master_weights=bool(master_weights),
@@ -115,7 +96,50 @@ def parse_settings(
     )
 
 
-def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int]:
+def _places(given: Mapping[str, str | PlaceFunction] | str | PlaceFunction | None) -> dict[str, Where]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        where = _where(given, "place")
+        if isinstance(where, str):
+            raise ValueError(
+                f"place={given!r} is not allowed. Give a mapping, such as {{'optimizer_state': {given!r}}}, or a "
+                "function from an attribute (its kind, name and nbytes) to a tier."
+            )
+        return {"*": where}
+    for rule in given:
+        kind = rule.split(":", 1)[0] if ":" in rule else None
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"place[{rule!r}]: {kind!r} is no kind of tensor. Use one of {', '.join(KINDS)}.")
+        if why := NOT_PLACED.get(kind or rule):
+            raise ValueError(f"place[{rule!r}] would do nothing: {why}. Leave this rule out.")
+        if kind == "activation" and rule != "activation:*":
+            raise ValueError(
+                f"place[{rule!r}] would do nothing: what backward needs has no names. Use place['activation'] for all."
+            )
+    return {rule: _where(where, f"place[{rule!r}]") for rule, where in given.items()}
+
+
+def _where(given: Any, argument: str) -> Where:
+    """A tier, or a function; one that is given by its import path is imported."""
+    if callable(given) or is_tier(given):
+        return given
+    module, _, name = given.rpartition(".") if isinstance(given, str) else ("", "", "")
+    if not module:
+        raise ValueError(
+            f"{argument}: {given!r} is no tier. Use device, host, disk, or numa:N with the number of a node; or a "
+            "function that returns one, also by its import path."
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{argument}: {given!r} is no tier, and no function that can be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"{argument}: {given!r} is no function but {found!r}. Give one that returns a tier.")
+    return found
+
+
+def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int | None]:
     if given is None or given == "auto":
         return {}
     if isinstance(given, int | str):  # of the fastest memory that can be full: known when the device is
@@ -124,16 +148,14 @@ def _budgets(given: int | str | Mapping[str, int | str] | None) -> dict[str, int
         raise ValueError(
             f"memory_budget={given!r} is not allowed. Give whole bytes, a text such as '6GiB', or a mapping from tiers."
         )
-    budgets = {}
+    budgets: dict[str, int | None] = {}
     for tier, amount in given.items():
-        _check_tier(tier, "memory_budget")
-        if amount != "auto":
+        if not is_tier(tier):
+            raise ValueError(
+                f"memory_budget: {tier!r} is no tier. Use device, host, disk, or numa:N with the number of a node."
+            )
+        if amount == "auto":
+            budgets |= {tier: None} if tier.startswith("numa") else {}
+        else:
             budgets[tier] = parse_bytes(amount, f"memory_budget[{tier!r}]")
     return budgets
-
-
-def _check_tier(tier: str, argument: str) -> None:
-    name, _, node = tier.partition(":") if isinstance(tier, str) else (tier, "", "")
-    if tier in ("device", "host", "disk") or (name == "numa" and node.isdigit()):
-        return
-    raise ValueError(f"{argument}: {tier!r} is no tier. Use device, host, disk, or numa:N with the number of a node.")

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_efficient.offload.tiers.carriers import carrier_for
 from lightning_efficient.offload.tiers.disk_bandwidth import measure_bandwidth
 from lightning_efficient.offload.tiers.host import HostTier
-from lightning_efficient.offload.updates.subset_step import on_host, state_bytes_per_element, step_alone, twin
+from lightning_efficient.offload.updates.subset_step import for_host_step, state_bytes_per_element, step_alone, twin
 
 __all__ = ["Site", "SiteMeasurements", "calibrate", "choose_site", "host_step_nanoseconds", "link_bytes_per_second"]
 
@@ -110,7 +110,7 @@ def calibrate(
     if on_disk and directory is not None:
         disk = measure_bandwidth(directory).mixed_bytes_per_second
     return SiteMeasurements(
-        host_step_ns=host_step_nanoseconds(optimizer, group, parameter, in_full=full),
+        host_step_ns=host_step_nanoseconds(optimizer, group, parameter, device=device, in_full=full),
         link_bytes_per_second=link_bytes_per_second(device, staging_bytes),
         disk_bytes_per_second=disk,
         state_bytes=state_bytes_per_element(optimizer, group, like) + 4 * full,
@@ -121,16 +121,30 @@ def calibrate(
 
 
 def host_step_nanoseconds(
-    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor, *, in_full: bool = False
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    parameter: Tensor,
+    *,
+    device: torch.device | None = None,
+    in_full: bool = False,
 ) -> float:
-    """Of a step of ``optimizer`` on the host for each element of a parameter like this one: the best of three."""
+    """Of a step of ``optimizer`` on the host for each element of a parameter like this one: the best of three.
+
+    Args:
+        optimizer: The user's, which is not changed.
+        group: The hyperparameters of ``parameter``.
+        parameter: See above.
+        device: For which the host steps; None: that of ``parameter``.
+        in_full: Whether values are stepped in float32.
+    """
     rows, row = (parameter.shape[0], parameter[0].numel()) if parameter.dim() else (1, 1)
     shape = (max(1, min(rows, _ELEMENTS // max(1, row))), *parameter.shape[1:]) if parameter.dim() else ()
     generator = torch.Generator().manual_seed(0)  # not the one that the user's results depend on
     gradient = torch.randn(shape, generator=generator).to(parameter.dtype)
     value = torch.randn(shape, generator=generator).to(torch.float32 if in_full else parameter.dtype)
     sent = torch.empty_like(gradient)
-    alone = on_host({key: one for key, one in group.items() if key != "params"})
+    hyperparameters = {key: one for key, one in group.items() if key != "params"}
+    alone = for_host_step(optimizer, hyperparameters, [value], device or parameter.device)
     probe = twin(optimizer)
 
     def step() -> None:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-__all__ = ["StepMeans"]
+__all__ = ["Increase", "StepMeans"]
+
+
+class Increase:
+    """What came to a total since it was last asked for.
+
+    Args:
+        total: One that is smaller than before was begun anew.
+    """
+
+    def __init__(self, total: Callable[[], float]) -> None:
+        self._total, self._before = total, total()
+
+    def __call__(self) -> float:
+        now, before = self._total(), self._before
+        self._before = now
+        return now - before if before <= now else now
 
 
 class StepMeans:

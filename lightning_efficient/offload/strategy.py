@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient.offload.common import OffloadMixin
+from lightning_efficient.offload.placement import PlaceFunction
 from lightning_efficient.offload.settings import LossReduction, ScheduleChoice, SiteChoice
 
 __all__ = ["OffloadStrategy"]
@@ -37,7 +39,10 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             ``default_root_dir``.
         place: Where tensors go, whatever the plan would say: from a kind (``parameter``, ``gradient``,
             ``optimizer_state``, or ``activation`` for what backward needs), a pattern of parameter names, or both
-            (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or ``numa:N``.
+            (``"optimizer_state:blocks.*"``), to ``device``, ``host``, ``disk`` or ``numa:N``. In place of a tier, or of
+            the whole mapping, a function, or its import path, may stand: it is given an attribute (with ``kind``,
+            ``name``, ``nbytes`` and ``position`` in forward) and returns a tier, or None where others decide. It is
+            asked again whenever something is placed anew, and not about what the run needs where it is used.
         schedule: When updates take place. ``in_backward``: each as soon as its gradients are there; ``under_forward``:
             each right before the next forward uses it; ``after_backward``: all in the optimizer's step; ``auto``: the
             first of these that the run allows. All of them are exact. ``delayed``: each in the backward of the next
@@ -46,9 +51,11 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             there, and the state comes and goes; ``host``: by the CPU, which gets gradients and sends new values, and
             whose kernels may round differently; ``auto``: what is faster, measured when training begins. Without a
             GPU there is one place only.
-        staging: Most memory for records on their way to and from a disk, beside the budget: it is taken as it is
-            needed, and one record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB,
-            or what two of the largest records take.
+        staging: Most memory for optimizer state on its way, beside the budget: it is taken as it is needed, and one
+            record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB, or what two of
+            the largest records take. What else is on its way has memory beside it: activations half as much,
+            gradients a quarter, gradients and values of updates on the host half, so that all kinds together take up
+            to 2.25 times ``staging``.
         master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
         batch_feedback: Split a batch into micro-batches within the step when memory is short, go back to the step's
             beginning after an out-of-memory error, and merge them again when there is room; the batch that the
@@ -71,7 +78,7 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
         *,
         memory_budget: int | str | dict[str, int | str] | None = None,
         offload_dir: str | Path | None = None,
-        place: dict[str, str] | None = None,
+        place: Mapping[str, str | PlaceFunction] | str | PlaceFunction | None = None,
         schedule: ScheduleChoice = "auto",
         step_on: SiteChoice = "auto",
         staging: int | str | None = None,

@@ -137,7 +137,7 @@ def allowed_settings(
         for rule, tier in settings.place.items():
             if rule.split(":", 1)[0] == kind and tier not in here:
                 raise MisconfigurationException(f"place[{rule!r}]={tier!r} cannot be: {reason}. Leave this rule out.")
-    return replace(settings, place={**dict.fromkeys(needed, "device"), **settings.place})
+    return replace(settings, place={**dict.fromkeys(needed, "device"), **settings.place}, stays=frozenset(needed))
 
 
 def reads_gradients(trainer: pl.Trainer) -> str:

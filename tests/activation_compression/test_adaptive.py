@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
-from lightning_efficient.activation_compression.adaptive import AdaptiveRates
+from lightning_efficient.activation_compression.adaptive import AdaptiveRates, Choice
 from lightning_efficient.activation_compression.bounds import step_variance
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.collect import Collector, LayerMeasurement
@@ -23,7 +24,9 @@ from lightning_efficient.activation_compression.layers import follow_modules
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.demos.model import ByteTransformer
 from tests.activation_compression.networks import classifier, compressed
-from tests.technique_settings import demo_data, demo_model
+from tests.helpers.fitting import assert_continues
+from tests.helpers.fitting import fit as fit_setting
+from tests.technique_settings import TechniqueSetting, demo_data, demo_model
 
 Layer = Callable[[Tensor, nn.Parameter], Tensor]
 
@@ -92,6 +95,53 @@ def test_sparse_inputs_are_seen_a5() -> None:
     assert found[""].nonzero == pytest.approx(0.5, abs=0.05)
 
 
+def samples(x: Tensor, weight: nn.Parameter) -> dict[str, Tensor]:
+    """Of the weight's gradient."""
+    chosen, collector = classifier(EXACT), Collector(lambda _: None)
+    chosen.saved.observer, chosen.after = collector, collector.after
+    with compressed(chosen, nn.ParameterList([weight])):
+        loss = F.linear(x * 1, weight).square().sum()
+    torch.autograd.grad(loss, weight)
+    return collector.gradient_samples()
+
+
+def test_the_sample_of_a_gradient_is_of_all_its_columns() -> None:
+    """The first input is always zero: at equal distances, of 16 columns and 16,384 elements, it would be that alone."""
+    x, weight = torch.randn(64, 16), nn.Parameter(torch.randn(1024, 16))
+    x[:, 0] = 0
+    (sample,), (again,) = (samples(x, weight).values() for _ in range(2))
+    assert sample.shape == (1024,)
+    assert (sample != 0).float().mean() > 0.9
+    assert torch.equal(sample, again)
+
+
+def test_two_weights_of_a_module_are_two_measurements() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(128, 32), [nn.Parameter(torch.randn(size, 32)) for size in (16, 48)]
+
+    def run() -> Tensor:
+        return F.linear(x * 1, weights[0]).square().sum() + 100 * F.linear(x * 2, weights[1]).square().sum()
+
+    exact, found = measure(classifier(4), run, weights)
+    assert [one.weight_numel for one in found.values()] == [16 * 32, 48 * 32]
+    for one, gradient in zip(found.values(), exact, strict=True):
+        assert one.gradient_squares == pytest.approx(float(gradient.square().sum()), rel=0.1)
+
+
+def test_a_weight_that_two_units_feed_is_shared_by_them() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 64, requires_grad=True), nn.Parameter(torch.randn(64, 64))
+
+    def run() -> Tensor:
+        return F.linear(F.layer_norm(x * 1, (64,)), weight).square().sum() + F.linear(F.gelu(x * 1), weight).sum()
+
+    (exact,), found = measure(classifier(4), run, [weight])
+    assert {one.unit for one in found.values()} == {("normalization", ""), ("activation", "")}
+    squares = sum(one.gradient_squares for one in found.values())
+    assert squares == pytest.approx(float(exact.square().sum()), rel=0.1)
+    assert sum(one.weight_numel for one in found.values()) == 64 * 64
+
+
 def language(bits: int) -> tuple[ByteTransformer, Classifier, Callable[[], Tensor], tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     model = ByteTransformer(layers=2, width=64, heads=2, context=32)
@@ -154,6 +204,22 @@ def test_a_budget_goes_where_errors_do_most_harm_a8() -> None:
     assert sum(bits.values()) <= 3.5 * 2
 
 
+def test_a_bit_costs_as_much_as_a_unit_keeps_in_this_batch_a8() -> None:
+    """The first is more sensitive, but keeps four times as many numbers."""
+    measured = {"a": one("a", 300.0), "b": one("b", 200.0)}
+    rules = AdaptiveRates(every=10, target=0.1)
+    rules.measured = measured
+    assert rules.choose(LayerRates(4), 3.5).bits == {("linear", "a"): 4, ("linear", "b"): 3}
+    sizes = {("linear", "a"): 4000, ("linear", "b"): 1000}
+    assert rules.choose(LayerRates(4), 3.5, sizes).bits == {("linear", "a"): 3, ("linear", "b"): 5}
+
+
+def test_a_choice_comes_back_from_a_checkpoint() -> None:
+    noisy = one("a", 100.0, noise_squares=1e-2)
+    for choice in (choose(2.0, a=noisy), choose(None, LayerRates(4, error_bound=1e-3), a=noisy)):
+        assert Choice.from_state(choice.state_dict()) == choice
+
+
 def test_nobody_gets_more_than_the_target_needs_a8() -> None:
     assert choose(8.0, a=one("a", 1e-3)).bits == {("linear", "a"): 1}
 
@@ -194,6 +260,15 @@ def test_noise_is_what_differs_between_batches() -> None:
     assert rules.measured["a"].noise_squares == pytest.approx(9 * 5000, rel=0.1)
 
 
+def test_noise_that_is_not_seen_is_not_known_and_a_gradient_of_zero_gives_no_bound() -> None:
+    rules = AdaptiveRates(every=10, target=0.1)
+    rules.measured = {"a": one("a", 1.0)}
+    rules.take_noise({"a": torch.ones(100)}, {"a": torch.ones(100)})
+    assert rules.measured["a"].noise_squares is None
+    nothing = choose(None, LayerRates(4, error_bound=1e-3), a=one("a", 30.0, gradient_squares=0.0))
+    assert nothing.bounds == {("linear", "a"): 1e-3}
+
+
 def test_a_gradient_that_is_not_finite_gives_no_rate() -> None:
     assert choose(a=one("a", math.nan), b=one("b", 1.0, gradient_squares=math.inf)).bits == {}
 
@@ -221,6 +296,41 @@ def test_the_target_is_reached_and_what_was_predicted_is_measured(arguments: dic
     assert 0 < values["activations/noise_ratio"] < 0.1
     assert {values[tag] for tag in values if tag.startswith("activations/bits/")} <= {3.0, 4.0, 5.0, 6.0}
     assert "| model.blocks.0.mlp.up | " in plugin.summary()
+
+
+def test_the_same_bytes_are_given_to_other_layers_a8() -> None:
+    """Attention keeps four tensors and the signal of one: each bit costs as much as all of them."""
+    kept = {}
+    for name, rules in (("even", None), ("adaptive", {"every": 2, "target": 1e-3, "guard": 1e9})):
+        plugin = ActivationCompressionPlugin(bits=5, adaptive=rules)
+        fit(plugin, steps=5)
+        kept[name] = plugin.measurements()["activations/kept_bytes"]
+    bits = {value for tag, value in plugin.measurements().items() if tag.startswith("activations/bits/")}
+    assert len(bits) > 1
+    assert plugin.measurements()["activations/guarded"] == 0
+    assert kept["adaptive"] <= 1.01 * kept["even"]
+    sizes = plugin._adaptive.adaptive.sizes()  # type: ignore[union-attr]
+    block = "model.blocks.1.attention"
+    assert sizes["attention", block] == 4 * sizes["normalization", f"{block}_norm"]  # queries, keys, values, result
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+def test_a_run_with_a_bound_that_changes_is_resumed_bit_for_bit_a7(tmp_path: Path) -> None:
+    """The bounds in use were chosen under the bound of a step that is past."""
+    arguments = {
+        "schedule": {"initial_error_bound": 1e-3, "final_error_bound": 0.1, "begin": 2, "end": 0.75},
+        "adaptive": {"every": 5, "target": 0.1},
+    }
+    setting = TechniqueSetting(
+        name="bound",
+        yaml={"callbacks": [{"class_path": "lightning_efficient.ActivationCompressionPlugin", "init_args": arguments}]},
+        lossy=True,
+        volatile=("activations/encode_ms", "activations/decode_ms"),
+    )
+    whole = fit_setting(setting, root=tmp_path, checkpoints={})
+    assert "activations/error_bound/model.blocks.0.attention/attention" in whole.callbacks[0].measurements()
+    resumed = fit_setting(setting, root=tmp_path / "resumed", ckpt_path=whole.checkpoints[9])
+    assert_continues(resumed, whole)
 
 
 def test_measured_steps_train_like_others() -> None:

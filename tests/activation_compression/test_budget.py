@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_efficient import ActivationCompressionPlugin
+from lightning_efficient.activation_compression.batches import tensors_in
 from lightning_efficient.activation_compression.blocks import Blocks, find_blocks
 from lightning_efficient.activation_compression.classify import EXACT
 from lightning_efficient.activation_compression.host import HostMemory, OnHost
@@ -270,21 +275,92 @@ class Watch(pl.Callback):
         self.plugin = plugin
         self.seen: list[tuple[int, dict[str, float]]] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Tensor, *_: Any) -> None:
-        self.seen.append((batch.shape[1] - 1, dict(self.plugin.measurements())))
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        (tokens,) = tensors_in(batch)
+        self.seen.append((tokens.shape[1] - 1, dict(self.plugin.measurements())))
 
 
-def fit(plugin: ActivationCompressionPlugin, steps: int = 8, layers: int = 2, **arguments: Any) -> Watch:
+class Hidden:
+    """Nothing says that there are tensors in it."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+
+class Unwrapping(ByteLanguageModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch if isinstance(batch, Tensor) else batch["tokens"], batch_idx)
+
+
+def fit(
+    plugin: ActivationCompressionPlugin,
+    steps: int = 8,
+    layers: int = 2,
+    wrap: Callable[[Tensor], Any] = lambda tokens: tokens,
+    **arguments: Any,
+) -> Watch:
     watch = Watch(plugin)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, callbacks=[plugin, watch], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **arguments,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = ByteLanguageModel(layers=layers, width=64, heads=2, context=64, learning_rate=3e-3, warmup_steps=2)
-    data = torch.utils.data.DataLoader(Lengths(), batch_size=None)
+    model = Unwrapping(layers=layers, width=64, heads=2, context=64, learning_rate=3e-3, warmup_steps=2)
+    data = torch.utils.data.DataLoader(Lengths(), batch_size=None, collate_fn=wrap)
     trainer.fit(model, data, data)
     return watch
+
+
+class Encoding(UserDict[str, Any]):
+    """As tokenizers make them: pytree does not look into it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    tokens: Tensor
+    name: str = ""
+
+
+class Custom:
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.all = tokens, self
+
+    def to(self, *_: Any, **__: Any) -> Custom:
+        return self
+
+
+BATCHES: dict[str, Callable[[Tensor], Any]] = {
+    "mapping": lambda tokens: Encoding(tokens=tokens),
+    "frozen dataclass": Example,
+    "with a method to": Custom,
+    "nested": lambda tokens: [{"text": "a", "examples": (Example(tokens),)}],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_tensors_of_a_batch_are_seen_a9(name: str) -> None:
+    tokens = torch.zeros(3)
+    assert [found is tokens for found in tensors_in(BATCHES[name](tokens))] == [True]
+
+
+def test_batches_that_pytree_does_not_know_get_plans_of_their_own_a9() -> None:
+    plugin = ActivationCompressionPlugin(memory_budget="1MiB")
+    watch = fit(plugin, wrap=BATCHES["mapping"])
+    assert "| 8x17 | " in plugin.summary()
+    assert "| 8x65 | " in plugin.summary()
+    for length, values in watch.seen[1:]:
+        assert values["activations/kept_bytes"] <= 1.01 * 2**20, length
+
+
+def test_a_batch_without_tensors_is_refused_by_name() -> None:
+    with pytest.raises(MisconfigurationException, match=r"memory_budget plans by .* a batch of Hidden has none"):
+        fit(ActivationCompressionPlugin(memory_budget="1MiB"), wrap=Hidden)
+
+
+def test_empty_batches_break_no_prediction_a9() -> None:
+    planner = MemoryPlanner()
+    planner.note("0", 0, PassSizes(), ())
+    assert planner.predict("5", 5) is not None
 
 
 def test_every_size_stays_within_the_budget_and_as_predicted_a9() -> None:
@@ -299,6 +375,14 @@ def test_every_size_stays_within_the_budget_and_as_predicted_a9() -> None:
     texts = [event.text for event in plugin.events()]
     assert len(texts) == len(set(Lengths.lengths))
     assert "Plan for saved tensors: a batch of 8x33 keeps " in texts[0]
+
+
+def test_rates_that_follow_the_gradients_stay_within_the_budget_of_each_batch_a8_a9() -> None:
+    plugin = ActivationCompressionPlugin(memory_budget="768KiB", adaptive={"every": 3, "target": 1e-3, "guard": 1e9})
+    watch = fit(plugin, steps=16)
+    for length, values in watch.seen[1:]:
+        assert values["activations/kept_bytes"] <= 1.01 * 768 * 1024, length
+    assert watch.seen[-1][1]["activations/guarded"] == 0
 
 
 def test_a_part_is_of_what_the_batch_takes_without_compression_a9() -> None:

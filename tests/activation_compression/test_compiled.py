@@ -247,6 +247,34 @@ def test_a_transformer_with_its_loss(autocast: bool) -> None:
     assert rows["net.model.blocks.1.mlp.down", "linear", "4 bits, compiled"][0] == 128 * 256 * (2 if autocast else 4)
 
 
+class Masked(nn.Module):
+    """Minus infinity where a mask says so: in attention, in the logits of a loss, and before a sum in log space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(64, 96), nn.Linear(32, 64)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.first(x).chunk(3, -1))
+        hidden = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        logits = self.head(hidden.transpose(1, 2).flatten(2)).masked_fill(~mask, -torch.inf)
+        return F.cross_entropy(logits.flatten(0, 1), torch.zeros(128, dtype=torch.int64)) + logits.logsumexp(-1).sum()
+
+
+@pytest.mark.usefixtures("_both_codecs")
+def test_minus_infinity_of_masks_and_in_log_space_spoils_nothing() -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 64, 64), torch.ones(64, 64).tril().bool().expand(2, 64, 64).contiguous()
+    run = Run(Masked(), 4, x, mask)
+
+    def loss(compiled: nn.Module) -> Tensor:
+        return compiled(x, mask)
+
+    exact = [gradient.clone() for gradient in run.gradients(loss, compress=False)]
+    assert 0 < relative_error(run.gradients(loss), exact) < 0.1
+    assert {way for _, kind, way in run.rows() if kind == "loss" and not way.startswith("raw")} == {"8 bits, compiled"}
+
+
 @pytest.mark.usefixtures("_both_codecs")
 def test_batch_norm_relu_max_pooling_and_dropout() -> None:
     torch.manual_seed(0)
@@ -517,6 +545,37 @@ def test_blocks_of_one_class_do_not_get_the_rate_of_another() -> None:
     rows = plugin.summary().splitlines()
     assert all("raw" in row for row in rows if "blocks.1" in row)
     assert [row for row in rows if "blocks.2" in row and "4 bits" in row]
+
+
+def test_modules_of_one_class_report_their_own_bytes() -> None:
+    parts = nn.ModuleList(
+        torch.compile(nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 64)), backend="aot_eager")
+        for width in (128, 256, 128)
+    )
+    chosen, x = classifier(4), torch.randn(32, 64)
+    modules = CompiledModules(chosen)
+    for key in range(2):  # nothing is traced in the second step
+        chosen.begin([*parts.parameters(), x], key)
+        hooks = torch.autograd.graph.saved_tensors_hooks(chosen.saved.pack, chosen.saved.unpack)
+        named = {str(place): part for place, part in enumerate(parts)}
+        with hooks, chosen.operation, modules.attached(named):
+            for part in parts:
+                part(x).square().mean().backward()
+        chosen.end()
+    hidden = [sum(saved for (layer, *_), (saved, _) in chosen.ledger.by.items() if layer == f"{n}.1") for n in range(3)]
+    assert hidden == [32 * width * 4 for width in (128, 256, 128)]
+
+
+def test_what_codes_in_graphs_are_is_said_where_something_else_was_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    for asked, stored, words in ((3, 4.0, "and not 3 bits"), ("fp8", 8.0, "and not floats of 8 bits")):
+        plugin = ActivationCompressionPlugin(bits=asked)  # type: ignore[arg-type]
+        with caplog.at_level("INFO"):
+            fit(network(), plugin, max_steps=1)
+        assert words in caplog.text
+        assert plugin.measurements()["activations/bits_compiled"] == stored
+    caplog.clear()
+    fit(network(), ActivationCompressionPlugin(bits=8), max_steps=1)
+    assert "and not" not in caplog.text
 
 
 def test_a_bound_is_held_after_the_forward_pass() -> None:

@@ -64,6 +64,16 @@ def low_rank(x: Tensor) -> Case:
     return lambda: F.linear(x * 1, a @ b), [x, a, b], nn.Module()
 
 
+def low_rank_product(on_the_left: bool) -> Case:
+    x, a, b = leaf(64, 64), nn.Parameter(torch.randn(64, 8)), nn.Parameter(torch.randn(8, 64))
+
+    def compute() -> Tensor:
+        weight = 2 * (a @ b)
+        return weight @ (x * 1) if on_the_left else (x * 1) @ weight
+
+    return compute, [x, a, b], nn.ParameterList([a, b])
+
+
 def in_bfloat16(case: Case) -> Case:
     def compute() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -96,6 +106,9 @@ WEIGHTS: dict[str, Callable[[], Case]] = {
     "orthogonal": lambda: layer(parametrizations.orthogonal(linear()), 32, 64),
     "low rank": lambda: low_rank(leaf(32, 64)),
     "low rank, many dimensions": lambda: low_rank(leaf(2, 16, 64)),
+    "low rank, product": lambda: low_rank_product(False),
+    "low rank, product from the left": lambda: low_rank_product(True),
+    "low rank, product, autocast": lambda: in_bfloat16(low_rank_product(False)),
     "low rank, autocast": lambda: in_bfloat16(low_rank(leaf(64, 64))),
     "weight_norm, autocast": lambda: in_bfloat16(layer(parametrizations.weight_norm(linear()), 32, 64)),
     "weight_norm, frozen": lambda: frozen(layer(parametrizations.weight_norm(linear()), 32, 64)),
@@ -138,15 +151,55 @@ def test_a_sum_with_a_parameter_does_not_make_a_product_linear() -> None:
     assert {key[1:] for key in chosen.ledger.by} == {("other", "4 bits")}
 
 
-def test_factorizations_keep_what_they_need_exactly() -> None:
+FACTORIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "solve": lambda a: torch.linalg.solve(a, torch.eye(64)),
+    "qr": lambda a: torch.linalg.qr(a).R,
+    "svd": lambda a: torch.linalg.svdvals(a),
+    "matrix_exp": lambda a: torch.linalg.matrix_exp(a),
+    "cholesky": torch.linalg.cholesky,
+}
+
+
+@pytest.mark.parametrize("name", FACTORIZATIONS)
+def test_factorizations_keep_what_they_need_exactly(name: str) -> None:
     """An error of 4 bits in the factors of a matrix that is nearly singular is an error of any size in its gradient."""
-    a, b = leaf(64, 64), leaf(64, 64)
-    for operate in (torch.linalg.solve, lambda a, b: torch.linalg.qr(a).R @ b.detach(), lambda a, b: a.matrix_exp()):
-        case = partial(operate, a, b), [a], nn.Module()
-        chosen = classifier(4)
-        gradients(case, chosen)
-        assert not [key for key in chosen.ledger.by if key[2] == "4 bits" and key[1] != "other"]
-    assert_exact((lambda: torch.linalg.solve(a * 1, b * 1), [a, b], nn.Module()), bits=4)
+    a = torch.randn(64, 64)
+    a = (a @ a.T / 64 + torch.eye(64)).requires_grad_()
+    case = lambda: FACTORIZATIONS[name](a * 1), [a], nn.Module()
+    assert_exact(case, bits=1)  # type: ignore[arg-type]
+    chosen = classifier(1)
+    gradients(case, chosen)  # type: ignore[arg-type]
+    assert chosen.ledger.kept_bytes > 0
+    assert {way for _, _, way in chosen.ledger.by} == {"raw"}
+
+
+def test_a_weight_that_is_computed_is_kept_once() -> None:
+    module, x = parametrizations.weight_norm(nn.Linear(256, 256)), leaf(64, 256)
+    chosen = classifier(4)
+    gradients((lambda: module(x * 1), [x], module), chosen)
+    kept = {way: nbytes for (layer, _, way), (_, nbytes) in chosen.ledger.by.items() if not layer}
+    assert kept == {"raw": 256 * 256 * 4, "4 bits": 64 * 256 * (4 / 8 + 4 / 128)}
+    assert chosen.ledger.kept_bytes - sum(kept.values()) <= 256 * 4, "norms of rows"
+
+
+NORMS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "layer_norm of the batch": ((2048, 64), lambda x: F.layer_norm(x, (64,))),
+    "root mean square": ((2048, 64), lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),
+    "channels first": ((2, 64, 32, 32), lambda x: x / (x.var(1, keepdim=True) + 1e-5).sqrt()),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_are_exact_also_where_a_norm_is_written_out_a4(name: str) -> None:
+    shape, norm = NORMS[name]
+    x, chosen = leaf(*shape), classifier(2, recompute=False)
+    with compressed(chosen, nn.Module(), *([x] if "batch" in name else [])):
+        out = norm(x if "batch" in name else x * 1)
+    raw = sum(kept for (_, _, way), (_, kept) in chosen.ledger.by.items() if way == "raw")
+    assert raw in (2048 * 4, 2 * 2048 * 4), "and nothing larger"
+    lossy = sum(saved for (_, _, way), (saved, _) in chosen.ledger.by.items() if way != "raw")
+    assert lossy == (0 if "batch" in name else x.nbytes)
+    out.sum().backward()
 
 
 # -- operations that save in their own ways ---------------------------------------------------------------------------
@@ -284,6 +337,44 @@ class Scaled(torch.autograd.Function):
         return gradients[0] * (other.dequantize() if other.is_quantized else other.float()), None
 
 
+@pytest.mark.parametrize("bits", [99, 4])
+def test_each_version_of_a_storage_is_another_tensor(bits: int) -> None:
+    x, chosen = leaf(64, 64), classifier(bits)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        hidden = x * 1
+        unused = hidden.sin()
+        with torch.no_grad():
+            hidden.add_(10)  # what was saved of it before must not be given for it
+        return hidden.sin(), unused
+
+    exact = torch.autograd.grad(compute()[0].sum(), x)[0]
+    with compressed(chosen, nn.Module()):
+        out, unused = compute()
+    assert chosen.ledger.saved_bytes == 2 * x.nbytes
+    found = torch.autograd.grad(out.sum(), x)[0]
+    assert torch.equal(found, exact) if bits == 99 else relative_error([found], [exact]) < 0.3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(unused.sum(), x)
+
+
+def test_each_type_of_a_storage_is_another_tensor() -> None:
+    """Numbers may have few bits; the same memory as integers may not."""
+    x, chosen = leaf(64, 64), classifier(4)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        hidden = x * 1
+        return hidden.sin(), Scaled.apply(x, hidden.detach().view(torch.int32))  # type: ignore[no-untyped-call]
+
+    exact = [torch.autograd.grad(out.sum(), x)[0] for out in compute()]
+    with compressed(chosen, nn.Module()):
+        outs = compute()
+    assert {way for _, _, way in chosen.ledger.by} == {"4 bits", "raw"}
+    found = [torch.autograd.grad(out.sum(), x)[0] for out in outs]
+    assert 0 < relative_error(found[:1], exact[:1]) < 0.3
+    assert torch.equal(found[1], exact[1])
+
+
 TYPES = [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.float8_e4m3fn]
 
 
@@ -385,6 +476,22 @@ def test_a_weight_that_is_changed_before_its_norm_is_made_again() -> None:
             weight.fill_(3)  # type: ignore[operator]
         found.append(torch.autograd.grad(out.sum(), module[1].weight)[0])  # type: ignore[arg-type]
     assert torch.equal(*found)
+
+
+def test_what_is_made_again_of_an_edited_tensor_is_refused_or_that_of_before() -> None:
+    """Only the linear layer is differentiated: nobody else asks for what the norm has saved."""
+    module, x = nn.Sequential(nn.LayerNorm(64), linear()), leaf(32, 64)
+
+    def gradient(chosen: Classifier | None) -> Tensor:
+        with compressed(chosen, module) if chosen else contextlib.nullcontext():
+            hidden = x * 1
+            out = module(hidden)
+        hidden.add_(torch.arange(64.0))
+        return torch.autograd.grad(out.square().sum(), module[1].weight)[0]  # type: ignore[arg-type]
+
+    assert relative_error([gradient(classifier(8))], [gradient(None)]) < 0.02
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(classifier(99))
 
 
 # -- checkpointing and other hooks ------------------------------------------------------------------------------------
@@ -781,16 +888,27 @@ def test_runs_are_the_plain_ones_without_loss_and_close_in_8_bits(name: str) -> 
 class WithTable(Small):
     """Its table of positions is no buffer."""
 
+    positions: Tensor
+
     def __init__(self) -> None:
         super().__init__()
-        self.positions = torch.randn(32, 64)
+        self.take(torch.randn(32, 64))
+
+    def take(self, positions: Tensor) -> None:
+        self.positions = positions
 
     def loss(self, x: Tensor) -> Tensor:
         return super().loss(self.first(x) * self.positions)
 
 
-def test_tables_that_are_mere_attributes_are_held_anyway() -> None:
-    _, trainer = trained(WithTable(), 4)
+class WithBuffer(WithTable):
+    def take(self, positions: Tensor) -> None:
+        self.register_buffer("positions", positions)
+
+
+@pytest.mark.parametrize("cls", [WithTable, WithBuffer])
+def test_buffers_and_tables_that_are_mere_attributes_are_held_anyway(cls: type[Small]) -> None:
+    _, trainer = trained(cls(), 4)
     rows = [row for row in trainer.callbacks[0].summary().splitlines() if "(training step) | other |" in row]  # type: ignore[attr-defined]
     assert sum(float(row.split("|")[4]) for row in rows) == 32 * 64 * 4 / 1024, "what is squared, not the table"
 

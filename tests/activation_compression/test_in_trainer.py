@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
+from lightning_efficient.demos import ByteLanguageModel
 from tests.technique_settings import demo_data, demo_model
 
 
-def fit(*callbacks: pl.Callback, steps: int = 6, **arguments: Any) -> pl.Trainer:
+class WithLinearHead(ByteLanguageModel):
+    """Its head is fed by a linear layer, and so has a rate of its own."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        width = self.model.head.in_features
+        self.model.final_norm = nn.Linear(width, width)
+
+
+def fit(
+    *callbacks: pl.Callback, steps: int = 6, model: type[pl.LightningModule] = ByteLanguageModel, **arguments: Any
+) -> pl.Trainer:
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **arguments,
+        accelerator="cpu", max_steps=steps, callbacks=list(callbacks), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        **({"logger": False} | arguments),
     )  # fmt: skip
-    trainer.fit(demo_model(), demo_data())
+    trainer.fit(demo_model(model), demo_data())
     return trainer
 
 
@@ -64,24 +82,95 @@ def test_the_bits_follow_the_schedule_by_optimizer_steps_a2_a3(accumulate: int) 
     assert bits.seen[::accumulate] == curve
 
 
-class Watch(pl.Callback):
-    """What validation saves is not touched."""
+class Differentiating(ByteLanguageModel):
+    """Its validation differentiates something."""
 
-    def __init__(self) -> None:
-        self.depth: list[bool] = []
-
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         x = torch.ones(2, requires_grad=True)
         with torch.enable_grad():
             y = x * x
-        self.depth.append(y.grad_fn._saved_self is x)  # type: ignore[union-attr]
+        self.log("untouched", float(y.grad_fn._saved_self is x))  # type: ignore[union-attr]
 
 
 def test_validation_is_untouched() -> None:
-    watch = Watch()
-    fit(ActivationCompressionPlugin(bits=2), watch, steps=3, val_check_interval=1, limit_val_batches=1)
-    assert len(watch.depth) == 3
-    assert all(watch.depth)
+    plugin = ActivationCompressionPlugin(bits=2)
+    trainer = fit(plugin, steps=3, model=Differentiating, val_check_interval=1, limit_val_batches=1)
+    assert trainer.callback_metrics["untouched"] == 1
+
+
+TAGS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "bits": ({"bits": 4}, {"bits"}),
+    "error bound": ({"error_bound": 0.1}, {"error_bound"}),
+    "budget": ({"memory_budget": 0.2}, {"planned_bytes"}),
+    "adaptive": (
+        {"adaptive": {"every": 2, "target": 0.1, "guard": 1e-9}},
+        {"gradient_error", "gradient_error_predicted", "noise_ratio", "guarded", "bits/model.head/linear"},
+    ),
+    "adaptive, error bound": (
+        {"adaptive": {"every": 2, "target": 0.1}, "error_bound": 0.1},
+        {"error_bound", "gradient_error", "guarded", "error_bound/model.head/linear"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_all_that_is_promised_is_logged_and_in_the_summary(name: str) -> None:
+    arguments, tags = TAGS[name]
+    plugin, seen = ActivationCompressionPlugin(**arguments), dict[str, float]()
+
+    class Remembering(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            seen.update(metrics)
+
+    fit(plugin, steps=6, model=WithLinearHead, logger=Remembering(), log_every_n_steps=1)
+    logged = {tag.removeprefix("activations/"): value for tag, value in seen.items() if tag.startswith("activations/")}
+    always = {"saved_bytes", "kept_bytes", "live_bytes", "ratio", "encode_ms", "decode_ms"}
+    assert tags | always <= set(logged)
+    assert {tag for tag in logged if "/" not in tag} <= tags | always | {"gradient_error_predicted", "noise_ratio"}
+    assert logged["encode_ms"] > 0
+    assert logged["decode_ms"] > 0
+    assert logged["live_bytes"] == 0, "backward is over"
+    if "guard" in arguments.get("adaptive", {}):
+        assert logged["guarded"] > 0
+        assert "(guard)" in plugin.summary()
+
+
+def test_what_is_kept_still_is_said_by_layer() -> None:
+    class Hoarding(ByteLanguageModel):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.held = super().training_step(batch, batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    plugin = ActivationCompressionPlugin()
+    fit(plugin, model=Hoarding, steps=2)
+    assert plugin.measurements()["activations/live_bytes"] > 0
+    (row,) = [row for row in plugin.summary().splitlines() if row.startswith("Kept still (KiB): ")]
+    assert "model.blocks.0.mlp " in row
+
+
+def test_what_was_there_before_is_there_afterwards() -> None:
+    """Somebody else's context of the step, and no batch: neither after a run nor after one that ended in an error."""
+
+    class Failing(pl.Callback):
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            raise KeyError("broken")
+
+    for others in ([], [Failing()]):
+        precision, plugin = Precision(), ActivationCompressionPlugin()
+        own, entered = precision.train_step_context, list[int]()
+
+        @contextlib.contextmanager
+        def counting(own: Any = own, entered: list[int] = entered) -> Iterator[None]:
+            entered.append(1)
+            with own():
+                yield
+
+        precision.train_step_context = counting  # type: ignore[method-assign]
+        with pytest.raises(KeyError, match="broken") if others else contextlib.nullcontext():
+            fit(*others, plugin, steps=2, plugins=[precision])
+        assert entered
+        assert vars(precision)["train_step_context"] is counting
+        assert plugin._held == []
 
 
 def test_the_summary_says_what_was_kept_and_how() -> None:

@@ -115,6 +115,10 @@ def test_rates_have_floors_and_overrides() -> None:
     assert LayerRates(2, {"blocks.0": "fp8"}).of("loss", "blocks.0")[0] == FP8
     rates.bits = 6
     assert rates.of("attention", "blocks.1.attention")[0] == 6
+    for least, expected in ((2, 4), (4, 4), (6, 6)):
+        beside = LayerRates(2, least=least)  # a schedule is at 2 bits
+        assert beside.of("attention", "")[0] == beside.of("other", "")[0] == expected, "no floor is lowered"
+        assert [beside.of(kind, "")[0] for kind in ("linear", "normalization", "block", "loss")] == [2, 2, 8, 8]
     bounded = LayerRates(4, {"head": "raw"}, error_bound=0.1)
     assert bounded.of("loss", "")[0] == BOUNDED
     assert bounded.of("loss", "head")[0] == EXACT

@@ -1,4 +1,4 @@
-"""The kernels against the eager code, bit for bit; run by ``test_kernels.py``, on a GPU or in Triton's interpreter.
+"""The kernels against the eager code, bit for bit; run by ``test_kernels.py``: C, Triton on a GPU or interpreted.
 
 As a program: all of them in the interpreter, and a line of JSON that says what went wrong in which.
 """
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.core import quantization
-from lightning_efficient.core.quantization import Code, Quantized, Rounding, dequantize, quantize
+from lightning_efficient.core.kernels import host
+from lightning_efficient.core.quantization import (
+    Code,
+    Quantized,
+    Rounding,
+    dequantize,
+    dequantized_pieces,
+    quantize,
+)
 from lightning_efficient.core.random import TABLE
 
 CODES: list[Code] = [*range(1, 9), "fp8"]
@@ -31,17 +39,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.cpu(), b.cpu())
 
 
-def _compare(x: Tensor, device: str, code: Code, group_size: int = 128, rounding: Rounding = "dither") -> None:
-    """Encode and decode ``x`` both ways."""
-    kernels = importlib.import_module("lightning_efficient.core.kernels.quantization")
+def _compare(x: Tensor, where: str, code: Code, group_size: int = 128, rounding: Rounding = "dither") -> None:
+    """Encode and decode ``x`` both ways; ``where``: "c", or a device for Triton."""
+    device = "cpu" if where == "c" else where
+    kernels = host if where == "c" else importlib.import_module("lightning_efficient.core.kernels.quantization")
 
     def encoded(values: Tensor) -> Quantized:
         found = quantize(values, code, group_size=group_size, rounding=rounding, key=KEY, nonfinite="propagate")
         assert found is not None
         return found
 
-    eager = encoded(x)
-    expected = dequantize(eager)
+    with mock.patch.object(quantization, "kernels_for", return_value=None):
+        eager = encoded(x)
+        expected = dequantize(eager)
     with mock.patch.object(quantization, "kernels_for", return_value=kernels):
         kernel = encoded(x.to(device))
         decoded = dequantize(kernel)
@@ -50,6 +60,10 @@ def _compare(x: Tensor, device: str, code: Code, group_size: int = 128, rounding
     assert _same(eager.minimum, kernel.minimum), f"minimum: {what}"
     assert _same(eager.payload, kernel.payload), f"codes: {what}"
     assert _same(expected, decoded), f"decoded: {what}"
+    pieces = torch.empty_like(decoded)
+    for which, numbers in dequantized_pieces(kernel):
+        pieces[which] = numbers
+    assert _same(expected, pieces), f"in pieces: {what}"
 
 
 def _numbers(count: int, dtype: torch.dtype = torch.float32) -> Tensor:

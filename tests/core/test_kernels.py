@@ -1,4 +1,4 @@
-"""The GPU's kernels give the bits that the eager code gives: in Triton's interpreter, and on a GPU if there is one."""
+"""The kernels give the bits that the eager code gives: C, and Triton's, interpreted, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_efficient.core.kernels import kernels_for
+from lightning_efficient.activation_compression import records
+from lightning_efficient.activation_compression.records import two_valued
+from lightning_efficient.core.kernels import host, kernels_for
 from lightning_efficient.core.quantization import Code, dequantize, quantize
 from tests.activation_compression.networks import classifier, compressed
 from tests.core.kernel_checks import CHECKS
@@ -50,8 +53,48 @@ def test_triton_is_not_imported_before_there_is_a_tensor_for_it() -> None:
     assert done.stdout.split()[-1] == "False"
 
 
-def test_there_are_kernels_on_gpus_only() -> None:
-    assert kernels_for(torch.ones(64)) is None
+with_c = pytest.mark.skipif(not host.available(torch.float32), reason="needs a C compiler")
+
+
+@with_c
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("check", CHECKS)
+def test_in_c_kernels_give_the_bits_of_the_eager_code_a4(check: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        CHECKS[check]("c")
+    finally:
+        torch.set_num_threads(before)
+
+
+@with_c
+@pytest.mark.parametrize("numel", [1, 7, 64, 65, 8 * 4096 + 3, 100_001])
+def test_in_c_two_values_take_the_bits_that_they_take_in_torch_and_come_back(numel: int) -> None:
+    values = torch.where(torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < 0.3, -1.5, 2.25)
+    found = two_valued(values)
+    with mock.patch.object(records, "kernels_for", return_value=None):
+        eager = two_valued(values)
+        assert found is not None
+        assert eager is not None
+        assert torch.equal(found.packed, eager.packed)
+        assert torch.equal(found.decode(), values)
+    assert torch.equal(found.decode(), values)
+
+
+@with_c
+@pytest.mark.parametrize("third", [0.0, float("nan")])
+@pytest.mark.parametrize("where", [1, 4999, 9998])
+def test_in_c_a_third_value_anywhere_is_seen(third: float, where: int) -> None:
+    values = torch.ones(9999)
+    values[::2] = 2.0
+    values[where] = third
+    assert two_valued(values) is None
+
+
+def test_there_are_no_kernels_for_other_tensors() -> None:
+    assert kernels_for(torch.ones(64, dtype=torch.float64)) is None
+    assert kernels_for(nn.Parameter(torch.ones(64))) is None
 
 
 @pytest.mark.gpu

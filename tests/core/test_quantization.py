@@ -56,13 +56,13 @@ def test_the_error_never_exceeds_its_bound_a4(case: str, bits: int, rounding: st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_other_types_come_back_as_they_were_a4(dtype: torch.dtype, bits: int) -> None:
-    x = cases()["chunks"].to(dtype)
-    encoded = quantize(x, bits)
-    assert encoded is not None
-    decoded = dequantize(encoded)
-    assert decoded.dtype == dtype
-    bound = encoded.bound().repeat_interleave(128)[: x.numel()] + decoded.float().abs() * torch.finfo(dtype).eps
-    assert ((decoded.float() - x.float()).abs() <= bound).all()
+    for x in (cases()["chunks"].to(dtype), (cases()["chunks"] * 0.05 + 5).to(dtype)):
+        encoded = quantize(x, bits)
+        assert encoded is not None
+        decoded = dequantize(encoded)
+        assert decoded.dtype == dtype
+        bound = encoded.bound().repeat_interleave(128)[: x.numel()]
+        assert ((decoded.float() - x.float()).abs() <= bound).all()
 
 
 def test_the_bound_is_what_the_bits_allow_a4() -> None:
@@ -187,7 +187,7 @@ def test_the_error_of_floats_of_8_bits_never_exceeds_its_bounds_a4(case: str, dt
         error, size = (decoded.double() - x.double()).abs(), x.double().abs()
         own = 0 if dtype == torch.float32 else decoded.double().abs() * torch.finfo(dtype).eps + 2.0**-25
         of_group = encoded.bound().double().repeat_interleave(group_size)[: x.numel()]
-        assert (error <= of_group + own).all()
+        assert (error <= of_group).all()
         assert (error <= torch.maximum(size / 16, scale / 1024) * (1 + 2.0**-12) + own).all()
 
 
@@ -246,6 +246,21 @@ def test_a_bound_alone_holds_always_a4(case: str, error_bound: float, rounding: 
         return
     assert ((dequantize(encoded).double() - x.double()).abs() <= error_bound).all()
     assert encoded.nbytes < x.nbytes or x.numel() < 64
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(
+    ("dtype", "error_bound", "spread"), [(torch.bfloat16, 0.02, 0.08), (torch.float16, 0.003, 0.02)]
+)
+def test_a_bound_holds_after_the_rounding_to_the_type_too_a4(
+    dtype: torch.dtype, error_bound: float, spread: float, rounding: str
+) -> None:
+    """Next to five the numbers of bfloat16 are 0.031 apart: what was off by 0.019 is off by that."""
+    x = (cases()["chunks"] * spread + 5).to(dtype)
+    encoded = quantize(x, None, error_bound=error_bound, rounding=rounding)
+    assert encoded is not None
+    assert ((dequantize(encoded).double() - x.double()).abs() <= error_bound).all()
+    assert encoded.nbytes < 0.7 * x.nbytes, "not kept as they were"
 
 
 @pytest.mark.parametrize("error_bound", [1.0, 0.4, 0.2, 0.1, 0.05, 0.02])

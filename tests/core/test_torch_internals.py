@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.core.torch_internals import (
+    BatchNorm,
     WeakStorage,
     bytes_of,
     compiled_entry,
@@ -51,6 +52,13 @@ def test_tensors_are_rebuilt_by_the_function_that_files_name() -> None:
     function, arguments = tensor.__reduce_ex__(2)
     assert function is rebuild_tensor
     assert torch.equal(rebuild_tensor(*arguments), tensor)
+
+
+def test_all_that_normalizes_by_its_batch_has_one_base() -> None:
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d):
+        assert issubclass(kind, BatchNorm)
+    assert not issubclass(nn.InstanceNorm2d, BatchNorm)
+    assert not issubclass(nn.GroupNorm, BatchNorm)
 
 
 def test_storages_are_told_apart_by_their_memory() -> None:

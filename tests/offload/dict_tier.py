@@ -31,7 +31,6 @@ class DictTier:
 
     def __init__(self) -> None:
         self.bytes: dict[Record, Tensor] = {}
-        self.committed: dict[Record, Tensor] = {}
         self.reserved: set[Record] = set()
         self.reads: list[Record] = []
         self.writes: list[Record] = []
@@ -69,10 +68,7 @@ class DictTier:
         return self.bytes[record]
 
     def commit(self) -> None:
-        self.committed = dict(self.bytes)
-
-    def rollback(self) -> None:
-        self.bytes = dict(self.committed)
+        return
 
     def close(self) -> None:
         self.bytes.clear()

@@ -111,9 +111,6 @@ class FileTier:
     def commit(self) -> None:
         raise NotImplementedError
 
-    def rollback(self) -> None:
-        raise NotImplementedError
-
     def flush(self) -> None:
         """Until everything has ended."""
         self._ask(lambda: None).wait()

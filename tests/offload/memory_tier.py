@@ -45,7 +45,6 @@ class MemoryTier:
         self.calls: Counter[str] = Counter()
         self.broken: set[str] = set()
         self.values: dict[Record, Tensor] = {}
-        self.committed: dict[Record, Tensor] = {}
         self._last: dict[Record, _Late] = {}
 
     def reserve(self, sizes: Sequence[int], *, versioned: bool) -> list[Record]:
@@ -90,10 +89,6 @@ class MemoryTier:
         self._call("commit")
         for record in list(self._last):
             self._settle(record)
-        self.committed = {record: value for record, value in self.values.items() if record.versioned}
-
-    def rollback(self) -> None:
-        self.values.update(self.committed)
 
     def close(self) -> None:
         self.values.clear()

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_efficient.offload.saved import stash, swapped
+from lightning_efficient.offload.saved import stash
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
-from lightning_efficient.offload.saved.swapped import Swapped
 from lightning_efficient.offload.tiers import cuda_carrier
 from lightning_efficient.offload.tiers.cuda_carrier import CudaCarrier
 from lightning_efficient.offload.tiers.tier import Pending, Record
@@ -89,8 +88,7 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     fake = SimpleNamespace(cuda=cuda, empty=empty, uint8=torch.uint8, device=torch.device)
     monkeypatch.setattr(cuda_carrier, "torch", fake)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None, raising=False)
-    for module in (stash, swapped):
-        monkeypatch.setattr(module, "carrier_for", lambda device, staging_bytes: CudaCarrier(staging_bytes))
+    monkeypatch.setattr(stash, "carrier_for", lambda device, staging_bytes: CudaCarrier(staging_bytes))
     yield current
     pinned.clear()
 
@@ -110,23 +108,6 @@ def test_what_goes_through_streams_comes_back(computing: Stream, name: str, stag
     gc.collect()
     assert chosen.statistics().stash.tier_bytes == 0
     chosen.close()
-    tier.close()
-
-
-@pytest.mark.parametrize("direct", [True, False])
-def test_tensors_are_swapped_through_streams(computing: Stream, direct: bool) -> None:
-    tier: Any = MemoryTier(early=True) if direct else OfTheHost()
-    held = [torch.randn(1000), torch.randn(300)]
-    wanted = [one.clone() for one in held]
-    swapped = Swapped(held, tier, staging_bytes=4000)
-    for _ in range(2):
-        swapped.out()
-        swapped.wait()
-        assert swapped.away_bytes == 5200
-        swapped.back()
-        swapped.wait()
-        assert all(torch.equal(one, value) for one, value in zip(held, wanted, strict=True))
-    swapped.close()
     tier.close()
 
 

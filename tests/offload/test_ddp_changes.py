@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_efficient import GrowAndUnshareCallback
-from lightning_efficient.offload import tier_set
+from lightning_efficient.offload import session, tier_set
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.models import ScheduledModel
 from tests.helpers.ranks import run_on_two_ranks
@@ -92,8 +92,9 @@ def test_a_group_that_comes_while_it_runs_g6(tmp_path: Path) -> None:
 
 def placed_anew(rank: int, root: Path) -> None:
     plain = run(root / "plain", DDPStrategy(), max_steps=8)
-    free = itertools.chain([1 << 20] * 3, [0] * (3 + rank), itertools.repeat(1 << 24))
+    free = itertools.chain([1 << 20] * 2, [0] * (1 + rank), itertools.repeat(1 << 24))
     tier_set.free_bytes = lambda device: next(free)
+    session.ADAPT_EVERY = 2
     mine = run(root / "ours", ours(place=None), max_steps=8)
     assert any(event.technique == "offload" for event in mine.events)
     assert mine.losses == plain.losses

@@ -82,6 +82,7 @@ def test_who_asks_for_state_gets_that_of_the_last_step_o10() -> None:
 def test_free_memory_that_changes_does_not_change_the_run_o10(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
     monkeypatch.setattr(tier_set, "free_bytes", lambda device: next(free))
+    monkeypatch.setattr(offload_session, "ADAPT_EVERY", 1)
     strategy = OffloadStrategy(offload_dir="swap", schedule="delayed", delay_after=AFTER)
     run = fit(None, build={"strategy": strategy})
     assert len(run.events) >= 2

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from lightning_efficient.core.buffers import PAGE
+from lightning_efficient.core.checksum import crc32
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
+from lightning_efficient.offload.tiers.spill_header import verify
 from lightning_efficient.offload.tiers.tier import Pending, TierError
 from tests.helpers.processes import context
 from tests.offload.tier_model import memory, noise, read, run_against_model, write
@@ -42,7 +44,7 @@ def failing_at(call: str, number: int, code: int) -> tuple[SystemCalls, Callable
 
 
 def a_run(tier: DiskTier) -> list[TierError]:
-    """Two commits, of which the second may fail; what was accepted is there at the end, whatever happened."""
+    """Two commits, of which either may fail; what was accepted is in the file at the end, whatever happened."""
     errors: list[TierError] = []
 
     def attempt(what: Callable[[], object]) -> bool:
@@ -56,7 +58,7 @@ def a_run(tier: DiskTier) -> list[TierError]:
     records = []
     if not attempt(lambda: records.extend(tier.reserve([3 * PAGE + 7, 10, 2 * PAGE], versioned=True))):
         return errors
-    accepted = None
+    accepted: list[set[tuple[int, int]]] = [set()]
     for turn in range(2):
         data = [noise(record.nbytes, 10 * turn + index) for index, record in enumerate(records)]
         pending: list[Pending] = []
@@ -64,6 +66,7 @@ def a_run(tier: DiskTier) -> list[TierError]:
             attempt(lambda begun=pending, record=record, one=one: begun.append(tier.write(record, one)))
         ended = [attempt(one.wait) for one in pending]
         written = all(ended) and len(ended) == len(records)
+        now = {(one.nbytes, crc32(one.numpy())) for one in data}
         committed = attempt(tier.commit)
         assert committed <= written, "a commit accepted what could not be written"
         if not committed:
@@ -71,14 +74,16 @@ def a_run(tier: DiskTier) -> list[TierError]:
                 tier.commit()
             with pytest.raises(TierError):
                 tier.write(records[0], data[0])
+            accepted.append(now)  # the header may be there, and what failed be the word that it is
             break
-        accepted = data
-    tier.rollback()
-    if accepted is not None:
-        for record, one in zip(records, accepted, strict=True):
+        accepted = [now]
+        for record, one in zip(records, data, strict=True):
             into = memory(record.nbytes, 0)
             if attempt(lambda record=record, into=into: tier.read(record, into).wait()):
                 assert torch.equal(into, one)
+    report = verify(tier.path)
+    assert not report.torn
+    assert {(entry.nbytes, entry.crc) for entry in report.accepted} in accepted
     return errors
 
 

@@ -228,7 +228,7 @@ def test_threads_end_and_the_file_goes_with_the_tier(tmp_path: Path) -> None:
     assert pending.done
     assert threading.active_count() == before
     tier.close()
-    for use in (tier.commit, tier.rollback, lambda: tier.reserve([1], versioned=True), lambda: tier.mapped(record)):
+    for use in (tier.commit, lambda: tier.reserve([1], versioned=True), lambda: tier.mapped(record)):
         with pytest.raises(TierError, match="is closed"):
             use()
     forgotten = DiskTier(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning_efficient.offload.feasible import plan_with_window, window_bytes
 from lightning_efficient.offload.placement import Attribute, Room, Rules
 from lightning_efficient.offload.streaming.sub_modules import used_at_once
 from lightning_efficient.offload.tier_set import TierSet
+from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.updates.subset_step import state_bytes
 from tests.helpers.fitting import assert_same_tree, make_trainer
 
@@ -154,6 +156,20 @@ def test_a_numa_node_without_a_budget_has_what_is_free_o9(monkeypatch: pytest.Mo
     monkeypatch.setattr(TierSet, "_free_bytes", lambda *_: 1 << 20)
     with pytest.raises(ValueError, match=r"numa:0 has 1 MiB free, and 2\.28 MiB would go there .*\. Place less"):
         fitted(place={"optimizer_state": "numa:0"}, memory_budget={"host": "1GiB"})
+
+
+def test_what_is_free_on_a_node_is_its_automatic_budget_o9(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(numa, "check_node", lambda node: None)
+    monkeypatch.setattr(numa, "free_bytes", lambda node: 6 << 20)
+    given = OffloadStrategy(memory_budget={"numa:0": "auto", "disk": "auto"}).settings.budgets
+    rooms = TierSet(torch.device("cpu"), tmp_path, given, host_share=2).rooms([], [])
+    assert [(room.tier, room.nbytes) for room in rooms[1:]] == [("numa:0", 3 << 20), ("disk", None)]
+
+
+@pytest.mark.parametrize("budget", [{"device": 1, "host": 3}, {"host": 1, "device": 3}])
+def test_on_a_cpu_the_least_of_what_is_given_for_its_memory_counts(budget: dict[str, int], tmp_path: Path) -> None:
+    given = OffloadStrategy(memory_budget=budget).settings.budgets  # type: ignore[arg-type]
+    assert TierSet(torch.device("cpu"), tmp_path, given, host_share=1).rooms([], [])[0].nbytes == 1
 
 
 def test_staging_that_is_too_small_is_said_in_setup_o4() -> None:

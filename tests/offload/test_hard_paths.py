@@ -287,6 +287,16 @@ def test_callbacks_that_look_or_change_in_the_middle(callback: Callable[[], pl.C
     same(way, Small, lambda: [callback()])
 
 
+def test_what_is_written_to_weights_of_16_bits_counts_in_each_way_o3() -> None:
+    found = {
+        way: trained({**given, "master_weights": True}, Small, lambda: [ClampsData()], precision="bf16-true")[1]
+        for way, given in WAYS.items()
+    }
+    for way, run in found.items():
+        assert_same_tree(run, found["after_backward"], way)
+        assert all(value.abs().max() <= 0.2001 for value in run["weights"].values())
+
+
 @pytest.mark.parametrize("way", ["auto", "under_forward", "gradients, under_forward"])
 def test_copies_of_modules_have_the_new_weights(way: str) -> None:
     class Copies(Reads):
@@ -497,6 +507,47 @@ def test_groups_that_come_in_the_middle_and_resume_o3(way: str, tmp_path: Path) 
             for name, how in (("plain", WAYS[way]), ("ours", None))
         ]
         assert_same_tree(*resumed, f"resumed at {step}")
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_that_leave_memory_later_are_clipped_o3(algorithm: str) -> None:
+    """The budget has room for those of the first group, and not for those that come."""
+
+    class Notes(Reads):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            session = getattr(trainer.strategy, "_session", None)
+            self.elsewhere = [*getattr(self, "elsewhere", []), session is not None and session.gradients is not None]
+
+    notes = Notes()
+    way = {"memory_budget": {"host": "42KiB"}, "schedule": "after_backward"}
+    clip = {"gradient_clip_val": 0.05 if algorithm == "norm" else 1e-3, "gradient_clip_algorithm": algorithm}
+    ours, plain = (trained(how, Frozen, lambda: [Unfreezes(), notes], max_steps=14, **clip)[1] for how in (way, None))
+    assert notes.elsewhere[:14] == [False] * 10 + [True] * 4
+    assert_same_tree(ours, plain, "run")
+
+
+class ClipsItself(Small):
+    """Each part in a way of its own, and then all by Lightning's."""
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        nn.utils.clip_grad_norm_([*self.up.parameters(), *self.down.parameters()], 0.01)
+        nn.utils.clip_grad_value_(self.head.parameters(), 1e-3)
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+
+
+@every_way
+def test_a_configure_gradient_clipping_of_the_users_own_o3(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    if "gradient" in WAYS[way]["place"]:
+        told = r"place\['gradient'\]='disk' cannot be: .* the LightningModule has its own configure_gradient_clipping"
+        with pytest.raises(MisconfigurationException, match=told):
+            trained(WAYS[way], ClipsItself)
+        return
+    with caplog.at_level("INFO"):
+        same(way, ClipsItself)
+    asked_for = "schedule" in WAYS[way]
+    assert asked_for or "under_forward: the LightningModule has its own configure_gradient_clipping" in caplog.text
 
 
 # -- training within training ------------------------------------------------------------------------------------------

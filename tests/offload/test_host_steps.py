@@ -21,6 +21,7 @@ from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.layout import MASTER, VALUE
 from lightning_efficient.offload.updates.schedule import AfterBackward, InBackward
+from lightning_efficient.offload.updates.subset_step import for_host_step
 from lightning_efficient.offload.updates.under_forward import UnderForward
 from tests.offload.dict_tier import DictTier
 from tests.offload.late_crossing import LateCrossing
@@ -121,9 +122,16 @@ def test_full_precision_masters_are_those_of_steps_on_the_device_o3(
 ) -> None:
     make = OPTIMIZERS[optimizer]
     device, job = jobs(make, dtype=torch.bfloat16), jobs(make, dtype=torch.bfloat16)
+    for one in (device, job):
+        one.train(1)  # without masters, with state of 16 bits
     device.offload(schedule, master_weights=True)
     job.on_host(schedule, kind, master_weights=True)
-    assert job.train(6) == device.train(6)
+    assert job.train(3, start=1) == device.train(3, start=1)
+    for one in (device, job):
+        one.updates.finish()
+        for parameter in one.network.parameters():
+            parameter.data.clamp_(-0.05, 0.05)
+    assert job.train(3, start=4) == device.train(3, start=4)
     assert_same(job.weights(), device.weights())
     assert_same(full_state(job), full_state(device))
     assert all(state[MASTER].dtype == torch.float32 for state in full_state(job) if MASTER in state)
@@ -132,17 +140,6 @@ def test_full_precision_masters_are_those_of_steps_on_the_device_o3(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_values_of_16_bits_without_masters(schedule: str, jobs: Callable[..., HostJobs]) -> None:
     plain, job = jobs(ADAMW, dtype=torch.bfloat16), jobs(ADAMW, dtype=torch.bfloat16)
-    job.on_host(schedule, "memory")
-    assert job.train(5) == plain.train(5)
-    assert_same(job.weights(), plain.weights())
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_muon(schedule: str, jobs: Callable[..., HostJobs]) -> None:
-    def make(groups: Any) -> torch.optim.Optimizer:
-        return torch.optim.Muon([p for group in groups for p in group["params"] if p.dim() == 2], lr=0.02)
-
-    plain, job = jobs(make), jobs(make)
     job.on_host(schedule, "memory")
     assert job.train(5) == plain.train(5)
     assert_same(job.weights(), plain.weights())
@@ -436,8 +433,63 @@ def test_counters_go_back_to_where_a_step_on_the_device_has_them(there: bool, jo
     unit = job.engine.units[0]
     unit.group["fused"] = there
     far = nn.Parameter(torch.empty(2, device="meta"))  # stands for a GPU
-    steps = job.engine._at_home(unit, far, "step", torch.tensor(3.0))
+    steps = job.engine.at_home(unit, far, "step", torch.tensor(3.0))
     assert steps.device.type == ("meta" if there else "cpu")
-    assert job.engine._at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
-    assert job.engine._at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
-    assert job.engine._at_home(unit, far, "name", 5) == 5
+    assert job.engine.at_home(unit, far, "exp_avg", torch.tensor(3.0)).device.type == "meta"
+    assert job.engine.at_home(unit, far, "exp_avg", torch.zeros(2)).device.type == "meta"
+    assert job.engine.at_home(unit, far, "name", 5) == 5
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "device", "fused"),
+    [
+        (torch.optim.AdamW, {}, CUDA, True),
+        (torch.optim.SGD, {}, CUDA, True),
+        (torch.optim.AdamW, {}, CPU, None),  # there its own steps are the same bit for bit
+        (torch.optim.AdamW, {"fused": False}, CUDA, False),
+        (torch.optim.AdamW, {"foreach": False}, CUDA, None),
+        (torch.optim.AdamW, {"foreach": True}, CUDA, None),
+        (torch.optim.NAdam, {}, CUDA, None),  # which has none
+        (type("Own", (torch.optim.AdamW,), {}), {}, CUDA, None),
+    ],
+)
+def test_fused_kernels_are_taken_for_other_devices_where_the_user_leaves_it_open(
+    kind: Any, said: dict[str, Any], device: torch.device, fused: bool | None
+) -> None:
+    value = nn.Parameter(torch.ones(3))
+    optimizer = kind([value], **{"lr": 0.1} | said)
+    group = {key: one for key, one in optimizer.param_groups[0].items() if key != "params"}
+    before = dict(group)
+    assert for_host_step(optimizer, group, [value], device).get("fused") == fused
+    assert group == before
+
+
+def test_sparse_gradients_have_no_fused_kernel() -> None:
+    value = nn.Parameter(torch.ones(3, 2))
+    value.grad = torch.ones(3, 2).to_sparse(1)
+    optimizer = torch.optim.SGD([value], lr=0.1)
+    assert for_host_step(optimizer, optimizer.param_groups[0], [value], CUDA)["fused"] is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-amsgrad", "adam-tensor-lr", "sgd-momentum", "adagrad"])
+def test_steps_for_another_device_are_fused_inside_and_the_users_groups_stay(
+    optimizer: str, jobs: Callable[..., HostJobs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, step = [], host_job.step_alone
+
+    def spied(of: Any, group: Any, shown: Any) -> None:
+        seen.append(group["fused"])
+        step(of, group, shown)
+
+    monkeypatch.setattr(host_job, "step_alone", spied)
+    monkeypatch.setattr(host_job, "for_host_step", lambda *arguments: for_host_step(*arguments[:3], CUDA))
+    plain, job = jobs(OPTIMIZERS[optimizer]), jobs(OPTIMIZERS[optimizer])
+    job.on_host("after_backward", "memory")
+    job.train(6)
+    plain.train(6)
+    assert set(seen) == {True}
+    assert all(group["fused"] is None for group in job.optimizer.param_groups)
+    torch.testing.assert_close(job.weights(), plain.weights())

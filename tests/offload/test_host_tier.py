@@ -80,8 +80,7 @@ def test_what_is_mapped_is_the_record_itself_and_is_never_overwritten() -> None:
     write(tier, record, noise(PAGE, 2))  # a third copy, for which there is room
     assert torch.equal(mapped, noise(PAGE, 0))
     assert tier.reserved_bytes == 3 * PAGE
-    tier.rollback()
-    assert torch.equal(read(tier, record), noise(PAGE, 1))
+    assert torch.equal(read(tier, record), noise(PAGE, 2))
     tier.close()
 
 
@@ -137,7 +136,7 @@ def test_a_closed_tier_says_so() -> None:
     with pytest.raises(TierError, match="Nothing was written"):
         read(tier, record)
     tier.close()
-    for use in (tier.commit, tier.rollback, lambda: read(tier, record), lambda: tier.reserve([1], versioned=False)):
+    for use in (tier.commit, lambda: read(tier, record), lambda: tier.reserve([1], versioned=False)):
         with pytest.raises(TierError, match="is closed"):
             use()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MaxMetric, MeanMetric
 from torchmetrics.wrappers import Running
 
+from lightning_efficient.core.torch_internals import BatchNorm
 from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from tests.offload.stepping import Model, Record, Split, SplitsAt, data, fit, out_of_memory_at
@@ -299,6 +300,31 @@ def test_o7_statistics_of_batches_are_refused_by_path(tmp_path: Path) -> None:
         max_steps=1, strategy=Split(1, ON), logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path,
     ).fit(frozen, data())  # fmt: skip
+
+
+class OfAnotherLibrary(BatchNorm):
+    """Not one of torch's."""
+
+
+@pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode")
+def test_o7_statistics_of_batches_that_come_later_are_refused_too(tmp_path: Path) -> None:
+    def use(model: Model, loss: Tensor, batch: Any) -> Tensor:
+        model.extra.train(model.global_step >= 1)
+        return loss
+
+    model = Changed(use)
+    model.extra = OfAnotherLibrary(3, affine=False).eval()
+    fit(tmp_path, model, Split(1, ON), max_steps=1)
+    with pytest.raises(ValueError, match=r"extra \(OfAnotherLibrary\) would compute"):
+        fit(tmp_path, model, Split(2, ON))
+
+
+def test_o7_a_loss_that_shows_in_a_later_batch_that_it_is_no_mean_is_refused(tmp_path: Path) -> None:
+    def use(model: Model, loss: Tensor, batch: Any) -> Tensor:
+        return loss * len(batch["pair"][1][0]) if model.global_step >= 1 else loss
+
+    with pytest.raises(ValueError, match="it is no mean over samples"):
+        fit(tmp_path, Changed(use), Split(2, ON))
 
 
 def test_o7_manual_optimization_is_refused(tmp_path: Path) -> None:

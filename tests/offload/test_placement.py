@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lightning_efficient.core.buffers import PAGE
 from lightning_efficient.offload.placement import KINDS, Attribute, Room, Rules, keep_or_replan, plan
 
@@ -59,6 +61,38 @@ def test_rules_the_most_specific_counts_o2() -> None:
     assert found.rows[1].why == "place['optimizer_state:blocks.1.*']"
 
 
+def test_a_function_decides_or_leaves_it_to_others_o2() -> None:
+    asked: list[str] = []
+
+    def large_state(attribute: Attribute) -> str | None:
+        asked.append(attribute.kind)
+        large = attribute.kind == "optimizer_state" and attribute.nbytes > 1 << 20
+        return "disk" if large and attribute.name != "blocks.1.weight" else None
+
+    items = attributes({"optimizer_state": 10, "parameter": 10, "input_batch": 1})
+    rooms = [Room("device", None), Room("host", None), Room("disk", None)]
+    rows = plan(items, rooms, Rules({"*": large_state})).rows
+    assert [row.tier for row in rows] == ["disk", "device", "disk", *["device"] * 6]
+    assert rows[0].why.startswith("place['*'], test_a_function")
+    assert "input_batch" not in asked  # nobody moves it
+    assert plan(items, rooms, Rules({"optimizer_state": large_state, "*": "host"})).rows[1].tier == "host"
+    assert plan(items, rooms, Rules({"*": lambda _: "device"}, fastest="host")).rows[0].tier == "host"
+
+
+def test_a_tier_that_a_function_makes_up_is_refused_by_name_o2() -> None:
+    rules = Rules({"optimizer_state": lambda attribute: "cloud"})
+    with pytest.raises(
+        ValueError, match=r"place\['optimizer_state'\], .*<lambda>: 'cloud', for the optimizer_state of"
+    ):
+        plan(attributes({"optimizer_state": 1}), [Room("host", None)], rules)
+
+
+def test_of_two_patterns_that_fit_the_first_counts_o2() -> None:
+    items = attributes({"parameter": 1})
+    rules = Rules({"blocks.*": "host", "blocks.1.*": "disk"})
+    assert {rules.find(one) for one in items} == {("place['blocks.*']", "host")}
+
+
 def test_a_pattern_may_be_the_end_of_a_name() -> None:
     assert Rules({"blocks.*": "disk"}).unused(["model.blocks.0.weight"]) == []
     assert Rules({"block.*": "disk", "gradient": "disk"}).unused(["model.blocks.0.weight"]) == ["block.*"]
@@ -80,6 +114,19 @@ def test_a_plan_is_kept_until_it_does_not_fit_or_much_is_gained_o5() -> None:
     assert grown.used("host") == 60 << 20
     shrunk = keep_or_replan(first, items, [Room("host", 49 << 20), rooms[1]], FREE)
     assert shrunk.used("host") == 40 << 20
+
+
+def test_what_went_to_the_last_tier_comes_back_to_the_one_before_o5() -> None:
+    """Where the fastest memory is full, the next one may have got room; and what is there already stays there."""
+    items = attributes({"optimizer_state": 10}, layers=10)
+    rooms = [Room("device", 30 << 20), Room("host", 20 << 20), Room("disk", None)]
+    first = plan(items, rooms, FREE)
+    assert [first.used(tier) >> 20 for tier in ("device", "host", "disk")] == [30, 20, 50]
+    assert keep_or_replan(first, items, rooms, FREE) is first
+    better = keep_or_replan(first, items, [rooms[0], Room("host", 40 << 20), rooms[2]], FREE)
+    assert [better.used(tier) >> 20 for tier in ("device", "host", "disk")] == [30, 30, 40]
+    faster = keep_or_replan(first, items, [Room("device", 50 << 20), *rooms[1:]], FREE)
+    assert [faster.used(tier) >> 20 for tier in ("device", "host", "disk")] == [40, 20, 40]
 
 
 def test_the_table_says_what_is_where_and_why_o1_o3() -> None:

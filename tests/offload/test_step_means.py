@@ -79,13 +79,18 @@ def test_waiting_for_a_commit_is_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run.trainer.strategy.measurements()["offload/wait_ms"] >= 50
 
 
-def test_the_start_says_where_how_much_and_why(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "most"), [(["optimizer_state"], "2 MiB"), (["optimizer_state", "activation", "gradient"], "3.5 MiB")]
+)
+def test_the_start_says_where_how_much_and_why(
+    kinds: list[str], most: str, caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
     with caplog.at_level("INFO"):
-        strategy = OffloadStrategy(offload_dir=tmp_path / "swap", place=DISK, staging="2MiB")
+        strategy = OffloadStrategy(offload_dir=tmp_path / "swap", place=dict.fromkeys(kinds, "disk"), staging="2MiB")
         fit(None, build={"strategy": strategy}, max_steps=1)
     line = next(text for text in caplog.messages if text.startswith("OffloadStrategy: "))
     assert "schedule in_backward: nothing needs all gradients together" in line
-    assert "staging up to 2 MiB, beside the budget" in line
+    assert f"staging up to {most}, beside the budget" in line
     assert f"files in {tmp_path / 'swap'}" in line
 
 

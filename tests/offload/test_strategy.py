@@ -18,6 +18,8 @@ from lightning_efficient import ActivationCompressionPlugin, AsyncCheckpointIO, 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
+from lightning_efficient.offload.placement import Attribute
+from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.tiers.host import HostTier
@@ -189,15 +191,46 @@ def test_one_amount_is_of_the_fastest_memory_o5() -> None:
     assert "no room in host" in run.trainer.strategy.placement()
 
 
-def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = iter([1 << 20] * 3 + [0] * 4 + [1 << 24] * 40)
-    monkeypatch.setattr(tier_set, "free_bytes", lambda device: next(free))
-    run = fit(None, build=offload(place=None))
-    texts = [event.text for event in run.events]
-    assert len(texts) >= 2
-    assert "disk: " in texts[0]
-    assert "disk: " not in texts[-1]
+def state_of_blocks(attribute: Attribute) -> str | None:
+    """Named in a configuration too, see ``test_cli.py``."""
+    return "disk" if attribute.kind == "optimizer_state" and "blocks" in attribute.name else None
+
+
+@pytest.mark.parametrize("place", [state_of_blocks, {"optimizer_state": f"{__name__}.state_of_blocks"}])
+def test_a_function_places_o2(place: Any) -> None:
+    run = fit(None, build=offload(place=place))
+    table = run.trainer.strategy.placement()
+    assert "| optimizer_state | update to update | disk |" in table
+    assert "state_of_blocks |" in table
+    assert "| optimizer_state | update to update | host |" in table
     same(run, fit(None))
+
+
+def test_a_function_is_not_asked_about_what_must_stay_o2() -> None:
+    run = fit(None, build=offload(place=lambda _: "disk"), after=[SeesGradients()], max_steps=2)
+    assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
+
+
+def test_placed_anew_when_the_free_memory_changes_o5(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload_session, "ADAPT_EVERY", 4)
+    free = {4: 0, 8: 1 << 24}
+    now = SawBatches()
+    monkeypatch.setattr(tier_set, "free_bytes", lambda device: free.get(now.begun, 1 << 20))
+    run = fit(None, build=offload(place=None), before=[now], log_every_n_steps=1000)
+    texts = [event.text for event in run.events]
+    assert [event.step for event in run.events] == [3, 7]  # no matter where logs are due
+    assert "disk: " in texts[0]
+    assert "disk: " not in texts[1]
+    same(run, fit(None))
+
+
+class SawBatches(pl.Callback):
+    """How many batches of training have begun."""
+
+    begun = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun += 1
 
 
 def test_measurements_are_logged_o4() -> None:
@@ -293,10 +326,43 @@ def test_begins_at_the_switch_and_keeps_state_g6(caplog: pytest.LogCaptureFixtur
     assert told.index("2 layers -> 4 layers") < told.index("OffloadStrategy:")
 
 
+def test_resumed_behind_the_switch_it_is_offloaded_too_g6(tmp_path: Path) -> None:
+    def run(**arguments: Any) -> Run:
+        return fit(None, build={**offload(enabled=False), "callbacks": [grow(offload_on_switch=True)]}, **arguments)
+
+    whole = run(root=tmp_path, checkpoints={})
+    resumed = run(root=tmp_path / "resumed", ckpt_path=whole.checkpoints[10])
+    assert "| optimizer_state | update to update | disk |" in resumed.trainer.strategy.placement()
+    assert resumed.losses == whole.losses[10:]
+    assert_same_tree(resumed.weights, whole.weights, "weights")
+
+
 def test_growth_while_offloaded_keeps_state_g6() -> None:
     ours = fit(None, build={**offload(), "callbacks": [grow()]})
     same(ours, fit(None, build={"callbacks": [grow()]}))
     assert len([event for event in ours.events if event.technique == "offload"]) == 1
+
+
+SHARE: dict[str, Any] = {"mode": "share", "unit": 2, "correlation_every_n_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule"),
+    [
+        ({"mode": "stack", "stages": [{"depth": 2, "until": 5}, {"depth": 4}]}, "in_backward"),
+        (SHARE | {"until": 5}, "in_backward"),
+        (SHARE | {"until": {"correlation_below": 0.9, "step": 5}}, "under_forward"),
+        ({"width": {"factor": 2, "until": 5}}, "under_forward"),
+    ],
+)
+def test_growth_updates_in_backward_unless_it_looks_at_gradients_g6(
+    arguments: dict[str, Any], schedule: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = DISK | ({"gradient": "disk"} if schedule == "in_backward" else {})
+    with caplog.at_level("INFO"):
+        ours = fit(None, build={**offload(place=place), "callbacks": [GrowAndUnshareCallback(**arguments)]})
+    assert f"schedule {schedule}: " in caplog.text
+    same(ours, fit(None, build={"callbacks": [GrowAndUnshareCallback(**arguments)]}))
 
 
 # -- full precision --------------------------------------------------------------------------------------------------
@@ -313,6 +379,34 @@ def test_full_precision_beside_weights_of_16_bits_o3(tmp_path: Path) -> None:
     assert_same_tree(resumed.weights, run.weights, "weights")
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_without_full_precision_in_between_o3(tmp_path: Path) -> None:
+    """Its weights count, and not the values in full precision of before, which torch has carried along."""
+    arguments: dict[str, Any] = {"precision": "bf16-true", "checkpoints": {}}
+    full = lambda **more: offload(master_weights=True, **more)  # noqa: E731
+    first = fit(None, build=full(), root=tmp_path / "first", max_steps=3, **arguments)
+    for build in ({}, full(enabled=False)):
+        between = fit(
+            None, build=build, root=tmp_path / f"{len(build)}", max_steps=9, ckpt_path=first.checkpoints[3], **arguments
+        )
+        last = fit(None, build=full(), max_steps=12, ckpt_path=between.checkpoints[9], precision="bf16-true")
+        plain = fit(None, max_steps=12, ckpt_path=between.checkpoints[9], precision="bf16-true")
+        assert last.losses[0] == plain.losses[0]
+        assert last.losses[1] == pytest.approx(plain.losses[1], abs=0.01)
+        state = last.trainer.optimizers[0].state_dict()["state"][0]
+        assert {state[key].dtype for key in ("master_weight", "exp_avg", "exp_avg_sq")} == {torch.float32}
+
+
+def test_full_precision_that_begins_at_the_switch_g6() -> None:
+    arguments: dict[str, Any] = {"enabled": False, "master_weights": True}
+    build = {**offload(**arguments), "callbacks": [grow(offload_on_switch=True)]}
+    run = fit(None, build=build, precision="bf16-true")
+    plain = fit(None, build={"callbacks": [grow()]}, precision="bf16-true")
+    assert run.losses[:6] == plain.losses[:6]
+    assert sum(run.losses[-4:]) <= sum(plain.losses[-4:]) + 0.1
+    assert {value.dtype for value in run.trainer.optimizers[0].state_dict()["state"][0].values()} == {torch.float32}
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +416,16 @@ def test_full_precision_beside_weights_of_16_bits_o3(tmp_path: Path) -> None:
         ({"schedule": "later"}, "schedule='later' is not allowed. Use one of auto, after_backward"),
         ({"place": {"optimizer_state": "cloud"}}, r"place\['optimizer_state'\]: 'cloud' is no tier"),
         ({"place": {"state:blocks.*": "disk"}}, r"'state' is no kind of tensor. Use one of parameter, gradient"),
+        (
+            {"place": {"activation:blocks.*": "disk"}},
+            r"place\['activation:blocks.\*'\] would do nothing: what backward",
+        ),
+        (
+            {"place": "disk"},
+            r"place='disk' is not allowed. Give a mapping, such as \{'optimizer_state': 'disk'\}, or a",
+        ),
+        ({"place": {"gradient": "os.nothing"}}, r"place\['gradient'\]: 'os.nothing' is no tier, and no function"),
+        ({"place": "os.sep"}, "place: 'os.sep' is no function but '/'"),
         ({"memory_budget": {"gpu": 1}}, "memory_budget: 'gpu' is no tier"),
         ({"memory_budget": {"host": "much"}}, r"memory_budget\['host'\]='much' is no amount of memory"),
         ({"memory_budget": 0}, "memory_budget=0 must be more than nothing"),
@@ -363,21 +467,34 @@ class Steps(pl.Callback):
         self.begun += 1
 
 
-def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch, most: int, message: str) -> None:
+    """On a disk on which the file can have no more than ``most`` bytes."""
+
     def fallocate(descriptor: int, offset: int, nbytes: int) -> None:
-        if offset + nbytes > 400 << 10:  # the state takes twice 471 KiB
+        if offset + nbytes > most:
             raise OSError(28, "No space left on device")
         os.posix_fallocate(descriptor, offset, nbytes)
 
     full, steps = SystemCalls(fallocate=fallocate), Steps()
     monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
-    with pytest.raises(OSError, match=r"no room to offload to: .* bytes free and .* bytes more are needed"):
+    with pytest.raises(OSError, match=message):
         fit(None, build=offload(), before=[steps])
     assert steps.begun == 0
 
 
+def test_a_full_disk_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"no room to offload to: .* bytes free and .* bytes more are needed"
+    assert_said_before_the_first_step(monkeypatch, 400 << 10, message)  # the state takes twice 471 KiB
+
+
+def test_room_that_is_short_by_pages_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = fit(None, build=offload(), max_steps=1).trainer.strategy._session
+    needed = 2 * sum(row.attribute.nbytes for row in session.placement.rows if row.tier == "disk")
+    assert_said_before_the_first_step(monkeypatch, needed + (16 << 10), "no room to offload to")  # beside the header
+
+
 def test_the_disks_budget_is_kept_to() -> None:
-    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 471 KiB would go there"):
+    with pytest.raises(ValueError, match=r"memory_budget\['disk'\] allows 1 KiB, and 628 KiB would go there"):
         fit(None, build=offload(memory_budget={"disk": "1KiB"}))
 
 
@@ -438,6 +555,24 @@ def test_a_step_without_room_is_done_again_in_parts_o7(schedule: str, tmp_path: 
     assert_same_tree(resumed.weights, ours.weights, "weights")
 
 
+def test_what_a_validation_has_loaded_is_not_for_the_next_fit_o7(tmp_path: Path) -> None:
+    module = demo_model()
+    saved = fit(
+        None,
+        build=offload(batch_feedback=True),
+        module=module,
+        before=[OutOfMemoryOnce(1, module)],
+        root=tmp_path,
+        checkpoints={},
+        max_steps=3,
+    )
+    assert saved.trainer.strategy.measurements()["offload/samples_per_part"] == 2
+    trainer, module = make_trainer(max_steps=1, **offload(batch_feedback=True)), demo_model()
+    trainer.validate(module, demo_data(), ckpt_path=saved.checkpoints[3], verbose=False)
+    trainer.fit(module, demo_data())
+    assert "offload/samples_per_part" not in trainer.strategy.measurements()
+
+
 def test_batches_that_cannot_be_split_are_refused_by_name() -> None:
     class Normalized(type(demo_model())):  # type: ignore[misc]
         def __init__(self, **arguments: Any) -> None:
@@ -464,6 +599,13 @@ def test_state_on_a_numa_node_o9(caplog: pytest.LogCaptureFixture) -> None:
         run = fit(None, build=offload(place={"optimizer_state": "numa:0"}))
     assert "| optimizer_state | update to update | numa:0 |" in run.trainer.strategy.placement()
     assert "numa:0: optimizer_state" in caplog.text
+    [*_, logged] = [metrics for _, metrics in run.logged if "offload/numa_0_read_bytes" in metrics]
+    state = 2 * sum(p.numel() * 4 for p in run.module.parameters())  # of which small neighbours have gaps between
+    assert state <= logged["offload/numa_0_read_bytes"] < 1.1 * state
+    assert state <= logged["offload/numa_0_written_bytes"] < 1.1 * state
+    assert logged["offload/numa_0_read_gigabytes_per_second"] > 0
+    assert logged["offload/numa_0_write_gigabytes_per_second"] > 0
+    assert logged["offload/total_numa_0_read_bytes"] >= 14 * state
     same(run, fit(None))
 
 
@@ -476,6 +618,25 @@ def test_what_is_planned_fits_the_budget_of_memory_o5(kinds: tuple[str, ...]) ->
     budget = sum(round_up(row.attribute.nbytes) for row in rows)
     run = fit(None, build=offload(place=place, memory_budget={"numa:0": budget}))
     same(run, fit(None))
+
+
+def test_what_backward_needs_leaves_room_for_state_that_is_still_to_come_o8(monkeypatch: pytest.MonkeyPatch) -> None:
+    numa_or_skip()
+    monkeypatch.setattr(offload_session, "_SAVED", 1024)
+    place = {"optimizer_state": "numa:0", "activation": "numa:0"}
+    with pytest.warns(UserWarning, match=r"Saved tensors stay in memory, .* Beside what is planned there"):
+        run = fit(None, build=offload(place=place, memory_budget={"numa:0": "700KiB"}))
+    same(run, fit(None))
+
+
+def test_a_node_without_room_is_said_before_the_first_step_o9(monkeypatch: pytest.MonkeyPatch) -> None:
+    numa_or_skip()
+    monkeypatch.setattr(numa, "free_bytes", lambda node: 100 << 10)
+    steps = Steps()
+    place = {"optimizer_state": "numa:0"}
+    with pytest.raises(OSError, match="NUMA node 0 has 102,400 bytes free"):
+        fit(None, build=offload(place=place, memory_budget={"numa:0": "1GiB"}), before=[steps])
+    assert steps.begun == 0
 
 
 def test_a_node_that_there_is_not_is_said_before_the_first_step_o9() -> None:

@@ -46,19 +46,16 @@ def read(tier: Tier, record: Record) -> Tensor:
 
 
 def run_against_model(tier: Tier, seed: int, steps: int) -> None:
-    """Reserve, write, read, map, commit, roll back and release at random; every byte that comes back is compared."""
+    """Reserve, write, read, map, commit and release at random; every byte that comes back is compared."""
     draw = random.Random(seed)
     now: dict[Record, Tensor] = {}
-    accepted: dict[Record, Tensor] = {}
     records: list[Record] = []
     mapped: list[_Mapped] = []
     reading: list[tuple[Pending, Tensor, Tensor]] = []
     writing: list[tuple[Pending, Tensor]] = []
     commits = 0
     for step in range(steps):
-        action = draw.choices(
-            ["reserve", "write", "read", "map", "commit", "rollback", "release"], [2, 12, 8, 3, 4, 1, 1]
-        )[0]
+        action = draw.choices(["reserve", "write", "read", "map", "commit", "release"], [2, 12, 8, 3, 4, 1])[0]
         if action == "reserve" and len(records) < 12:
             records += tier.reserve(
                 [draw.choice(SIZES) for _ in range(draw.randint(1, 3))], versioned=draw.random() < 0.7
@@ -67,10 +64,6 @@ def run_against_model(tier: Tier, seed: int, steps: int) -> None:
             tier.commit()
             commits += 1
             assert all(pending.done for pending, _ in writing)
-            accepted = {record: data for record, data in now.items() if record.versioned}
-        elif action == "rollback":
-            tier.rollback()
-            now = {record: data for record, data in now.items() if not record.versioned} | accepted
         elif not records:
             continue
         else:
@@ -84,7 +77,6 @@ def run_against_model(tier: Tier, seed: int, steps: int) -> None:
                 records.remove(record)
                 tier.release([record])
                 now.pop(record, None)
-                accepted.pop(record, None)
             elif action == "read" and record in now:
                 into = memory(record.nbytes, draw.choice([0, 0, 1, 64, 4095]))
                 reading.append((tier.read(record, into), into, now[record]))

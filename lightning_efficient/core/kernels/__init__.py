@@ -1,6 +1,7 @@
-"""Triton kernels, each with an eager twin that gives the same bits.
+"""Kernels, each with an eager twin that gives the same bits: Triton's on a GPU, C on a CPU.
 
-Triton comes with torch's builds for GPUs and is imported where there is a tensor for it, not before.
+Triton comes with torch's builds for GPUs and is imported where there is a tensor for it, not before; C is compiled
+then, see :mod:`lightning_efficient.core.native`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_efficient.core.kernels import host
+
 __all__ = ["kernels_for"]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +24,9 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def kernels_for(values: Tensor) -> Any | None:
     """The module of kernels that can work on ``values``; None: do it with torch's operations."""
-    return _kernels(values.device) if values.is_cuda and values.dtype in _TYPES else None
+    if values.is_cuda:
+        return _kernels(values.device) if values.dtype in _TYPES else None
+    return host if values.device.type == "cpu" and type(values) is Tensor and host.available(values.dtype) else None
 
 
 @cache

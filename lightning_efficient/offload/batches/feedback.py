@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_efficient.core.torch_internals import BatchNorm
 from lightning_efficient.offload.batches.batch_control import BatchController
 
 __all__ = ["BatchFeedback", "refuse_batch_statistics"]
 
-_BATCH_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_STATISTICS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -23,14 +23,15 @@ class BatchFeedback:
     Attributes:
         control: Decides into how many parts.
         loss_reduction: What the loss of ``training_step`` is over the samples of a batch; another one cannot be split.
-        check_loss: Compare, before the first batch that is split, its loss with that of its parts, in evaluation mode
-            and without gradients. A loss that depends on chance cannot be compared.
+        check_loss: Compare, before the first, second, fourth, eighth ... batch that is split, its loss with that of its
+            parts, in evaluation mode and without gradients: a batch may have nothing that tells a mean over samples
+            from another one (padding, say). A loss that depends on chance cannot be compared.
         recover: Whether to go back to the step's beginning after an out-of-memory error. Needs copies of what a step
             changes in place: buffers, states of metrics, and gradients of earlier batches of an accumulation.
         may_retry: Asked after an error; False if weights have changed within the step.
         abandoned: Called when an attempt is given up, before gradients, buffers and generators are put back: for those
             who have taken anything of it, such as gradients that left ``.grad``.
-        idle_s: Seconds that the device waited for data since it was last asked.
+        idle_s: Seconds that the device waited for data since it was last asked, as each step begins.
 
     Raises:
         ValueError: For another ``loss_reduction``.
@@ -62,9 +63,7 @@ def refuse_batch_statistics(module: nn.Module) -> None:
         f"{path} ({type(part).__name__})"
         for path, part in module.named_modules()
         if part.training
-        and (
-            isinstance(part, _BATCH_STATISTICS) or (isinstance(part, _INSTANCE_STATISTICS) and part.track_running_stats)
-        )
+        and (isinstance(part, BatchNorm) or (isinstance(part, _INSTANCE_STATISTICS) and part.track_running_stats))
     ]
     if found:
         raise ValueError(

@@ -26,7 +26,7 @@ _RELATIVE_LOW = 2e-2  # with activations of 16 bits, for which other sizes may m
 
 def check_loss(
     trainer: pl.Trainer, batch: Any, weighted: Sequence[tuple[Any, float]], rest: Sequence[Any], reduction: str
-) -> None:
+) -> bool:
     """Compare the loss of a batch with that of its parts.
 
     The module is in evaluation mode meanwhile, and nothing is logged; the caller puts generators, buffers and metrics
@@ -40,6 +40,9 @@ def check_loss(
         rest: Further arguments of ``training_step``.
         reduction: As declared.
 
+    Returns:
+        Whether losses of this run can be compared.
+
     Raises:
         ValueError: If they differ.
     """
@@ -51,18 +54,18 @@ def check_loss(
             parts = [_loss(trainer, part, rest) for part, _ in weighted]
             again = _loss(trainer, weighted[0][0], rest)
             if any(loss is None for loss in parts):
-                return
+                return True
             expected = sum(float(loss) * weight for loss, (_, weight) in zip(parts, weighted, strict=True))
             tolerance = _tolerance(trainer, parts[0])
             if not _close(float(parts[0]), float(again), tolerance):
                 _log.warning("The loss depends on chance; that it is a %s over samples was not checked.", reduction)
-                return
+                return False
             found = float(_loss(trainer, batch, rest))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         _log.warning("No memory to check that the loss is a %s over samples; taken as right.", reduction)
-        return
+        return False
     finally:
         for part in training:
             part.training = True
@@ -73,6 +76,7 @@ def check_loss(
             "would be another one. Tokens that are not counted (ignore_index), pairs within the batch, and weights by "
             "class have that effect. Return a loss that is a mean or a sum over samples, or turn batch feedback off."
         )
+    return True
 
 
 def _loss(trainer: pl.Trainer, batch: Any, rest: Sequence[Any]) -> Any:

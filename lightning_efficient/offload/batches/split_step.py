@@ -55,8 +55,8 @@ class SplitSteps:
         self._recovery = Recovery(trainer, feedback, agree, self._metrics, self._meter)
         self._step: Step | None = None
         self._looked_at = False
-        self._checked = not feedback.check_loss
-        self._began_at = self._step_s = 0.0
+        self._checks, self._splits = feedback.check_loss, 0
+        self._began_at = self._step_s = self._idle_s = 0.0
         self._in_last_part = True
 
     @property
@@ -71,6 +71,7 @@ class SplitSteps:
             self._looked_at = True
         now = perf_counter()
         self._step_s, self._began_at = now - self._began_at if self._began_at else 0.0, now
+        self._idle_s = min(self._feedback.idle_s(), self._step_s)  # of the same time
         step = self._step = Step(run, batch, rest, count_samples(batch))
         self._recovery.begin(step)
         self._plan(step)
@@ -132,11 +133,12 @@ class SplitSteps:
             step.logs = StepLogs(self._trainer)
         if parts == 1:
             return
-        if not self._checked:
-            self._checked = True
+        refuse_batch_statistics(self._module)  # whose training may have begun since the first step
+        self._splits += 1
+        if self._checks and self._splits.bit_count() == 1:  # ever more seldom, for it takes a forward of the whole
             weighted = [(part, self._weight(share)) for part, share in step.parts]
             try:
-                check_loss(self._trainer, step.batch, weighted, step.rest, self._feedback.loss_reduction)
+                self._checks = check_loss(self._trainer, step.batch, weighted, step.rest, self._feedback.loss_reduction)
             finally:
                 self._recovery.go_back()
         self._metrics.split()
@@ -227,7 +229,7 @@ class SplitSteps:
                 free_bytes=step.free_bytes,
                 peak_bytes=self._meter.peak_bytes(),
                 step_s=self._step_s,
-                idle_s=self._feedback.idle_s(),
+                idle_s=self._idle_s,
                 pressure_percent=memory_pressure() if on_host else 0.0,
             )
         )

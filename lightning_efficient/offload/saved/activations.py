@@ -8,6 +8,7 @@ block is checkpointed its inputs are what is saved, so they are what goes. (Sour
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -78,6 +79,7 @@ class SavedTensorOffload:
         keep_bytes: Of the newest that stay, for they are needed first.
         held: Called when a context begins: tensors that stay in memory, or that somebody streams, as parameters and
             buffers. They, and views of them, are looked up again when they are needed.
+        room_bytes: Asked how much of the tier may be taken; what does not fit stays.
 
     Raises:
         ValueError: If an amount cannot be.
@@ -91,6 +93,7 @@ class SavedTensorOffload:
         minimum_bytes: int = 1 << 20,
         keep_bytes: int = 0,
         held: Callable[[], Iterable[Tensor]] = tuple,
+        room_bytes: Callable[[], float] = lambda: math.inf,
     ) -> None:
         for name, given, least in (
             ("staging_bytes", staging_bytes, 1), ("minimum_bytes", minimum_bytes, 1), ("keep_bytes", keep_bytes, 0)
@@ -98,7 +101,7 @@ class SavedTensorOffload:
             if given < least:
                 raise ValueError(f"{name}={given} must be at least {least}.")
         self.minimum_bytes = minimum_bytes
-        self._stash = Stash(tier, staging_bytes=staging_bytes, keep_bytes=keep_bytes)
+        self._stash = Stash(tier, staging_bytes=staging_bytes, keep_bytes=keep_bytes, room_bytes=room_bytes)
         self._held = held
         self._lock = threading.RLock()
         self._references: dict[int, Tensor] = {}  # by storage

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Callable
 
-from lightning_efficient.offload.tiers.tier import Record, Tier
+from lightning_efficient.core.buffers import round_up
+from lightning_efficient.offload.tiers.tier import Record, Tier, TierError
 
 __all__ = ["Rooms"]
 
@@ -21,12 +24,14 @@ class Rooms:
 
     Args:
         tier: Whose records they are.
+        room_bytes: Asked how many, in whole pages, all records together may take.
     """
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier, room_bytes: Callable[[], float] = lambda: math.inf) -> None:
         self.lent_bytes = 0
         self.reserved = 0
-        self._tier = tier
+        self._tier, self._room_bytes = tier, room_bytes
+        self._pages = 0  # in bytes, of all records
         self._free: OrderedDict[int, list[Record]] = OrderedDict()  # by size, the one that was used last at the end
         self._free_bytes = self._most_bytes = 0
 
@@ -42,8 +47,14 @@ class Rooms:
             self._free_bytes -= nbytes
         else:
             self._release(max(self._most_bytes, self.lent_bytes + nbytes) - self.lent_bytes - nbytes)
+            room = self._room_bytes() - round_up(nbytes)
+            while self._pages > room and self._free_bytes:
+                self._release(self._free_bytes - 1)
+            if self._pages > room:
+                raise TierError(f"Beside what is planned there, it has {room + round_up(nbytes):,} bytes for them.")
             [record] = self._tier.reserve([nbytes], versioned=False)
             self.reserved += 1
+            self._pages += round_up(nbytes)
         self.lent_bytes += nbytes
         self._most_bytes = max(self._most_bytes, self.lent_bytes)
         return record
@@ -66,6 +77,7 @@ class Rooms:
             nbytes, records = next(iter(self._free.items()))
             if records:
                 self._free_bytes -= nbytes
+                self._pages -= round_up(nbytes)
                 self._tier.release([records.pop()])
             if not records:
                 del self._free[nbytes]

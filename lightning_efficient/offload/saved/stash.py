@@ -8,11 +8,13 @@ Large-Batch Training of Very Deep Neural Networks", sections 3 and 4; Rajbhandar
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import warnings
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,13 +37,21 @@ class Stash:
         tier: Where they go. It stays the caller's.
         staging_bytes: That may be on their way there and back at a time; one thing that is larger is alone.
         keep_bytes: Of the newest that stay in memory.
+        room_bytes: Asked how much of the tier may be taken; what does not fit stays in memory.
     """
 
-    def __init__(self, tier: Tier, *, staging_bytes: int, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        *,
+        staging_bytes: int,
+        keep_bytes: int = 0,
+        room_bytes: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         self.staging_bytes = staging_bytes
         self.keep_bytes = keep_bytes
         self._tier = tier
-        self._rooms = Rooms(tier)
+        self._rooms = Rooms(tier, room_bytes)
         self._order = UseOrder()
         self._walk = Walk()
         self._carriers: dict[str, Carrier] = {}

@@ -103,7 +103,7 @@ class ShardedEngine(UpdateEngine):
             with first:
                 devices = [parameter.device for parameter in unit.parameters]
                 states = form.states(data, devices)
-                self._put(unit, [_copied(state, device) for state, device in zip(states, devices, strict=True)])
+                self.put(unit, [_copied(state, device) for state, device in zip(states, devices, strict=True)])
         with first:
             super().bring_back()
         self.ranks.agree(first.error)

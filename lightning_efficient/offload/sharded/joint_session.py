@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_efficient.offload.session import OffloadSession
 from lightning_efficient.offload.sharded.ranks import FirstError, Ranks
+from lightning_efficient.offload.updates.handover import Handover
 
 __all__ = ["JointSession"]
 
@@ -45,6 +46,10 @@ class JointSession(OffloadSession):
         with self._ranks.agreed():
             moved = super().adapt()
         return moved
+
+    def _lend(self) -> Handover | None:
+        self.engine.bring_back()
+        return None
 
     @property
     def _host_share(self) -> int:

@@ -15,6 +15,7 @@ from lightning_efficient.offload.sharded.owners import share_out
 from lightning_efficient.offload.sharded.ranks import FirstError
 from lightning_efficient.offload.tiers.disk import DiskTier
 from lightning_efficient.offload.updates.engine import UpdateEngine
+from lightning_efficient.offload.updates.handover import Handover
 from lightning_efficient.offload.updates.schedule import Updates
 
 __all__ = ["ShardedSession"]
@@ -83,6 +84,10 @@ class ShardedSession(JointSession):
         mine = {(attribute.kind, attribute.name) for attribute in self.attributes}  # the shares may be others now
         rows = [row for row in self.placement.rows if (row.attribute.kind, row.attribute.name) in mine]
         self.placement = Placement(tuple(rows), self.placement.rooms)
+
+    def _hand_over(self) -> Handover | None:
+        self.engine.bring_back()  # another rank may have what is this one's from now on
+        return None
 
     def _new_engine(self, names: Mapping[int, str]) -> UpdateEngine:
         arguments = self._engine_arguments()

@@ -131,19 +131,6 @@ class Residency:
         if self.by_address.pop(slot.storage.data_ptr(), None) is not None:
             self.resident_bytes -= slot.nbytes
 
-    def reload(self) -> None:
-        """Fill what is on the device again.
-
-        Raises:
-            TierError: If a value could not be fetched.
-        """
-        for slot in list(self.by_address.values()):
-            with contextlib.suppress(TierError):  # of a value that shall not be kept
-                self.settle(slot)
-            self.arrive(slot)
-            self._fill(slot)
-            self.arrive(slot)
-
     def close(self) -> None:
         """Let go of what is done; all slots were restored."""
         with contextlib.suppress(TierError):  # the values are here

@@ -168,15 +168,6 @@ class ParameterStream:
             self._order.finish()
             self._residency.free_all()
 
-    def reload(self) -> None:
-        """Take from the tiers what is on the device: they were rolled back.
-
-        Raises:
-            TierError: If a value cannot be read.
-        """
-        with self._lock:
-            self._residency.reload()
-
     def detach(self, device: torch.device | None = None) -> None:
         """Give the module all its parameters back, and leave it as it was; the stream is of no use then.
 

@@ -252,14 +252,6 @@ class DiskTier:
             with self._lock:
                 self._slots.commit()
 
-    def rollback(self) -> None:
-        """See :meth:`.Tier.rollback`; waits for the writes, and is possible after one has failed."""
-        self._check_open()
-        with self._writing:
-            self._writes.drain()
-            with self._lock:
-                self._slots.rollback()
-
     def statistics(self) -> DiskStatistics:
         """What it has done until now."""
         reads, writes = self._reads.counts, self._writes.counts

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_efficient.core.buffers import HostBuffer
+from lightning_efficient.core.buffers import PAGE, HostBuffer
 from lightning_efficient.offload.tiers.disk import DiskTier
-from lightning_efficient.offload.tiers.tier import Pending, Record
+from lightning_efficient.offload.tiers.tier import Pending, Record, TierError
 
-__all__ = ["DiskBandwidth", "measure_bandwidth"]
+__all__ = ["DiskBandwidth", "bandwidth_for", "measure_bandwidth"]
+
+_WORTH = 256 << 20  # bytes that a step moves, from which on measuring takes no longer than a few steps
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,23 @@ def measure_bandwidth(
         )
     finally:
         tier.close()
+
+
+def bandwidth_for(directory: str | Path, moved_bytes: int, *, memory_bytes: int) -> float | None:
+    """Bytes a second, in both directions together, that a run will get; None where measuring is not worth its time.
+
+    Args:
+        directory: See :func:`measure_bandwidth`.
+        moved_bytes: What a step will move each way.
+        memory_bytes: That may be taken for a moment.
+    """
+    if moved_bytes < _WORTH:
+        return None
+    record_bytes = max(PAGE, min(8 << 20, memory_bytes // 8 // PAGE * PAGE))  # eight of them are in memory
+    try:
+        return measure_bandwidth(directory, record_bytes=record_bytes).mixed_bytes_per_second
+    except TierError:  # no room beside what will be there, of which its own error tells better
+        return None
 
 
 def _rate(begin: Callable[[], list[Pending]], nbytes: int, seconds: float) -> float:

@@ -51,5 +51,5 @@ def check_whole(file: DirectFile, slot: Slot[Extent]) -> None:
     if not slot.whole:
         raise TierError(
             f"The record at offset {slot.extent.offset:,} of {file.path} is not whole, because its last write failed. "
-            "Roll back, or go on from a checkpoint."
+            "Go on from a checkpoint."
         )

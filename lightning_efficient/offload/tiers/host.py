@@ -6,12 +6,12 @@ import os
 import threading
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.core.units import parse_bytes
 from lightning_efficient.offload.tiers import numa
+from lightning_efficient.offload.tiers.host_copy import Copy, Traffic
 from lightning_efficient.offload.tiers.host_slabs import Slab, Slabs
 from lightning_efficient.offload.tiers.mapped_memory import MappedMemory
 from lightning_efficient.offload.tiers.record_slots import RecordSlots, Slot
@@ -31,6 +31,8 @@ class HostTier:
 
     Attributes:
         name: For messages.
+        written: What was copied there.
+        read_back: What was copied from there.
 
     Args:
         budget_bytes: Memory of all records together; bytes, or a text such as ``"6GiB"``.
@@ -57,6 +59,7 @@ class HostTier:
         self.name = name or ("host" if numa_node is None else f"numa:{numa_node}")
         self._slabs = slabs = Slabs(self.name, budget, pinned, numa_node)
         self._slots: RecordSlots[Slab] = RecordSlots(self.name, slabs.take, slabs.give_back, outlasts=False)
+        self.written, self.read_back = Traffic(), Traffic()
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._closed = False
@@ -71,6 +74,11 @@ class HostTier:
         """Of the budget, for all records, whether they have taken it yet or not."""
         return self._slabs.reserved_bytes
 
+    @property
+    def taken_bytes(self) -> int:
+        """Of memory; a record takes it when it is first written."""
+        return self._slabs.taken_bytes
+
     def reserve(self, sizes: Sequence[int], *, versioned: bool) -> list[Record]:
         """See :meth:`.Tier.reserve`; the budget must have room for two copies of each if ``versioned``."""
         check_sizes(sizes)
@@ -82,6 +90,16 @@ class HostTier:
             for record in records:
                 self._slots.add(record, [self._slabs.take(record.nbytes) for _ in range(copies)])
         return records
+
+    def prepare(self, nbytes: int) -> None:
+        """Whether there is room for so much more, in whole pages; memory is taken when it is used.
+
+        Raises:
+            TierError: If there is not.
+        """
+        self._check_open()
+        with self._lock:
+            self._slabs.check(nbytes)
 
     def release(self, records: Sequence[Record]) -> None:
         """See :meth:`.Tier.release`."""
@@ -103,9 +121,9 @@ class HostTier:
             place, slot = self._slots.to_write(record, None if record.versioned else self._slabs.take_unchecked)
             slot.whole = False
             memory = slot.extent.memory()
-            copy, before = _Copy(), place.last
+            copy, before = Copy(), place.last
             place.last = copy
-        copy.run(memory.tensor[: record.nbytes], data, before, fills=slot)
+        copy.run(memory.tensor[: record.nbytes], data, before, self.written, fills=slot)
         return copy
 
     def read(self, record: Record, into: Tensor) -> Pending:
@@ -119,9 +137,9 @@ class HostTier:
         self._check_open()
         with self._lock:
             place, slot = self._slots.to_read(record)
-            copy, before = _Copy(), place.last
+            copy, before = Copy(), place.last
             place.last = copy
-        copy.run(into, slot.extent.memory().tensor[: record.nbytes], before)
+        copy.run(into, slot.extent.memory().tensor[: record.nbytes], before, self.read_back)
         self._check_whole(slot)
         return copy
 
@@ -178,13 +196,6 @@ class HostTier:
                 self._check_whole(slot)
             self._slots.commit()
 
-    def rollback(self) -> None:
-        """See :meth:`.Tier.rollback`."""
-        self._check_open()
-        with self._lock:
-            self._settle()
-            self._slots.rollback()
-
     def close(self) -> None:
         """See :meth:`.Tier.close`; memory that is mapped stays for as long as it is used. May be called again."""
         if os.getpid() == self._process:
@@ -208,53 +219,9 @@ class HostTier:
 
     def _check_whole(self, slot: Slot[Slab]) -> None:
         if not slot.whole:
-            raise TierError(f"A record of the {self.name} tier is not whole, because its last write failed. Roll back.")
+            raise TierError(f"A record of the {self.name} tier is not whole: its last write failed. Write it again.")
 
 
 def keeps_versions(tier: Tier) -> bool:
     """Whether its records are worth a second copy: what is in memory is gone with the process, or as it is now."""
     return not isinstance(tier, HostTier)
-
-
-class _Copy:
-    """A copy within the host, which ends when it begins, or with a GPU, which takes its place in a stream."""
-
-    def __init__(self) -> None:
-        self._begun = threading.Event()
-        self._event: torch.cuda.Event | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self._begun.is_set() and (self._event is None or self._event.query())
-
-    def wait(self) -> None:
-        """Until it has ended."""
-        self._begun.wait()
-        if self._event is not None:
-            self._event.synchronize()
-
-    def run(self, target: Tensor, source: Tensor, before: Pending | None, fills: Slot[Slab] | None = None) -> None:
-        """Begin to copy, once the copy before is done; the slot that it fills is whole then."""
-        try:
-            device = target.device if target.is_cuda else source.device
-            if device.type != "cuda":
-                if before is not None:
-                    before.wait()
-                target.copy_(source)
-            else:
-                stream = torch.cuda.current_stream(device)
-                if isinstance(before, _Copy):
-                    before.queue_before(stream)
-                target.copy_(source, non_blocking=True)
-                self._event = stream.record_event()
-            if fills is not None:
-                fills.whole = True
-        finally:
-            self._begun.set()
-
-    def queue_before(self, stream: torch.cuda.Stream) -> None:
-        """What is asked of ``stream`` from now on comes after it."""
-        self._begun.wait()
-        if self._event is not None:
-            stream.wait_event(self._event)

@@ -25,7 +25,13 @@ class Slab:
         """
         if self._buffer is None:
             self._buffer = self._slabs.allocate(self.nbytes)
+            self._slabs.taken_bytes += self.nbytes
         return self._buffer
+
+    @property
+    def taken_bytes(self) -> int:
+        """Of memory, up to now."""
+        return 0 if self._buffer is None else self.nbytes
 
 
 class Slabs:
@@ -34,6 +40,7 @@ class Slabs:
     Attributes:
         budget_bytes: For all.
         reserved_bytes: Of it, whether their memory has been taken or not.
+        taken_bytes: Of memory.
 
     Args:
         tier: Whose they are, for messages.
@@ -43,7 +50,7 @@ class Slabs:
     """
 
     def __init__(self, tier: str, budget_bytes: int, pinned: bool, node: int | None) -> None:
-        self.budget_bytes, self.reserved_bytes = budget_bytes, 0
+        self.budget_bytes, self.reserved_bytes, self.taken_bytes = budget_bytes, 0, 0
         self._tier, self._pinned, self._node = tier, pinned, node
 
     def check(self, nbytes: int) -> None:
@@ -55,7 +62,7 @@ class Slabs:
         if self.reserved_bytes + nbytes > self.budget_bytes:
             raise TierError(
                 f"The {self._tier} tier has {self.reserved_bytes:,} of its budget_bytes={self.budget_bytes:,} in use, "
-                f"and {nbytes:,} bytes more are needed (two copies of each record that can be rolled back). Give it a "
+                f"and {nbytes:,} bytes more are needed (two copies of each versioned record). Give it a "
                 "larger budget, or offload less there."
             )
         free = None if self._node is None else numa.free_bytes(self._node)
@@ -79,6 +86,7 @@ class Slabs:
     def give_back(self, slab: Slab) -> None:
         """Its memory is free once nobody uses it."""
         self.reserved_bytes -= slab.nbytes
+        self.taken_bytes -= slab.taken_bytes
 
     def allocate(self, nbytes: int) -> HostBuffer:
         """Memory of this kind.

@@ -117,8 +117,8 @@ class RecordSlots(Generic[E]):
         place = self.find(record)
         if place.newest is None:
             raise TierError(
-                f"Nothing was written to a record of {record.nbytes:,} bytes of the {self._tier} tier"
-                f"{', or it was rolled back' if record.versioned else ''}. Write it before it is read."
+                f"Nothing was written to a record of {record.nbytes:,} bytes of the {self._tier} tier. Write it before "
+                "it is read."
             )
         return place, place.newest
 
@@ -202,12 +202,6 @@ class RecordSlots(Generic[E]):
         self._commits += 1
         self.changed = False
         self._collect()
-
-    def rollback(self) -> None:
-        """The accepted slots are the newest."""
-        for place in self._places.values():
-            if place.record.versioned:
-                place.newest = place.committed
 
     def _collect(self) -> None:
         """Give back the room of the slots that nothing refers to any more."""

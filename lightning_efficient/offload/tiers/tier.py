@@ -89,10 +89,7 @@ class Tier(Protocol):
         """
 
     def commit(self) -> None:
-        """What was written so far is what :meth:`rollback` goes back to; waits for the writes."""
-
-    def rollback(self) -> None:
-        """Versioned records are again what they were at the last commit."""
+        """What was written so far is accepted, and kept by versioned records until the next; waits for the writes."""
 
     def close(self) -> None:
         """Give everything back; what is under way is waited for."""

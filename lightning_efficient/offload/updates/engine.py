@@ -22,7 +22,9 @@ from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.tiers.host import keeps_versions
 from lightning_efficient.offload.tiers.tier import Tier
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
+from lightning_efficient.offload.updates.full_precision import in_16_bits, in_full_precision
 from lightning_efficient.offload.updates.gradients import GradientClaim, taken
+from lightning_efficient.offload.updates.handover import Handover
 from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.layout import VALUE, Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
@@ -52,6 +54,7 @@ class UpdateEngine:
         master_weights: Keep parameters of fewer than 32 bits in float32 too, and update those.
         stream: Has the parameters that are elsewhere; None: all are where they are used.
         host: Steps the units whose state is elsewhere; None: they are stepped where their parameters are.
+        before: Has the state that an engine before this one kept, with the same ``staging``, ``stream`` and ``host``.
     """
 
     def __init__(
@@ -65,16 +68,23 @@ class UpdateEngine:
         master_weights: bool = False,
         stream: ParameterStream | None = None,
         host: HostSteps | None = None,
+        before: Handover | None = None,
     ) -> None:
         self.stream, self.host = stream, host
         self._staging = staging
         self._master_weights = master_weights
         self.units = self._make_units(optimizers, names, tier_of, together_bytes)
+        if before is not None:
+            self.units = [before.same(unit) for unit in self.units]
         self.unit_of = {parameter: unit for unit in self.units for parameter in unit.parameters}
         self.updating = False
         self.waited_seconds = 0.0
         for unit in self.units:
+            if before is not None:
+                before.make_way(unit)
             self._move_out(unit)
+        if before is not None:
+            before.finish()
 
     def _make_units(
         self,
@@ -98,7 +108,7 @@ class UpdateEngine:
             tier.commit()
         self.waited_seconds += time.perf_counter() - begin
 
-    def _stop(self) -> None:
+    def settle(self) -> None:
         """Nothing is on its way, and what was read ahead is not what is in the records any more."""
         self.join()
         if self.host is not None:
@@ -236,20 +246,19 @@ class UpdateEngine:
 
     def rest(self) -> None:
         """The tiers can be closed: all state is in the optimizers, on memory that what was on a disk need not take."""
-        self._stop()
+        self.settle()
         for unit in self.units:
             if unit.placed is not None:
-                self._put(unit, self._states_on(unit, unit.placed.tier.keep(unit.placed.record)))
+                self.put(unit, self._states_on(unit, unit.placed.tier.keep(unit.placed.record)))
                 unit.placed, unit.tier = None, None
 
     def adopt(self, unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
         """Take ``states``, one for each parameter, for the state of the unit."""
-        self._stop()
-        self._put(unit, states)
-        if unit.tier is not None:
-            if not any(is_bulk(value) for state in states for value in state.values()):
-                self._release(unit)
-            self._move_out(unit)
+        self.settle()
+        self.put(unit, states)
+        if not any(is_bulk(value) for state in states for value in state.values()):
+            self.release(unit)
+        self._move_out(unit)
 
     def move(self, tier_of: Callable[[str], Tier | None]) -> bool:
         """Put each unit's state where ``tier_of`` says now, one after another; returns whether any moved.
@@ -263,7 +272,7 @@ class UpdateEngine:
                 votes[tier_of(name)] = votes.get(tier_of(name), 0) + parameter.numel()
             tier = max(votes, key=votes.__getitem__)
             if tier is not unit.tier:
-                self._bring_back(unit)
+                self.take_back(unit)
                 unit.tier = tier
                 self._move_out(unit)
                 moved = True
@@ -272,22 +281,23 @@ class UpdateEngine:
     def bring_back(self) -> None:
         """All state is in the optimizers, as if nothing had ever been moved; records are given back."""
         for unit in self.units:
-            self._bring_back(unit)
+            self.take_back(unit)
 
-    def _bring_back(self, unit: Unit) -> None:
+    def take_back(self, unit: Unit) -> None:
+        """Its state is in the optimizer, where the optimizer would have it, and its record is given back."""
         if unit.placed is None and not self.on_host(unit):
             return
-        self._stop()
-        self._put(
+        self.settle()
+        self.put(
             unit,
             [
-                {key: self._at_home(unit, parameter, key, value) for key, value in state.items()}
+                {key: self.at_home(unit, parameter, key, value) for key, value in state.items()}
                 for parameter, state in zip(unit.parameters, self.states(unit), strict=True)
             ],
         )
-        self._release(unit)
+        self.release(unit)
 
-    def _at_home(self, unit: Unit, parameter: nn.Parameter, key: str, value: Any) -> Any:
+    def at_home(self, unit: Unit, parameter: nn.Parameter, key: str, value: Any) -> Any:
         """A value of a state, where an optimizer that steps on the parameter's device has it."""
         if is_bulk(value):
             return value.to(parameter.device, copy=True) if unit.placed is not None else value
@@ -299,7 +309,10 @@ class UpdateEngine:
         return value.to(parameter.device if key != "step" or counts_there else "cpu")
 
     def _move_out(self, unit: Unit) -> None:
-        """From the optimizer to the record; the optimizer keeps what is small."""
+        """From the optimizer to the record; the optimizer keeps what is small, or all if there is no tier for it."""
+        for parameter in unit.parameters if self._master_weights else ():
+            if in_16_bits(parameter) and parameter in unit.optimizer.state:
+                unit.optimizer.state[parameter] = in_full_precision(unit.optimizer.state[parameter])
         states = [dict(unit.optimizer.state.get(parameter, {})) for parameter in unit.parameters]
         if unit.tier is not None and any(is_bulk(value) for state in states for value in state.values()):
             self._keep(unit, None, states)
@@ -308,7 +321,7 @@ class UpdateEngine:
                     unit.optimizer.state[parameter] = {k: v for k, v in state.items() if not is_bulk(v)}
 
     @staticmethod
-    def _put(unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
+    def put(unit: Unit, states: Sequence[Mapping[str, Any]]) -> None:
         """Into the optimizer."""
         for parameter, state in zip(unit.parameters, states, strict=True):
             if state:
@@ -317,7 +330,8 @@ class UpdateEngine:
                 unit.optimizer.state.pop(parameter, None)
 
     @staticmethod
-    def _release(unit: Unit) -> None:
+    def release(unit: Unit) -> None:
+        """Its record is not needed any more."""
         if unit.placed is not None:
             unit.placed.tier.release([unit.placed.record])
             unit.placed, unit.layout = None, Layout((), 0)
@@ -328,7 +342,7 @@ class UpdateEngine:
         if tier is None or not layout.nbytes:  # an optimizer without state, or one that keeps numbers only
             if lease is not None:
                 self._staging.drop(lease)
-                self._release(unit)
+                self.release(unit)
             return
         keys = unit.keys or [[] for _ in states]
         unit.keys = [list(state) if len(state) >= len(old) else old for state, old in zip(states, keys, strict=True)]
@@ -344,7 +358,7 @@ class UpdateEngine:
         if lease is None:
             lease = self._staging.room(layout.nbytes)
             if unit.placed is not None and unit.placed.record.nbytes != layout.nbytes:
-                self._release(unit)
+                self.release(unit)
             if unit.placed is None:
                 unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=keeps_versions(tier))[0])
             unit.layout = layout

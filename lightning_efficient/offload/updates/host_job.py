@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lightning_efficient.offload.streaming.streaming import ParameterStream
 from lightning_efficient.offload.updates.crossing import Crossing, Mark
+from lightning_efficient.offload.updates.full_precision import current_master, in_16_bits
 from lightning_efficient.offload.updates.gradients import GradientClaim
 from lightning_efficient.offload.updates.host_staging import HostStaging
 from lightning_efficient.offload.updates.layout import MASTER, VALUE, Layout, is_bulk
 from lightning_efficient.offload.updates.staging import Lease
-from lightning_efficient.offload.updates.subset_step import on_host, step_alone, twin
+from lightning_efficient.offload.updates.subset_step import for_host_step, step_alone, twin
 from lightning_efficient.offload.updates.units import Unit
 
 __all__ = ["HostJob", "Keep", "fingerprint"]
@@ -67,6 +68,7 @@ class HostJob:
         self.sent: Mark | None = None
         self.done = False
         self._unit, self._gradients = unit, list(gradients)
+        self._device = unit.parameters[0].device
         self._crossing, self._staging, self._keep = crossing, staging, keep
         self._in_full = in_full
         self._small: list[dict[str, Any] | None] = []  # what the optimizer has of each parameter; None: nothing
@@ -106,18 +108,14 @@ class HostJob:
                 way["gradient", index] = gradient
             small = self._small[index] or {}
             way.update({("small", index, k): one for k, one in small.items() if isinstance(one, Tensor)})
-            if self._in_full and parameter.dtype in (torch.bfloat16, torch.float16):
+            if self._in_full and in_16_bits(parameter):
                 self._full.add(index)
             if self.stream is not None:
-                if not self._has_master(index):
-                    with self.stream.ensure([parameter]):
-                        way["value", index] = parameter.detach().clone()
+                with self.stream.ensure([parameter]):
+                    way["value", index] = parameter.detach().clone()
                 continue
             self._targets[index] = target = parameter.data
-            if index in self._full:
-                if not self._has_master(index):
-                    way["value", index] = target
-            elif self._keeps and parameter in known and known[parameter][0] == parameter._version:
+            if self._stays(index) and parameter in known and known[parameter][0] == parameter._version:
                 way["changed", index] = fingerprint(target) != known[parameter][1]
             else:
                 way["value", index] = target
@@ -125,9 +123,9 @@ class HostJob:
         self.nbytes = sum(one.numel() * one.element_size() for one in way.values() if one.layout == torch.strided)
         self._after = self._crossing.mark()
 
-    def _has_master(self, index: int) -> bool:
-        known = any(entry.key == MASTER and entry.parameter == index for entry in self._unit.layout.entries)
-        return index in self._full and (known or MASTER in (self._small[index] or {}))
+    def _stays(self, index: int) -> bool:
+        """Whether there is a value beside the state from one step to the next, of which a parameter may differ."""
+        return (self._keeps or index in self._full) and self._unit.parameters[index].numel() > 1
 
     def deliver(self) -> dict[Tensor, tuple[int, Tensor]]:
         """The step was taken: the parameters have their values, and the optimizer its state.
@@ -147,7 +145,7 @@ class HostJob:
                     parameter.copy_(self._values[index], non_blocking=True)
                 self.stream.changed(parameter)
                 continue
-            if self._keeps and index not in self._full and parameter.numel() > 1:
+            if self._stays(index):
                 known[parameter] = parameter._version, fingerprint(self._targets[index])
         return known
 
@@ -194,7 +192,7 @@ class HostJob:
             if state := {key: one for key, one in whole.items() if key not in _VALUES}:
                 self._twin.state[shown[index]] = state
         vars(self._twin).update({key[1]: one for key, one in self._way.items() if key[0] == "own"})  # as scalers set
-        step_alone(self._twin, self._group_on_host(), list(shown.values()))
+        step_alone(self._twin, self._group_on_host(list(shown.values())), list(shown.values()))
         for index, value in shown.items():
             value.grad = None
             states[index] = state = dict(self._twin.state.get(value, {}))
@@ -214,13 +212,15 @@ class HostJob:
     def _shown(self, index: int, whole: Mapping[str, Any]) -> Tensor:
         """The value that is stepped, with its gradient."""
         full, changed = index in self._full, self._way.get(("changed", index))
-        value = whole.get(MASTER if full else VALUE)
-        if ("value", index) in self._way:
-            value = self._way["value", index]
-        elif value is None or (changed is not None and bool(changed)):  # somebody wrote to the parameter's memory
-            (value,), there = self._crossing.to_host([self._targets[index]], self._after)
-            there.synchronize()
-        value = value.float() if full else value
+        held: Tensor | None = whole.get(MASTER if full else VALUE)
+        written = self._way.get(("value", index))
+        if written is None and held is not None and not (changed is not None and bool(changed)):
+            value = held
+        else:
+            if written is None:  # somebody wrote to the parameter's memory
+                (written,), there = self._crossing.to_host([self._targets[index]], self._after)
+                there.synchronize()
+            value = current_master(held, written) if full else written
         gradient = self._way.get(("gradient", index), self._gradients[index])
         if isinstance(gradient, GradientClaim):
             gradient = gradient.take(on_host=True)
@@ -231,8 +231,9 @@ class HostJob:
         small = self._small[index] or {}
         return {key: self._way.get(("small", index, key), value) for key, value in small.items()}
 
-    def _group_on_host(self) -> dict[str, Any]:
-        return on_host({key: self._way.get(("group", key), value) for key, value in self.group.items()})
+    def _group_on_host(self, shown: Sequence[Tensor]) -> dict[str, Any]:
+        group = {key: self._way.get(("group", key), value) for key, value in self.group.items()}
+        return for_host_step(self._twin, group, shown, self._device)
 
     def _send(self, shown: Mapping[int, Tensor]) -> None:
         pairs = []

@@ -17,6 +17,7 @@ from lightning_efficient.offload.updates.layout import is_bulk
 __all__ = [
     "SubsetStepError",
     "check_parameter_by_parameter",
+    "for_host_step",
     "on_host",
     "state_bytes",
     "state_bytes_per_element",
@@ -27,6 +28,9 @@ __all__ = [
     "twin",
     "updates_by_element",
 ]
+
+
+_FUSED_ON_HOST = (torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class SubsetStepError(ValueError):
@@ -101,6 +105,29 @@ def on_host(group: Mapping[str, Any]) -> dict[str, Any]:
         there["capturable"] = False
         if "foreach" in there:  # takes tensors for numbers only if it is capturable
             there["foreach"] = False
+    return there
+
+
+def for_host_step(
+    optimizer: Optimizer, group: Mapping[str, Any], shown: Sequence[Tensor], device: torch.device
+) -> dict[str, Any]:
+    """The hyperparameters for a step on the host that is taken for another device.
+
+    Where the user leaves open how it is computed, by torch's fused kernels: they read and write each tensor once, at
+    the speed of memory. What is computed for the host's own memory is left as it is, bit for bit; for another device
+    the host's kernels round in their own way anyway.
+
+    Args:
+        optimizer: Of the user.
+        group: The hyperparameters of the parameters.
+        shown: What is stepped, with its gradients.
+        device: Of the parameters.
+    """
+    there = on_host(group)
+    left_open = all(key in group and group[key] is None for key in ("fused", "foreach"))
+    dense = all(t.is_floating_point() and (t.grad is None or t.grad.layout == torch.strided) for t in shown)
+    if device.type != "cpu" and left_open and type(optimizer) in _FUSED_ON_HOST and dense:
+        there["fused"] = not group.get("differentiable")
     return there
 
 

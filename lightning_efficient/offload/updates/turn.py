@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.offload.updates.full_precision import current_master, in_16_bits
 from lightning_efficient.offload.updates.layout import MASTER, is_bulk
 
 __all__ = ["Turn", "value_of"]
@@ -32,8 +32,8 @@ class Turn:
         bulk = {key: value.to(device, non_blocking=True) for key, value in self.state.items()}
         state = {**optimizer.state.get(self.parameter, {}), **bulk}
         master = state.pop(MASTER, None)
-        if in_full and self.parameter.dtype in (torch.bfloat16, torch.float16):
-            self.shown = self.parameter.detach().float() if master is None else master
+        if in_full and in_16_bits(self.parameter):
+            self.shown = current_master(master, self.parameter.detach())
         if state:
             optimizer.state[self.shown] = state
         self.shown.grad = self.gradient if self.gradient is None else self.gradient.to(self.shown.dtype)

@@ -1,0 +1,165 @@
+"""C that is compiled where it runs: kept, made again, and done without."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_efficient.core import native
+from lightning_efficient.core.native import compiled, in_threads
+from lightning_efficient.core.quantization import dequantize, quantize
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(native.OFF, raising=False)
+    yield
+    compiled.cache_clear()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "twice.c"
+    path.write_text("int twice(int number) { return 2 * number; }\n")
+    return path
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.so"))
+
+
+def test_it_is_compiled_once_and_again_when_it_changes(source: Path, tmp_path: Path) -> None:
+    library = compiled(source)
+    assert library is not None
+    assert library.twice(21) == 42
+    (first,) = kept(tmp_path)
+    made = first.stat().st_mtime_ns
+    compiled.cache_clear()
+    assert compiled(source) is not None
+    assert first.stat().st_mtime_ns == made
+    source.write_text("int twice(int number) { return number + number; }\n")
+    compiled.cache_clear()
+    assert compiled(source) is not None
+    assert len(kept(tmp_path)) == 2
+
+
+def test_without_a_compiler_there_is_none(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiled(source) is None
+
+
+def test_it_can_be_turned_off(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(native.OFF, "0")
+    assert compiled(source) is None
+    assert not kept(tmp_path)
+
+
+def test_a_compiler_that_fails_is_said_once(source: Path, tmp_path: Path) -> None:
+    source.write_text("this is no C\n")
+    with pytest.warns(UserWarning, match=r"twice\.c could not be compiled by .*LIGHTNING_EFFICIENT_NATIVE=0"):
+        assert compiled(source) is None
+    assert compiled(source) is None
+    assert not kept(tmp_path)
+
+
+def test_a_file_that_was_cut_off_is_made_again(source: Path) -> None:
+    path = native._built(source, "cc")
+    path.write_bytes(b"cut off")
+    library = compiled(source)
+    assert library is not None
+    assert library.twice(6) == 12
+
+
+def test_where_the_cache_cannot_be_written_the_process_has_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    library = compiled(source)
+    assert library is not None
+    assert library.twice(4) == 8
+
+
+def test_an_older_compiler_without_these_options_will_do(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "bin" / "cc"
+    old.parent.mkdir()
+    old.write_text(
+        f'#!/bin/sh\ncase "$*" in *native*) echo unknown option >&2; exit 1;; esac\nexec {shutil.which("cc")} "$@"\n'
+    )
+    old.chmod(old.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(old))
+    library = compiled(source)
+    assert library is not None
+    assert library.twice(3) == 6
+
+
+def test_processes_that_compile_at_once_do_not_disturb_each_other(source: Path, tmp_path: Path) -> None:
+    code = "import sys, pathlib, lightning_efficient.core.native as native; "
+    code += "print(native.compiled(pathlib.Path(sys.argv[1])).twice(5))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(source)], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].split()[-1] for process in running] == ["10", "10"]
+    assert len(kept(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_work_is_shared_among_as_many_threads_as_torch_has(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    done, who = set[int](), set[int]()
+    together = threading.Barrier(min(threads, 7))
+
+    def work(first: int, last: int) -> None:
+        who.add(threading.get_ident())
+        together.wait(20)
+        done.update(range(first, last))
+
+    in_threads(work, 7)
+    assert done == set(range(7))
+    assert len(who) == threads
+
+
+def test_an_error_in_a_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def work(first: int, last: int) -> None:
+        if first:
+            raise ValueError("in another thread")
+
+    with pytest.raises(ValueError, match="in another thread"):
+        in_threads(work, 2)
+
+
+def _encode(numbers: torch.Tensor, answers: multiprocessing.Queue[bool]) -> None:
+    encoded = quantize(numbers, 4)
+    answers.put(encoded is not None and torch.isfinite(dequantize(encoded)).all().item())
+
+
+def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    numbers = torch.linspace(-1, 1, (1 << 19) + 5)
+    assert quantize(numbers, 4) is not None
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_encode, args=(numbers, answers), daemon=True)
+    child.start()
+    assert answers.get(timeout=60)
+    child.join(20)
