@@ -30,7 +30,10 @@ __all__ = ["OFF", "compiled", "in_threads"]
 OFF = "LIGHTNING_EFFICIENT_NATIVE"
 """Environment variable; "0": compile nothing."""
 
-_FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    "-O3", "-std=c11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-strict-aliasing",
+)  # fmt: skip
 _FASTER = (("-march=native", "-fopenmp-simd"), ("-mcpu=native", "-fopenmp-simd"), ())  # the first that is understood
 _PATIENCE = 120  # seconds
 _log = logging.getLogger(__name__)

@@ -4,15 +4,26 @@ One exponent for a whole tensor is less exact than one for each row, but the cod
 linear layer, whatever they sum over: each tensor is quantized once in a step. Scales are powers of two, so that nothing
 is rounded but to codes and in the sum's last conversion. (Zhang et al. 2020, "Fixed-Point Back-Propagation Training",
 3; Yamaguchi et al. on shared exponents.)
+
+On a CPU the passes over memory are C, see ``integers.c``; without a C compiler torch's operations give the same codes,
+and statistics of a sample.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_efficient.core.native import compiled, in_threads
+from lightning_efficient.core.random import TABLE, noise_at, noise_table
+from lightning_efficient.precision.signs import Measured, quantization_error, sample
 
 __all__ = ["LARGEST", "Integers", "largest_magnitude", "multiply", "to_integers"]
 
@@ -20,8 +31,16 @@ LARGEST = 127
 """Of a code."""
 
 _CHUNK = 1 << 15  # elements that are converted at a time: what lies between two operations stays in the cache
-_ROWS = 1 << 16  # of a result, likewise
+_PART = TABLE  # elements that are a thread's work at a time; their noise is read from one place
+_ROWS = 1 << 16  # elements of a result, likewise
 _MOST_TERMS = ((1 << 31) - 1) // (LARGEST * LARGEST)  # of a sum in 32 bits that cannot overflow
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LONG, _FLOAT, _POINTER, _INT = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+_ARGUMENTS = {
+    "largest": (_POINTER, _INT, _LONG, _LONG),
+    "quantize": (_POINTER, _INT, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER, _POINTER, _POINTER, _POINTER),
+    "convert": (_POINTER, _POINTER, _LONG, _FLOAT, _FLOAT, _POINTER, _LONG, _LONG),
+}
 
 
 @dataclass(frozen=True)
@@ -38,55 +57,105 @@ class Integers:
 
     def decoded(self) -> Tensor:
         """The values, float32."""
-        return self.codes.float() * math.ldexp(1.0, -self.exponent)
+        factor, again = _factors(-self.exponent)
+        return self.codes.float().mul_(factor).mul_(again)
 
 
 def largest_magnitude(values: Tensor) -> float:
     """The largest absolute value; NaN or infinite if there is one that is; 0 for nothing."""
     if not values.numel():
         return 0.0
-    low, high = torch.aminmax(values)  # a third of the time that abs takes, and no memory
-    return max(-low.item(), high.item()) if not (low.isnan() or high.isnan()) else math.nan
+    library = _library_for(values)
+    if library is None:
+        low, high = torch.aminmax(values)  # a third of the time that abs takes, and no memory
+        return max(-low.item(), high.item()) if not (low.isnan() or high.isnan()) else math.nan
+    values, numel = _flat(values), values.numel()
+    found: list[float] = []
+
+    def work(first: int, last: int) -> None:
+        end = min(last * _PART, numel)
+        found.append(library.largest(values.data_ptr(), _TYPES[values.dtype], first * _PART, end))
+
+    in_threads(work, -(-numel // _PART))
+    return max(found) if not any(map(math.isnan, found)) else math.nan
 
 
-def _factors(exponent: int) -> tuple[float, float]:
-    """Two powers of two whose product is ``2 ** exponent``, and which float32 has, as it may not have the product."""
-    half = exponent // 2
-    return math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
-
-
-def to_integers(values: Tensor, exponent: int, *, noise: Tensor | None = None) -> Integers:
+def to_integers(values: Tensor, exponent: int, *, key: int | None = None) -> tuple[Integers, Measured]:
     """Codes of ``values``, to nearest, or up or down at random; what is beyond the largest code becomes that.
 
     Args:
-        values: Floating-point numbers, of any shape.
+        values: Floating-point numbers, of any shape, finite.
         exponent: Q.
-        noise: Uniform in [0, 1), of at least as many elements as are converted at a time; None: to nearest.
+        key: Of the noise by which they are rounded up or down; None: to nearest.
+
+    Returns:
+        They, and what signs of failure can be seen in that.
     """
     values = values.contiguous()
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    plain = -126 <= exponent <= 126  # else twice: the smallest numbers need more than float32 has in one
-    factor, again = (math.ldexp(1.0, exponent), 1.0) if plain else _factors(exponent)
-    source, target = values.view(-1), codes.view(-1)
-    scaled = torch.empty(min(_CHUNK, source.numel()), dtype=torch.float32, device=values.device)
-    for start in range(0, source.numel(), _CHUNK):
-        part = source[start : start + _CHUNK]
+    library = _library_for(values)
+    encode = _encode if library is None else _encode_in_c
+    return Integers(codes, exponent), encode(_flat(values), codes.view(-1), exponent, key)
+
+
+def _encode_in_c(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Measured:
+    numel, (factor, again), library = values.numel(), _factors(exponent), _library_for(values)
+    parts = -(-numel // _PART)
+    counts, sums = torch.zeros(parts, 3, dtype=torch.int64), torch.zeros(parts, 2, dtype=torch.float64)
+    table = noise_table(values.device) if key is not None else None
+
+    def work(first: int, last: int) -> None:
+        for part in range(first, last):
+            noise = table[noise_at(key or 0, part) :].data_ptr() if table is not None else None
+            library.quantize(
+                values.data_ptr(), _TYPES[values.dtype], part * _PART, min((part + 1) * _PART, numel), factor, again,
+                noise, codes.data_ptr(), counts[part].data_ptr(), sums[part].data_ptr(),
+            )  # fmt: skip
+
+    in_threads(work, parts)
+    over, under, some = counts.sum(0).tolist()
+    before, after = sums.sum(0).tolist()
+    return Measured(
+        exponent if some else None,
+        overflow=over / numel if numel else 0.0,
+        underflow=under / some if some else 0.0,
+        all_zero=not some,
+        error=quantization_error(before, after),
+    )
+
+
+def _encode(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Measured:
+    factor, again = _factors(exponent)
+    scaled = torch.empty(min(_CHUNK, values.numel()), dtype=torch.float32, device=values.device)
+    table = noise_table(values.device) if key is not None else None
+    for start in range(0, values.numel(), _CHUNK):
+        part = values[start : start + _CHUNK]
         chunk = scaled[: part.numel()]
         torch.mul(part, factor, out=chunk)
-        if not plain:
-            chunk.mul_(again)
-        if noise is None:
+        chunk.mul_(again)
+        if table is None:
             chunk.round_()
         else:
-            chunk.add_(noise[: part.numel()]).floor_()
-        target[start : start + _CHUNK].copy_(chunk.clamp_(-LARGEST, LARGEST))
-    return Integers(codes, exponent)
+            offset = noise_at(key or 0, start // _PART) + start % _PART
+            chunk.add_(table[offset : offset + part.numel()]).floor_()
+        codes[start : start + _CHUNK].copy_(chunk.clamp_(-LARGEST, LARGEST))
+    before = sample(values).float().mul_(factor).mul_(again)
+    after = sample(codes).float()
+    some = before != 0
+    known = int(some.sum())
+    return Measured(
+        exponent if known else None,
+        overflow=float((before.abs() > LARGEST + 0.5).float().mean()) if values.numel() else 0.0,
+        underflow=int((some & (after == 0)).sum()) / known if known else 0.0,
+        all_zero=not known,
+        error=quantization_error(float(before.abs().sum()), float(after.abs().sum())),
+    )
 
 
 def multiply(one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = None) -> Tensor:
     """``one @ other * 2 ** -exponent + bias``, summed exactly.
 
-    The sums are converted where they lie, a few rows at a time, so that a result takes no more memory than it has.
+    The sums are converted where they lie, so that a result takes no more memory than it has.
 
     Args:
         one: Codes ``[M, K]``, also a transposed view.
@@ -98,29 +167,62 @@ def multiply(one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = No
         float32 ``[M, N]``.
     """
     terms = one.shape[1]
-    if terms <= _MOST_TERMS:
+    if 0 < terms <= _MOST_TERMS and one.shape[0] and other.shape[1]:
         return _converted(torch._int_mm(one, other), exponent, bias)
-    result = None
-    for start in range(0, terms, _MOST_TERMS):
-        part = torch._int_mm(one[:, start : start + _MOST_TERMS], other[start : start + _MOST_TERMS])
-        part = _converted(part, exponent, bias if result is None else None)
-        result = part if result is None else result.add_(part)
-    return result if result is not None else one.new_zeros(one.shape[0], other.shape[1], dtype=torch.float32)
+    result = one.new_zeros(one.shape[0], other.shape[1], dtype=torch.float32)
+    for start in range(0, terms if result.numel() else 0, _MOST_TERMS):
+        sums = torch._int_mm(one[:, start : start + _MOST_TERMS], other[start : start + _MOST_TERMS])
+        result += _converted(sums, exponent, None)
+    return result if bias is None else result.add_(bias)
 
 
 def _converted(sums: Tensor, exponent: int, bias: Tensor | None) -> Tensor:
     """int32 sums as float32, in the same memory."""
-    result = sums.view(torch.float32)
-    plain = -126 <= exponent <= 126
-    factor, again = (math.ldexp(1.0, -exponent), 1.0) if plain else _factors(-exponent)
-    rows = max(1, _ROWS // max(1, sums.shape[1]))
-    for start in range(0, sums.shape[0], rows):
-        part = result[start : start + rows]
-        part.copy_(sums[start : start + rows])  # element by element, each over its own bytes
-        if not plain:
-            part.mul_(again)
-        if bias is None:
-            part.mul_(factor)
-        else:
-            torch.add(bias, part, alpha=factor, out=part)
+    result, (factor, again) = sums.view(torch.float32), _factors(-exponent)
+    rows, columns = sums.shape
+    library = _library() if sums.device.type == "cpu" else None
+    at_once = max(1, _ROWS // columns)
+    if library is not None:
+        pointer = bias.data_ptr() if bias is not None else None
+
+        def work(first: int, last: int) -> None:
+            end = min(last * at_once, rows)
+            library.convert(sums.data_ptr(), sums.data_ptr(), columns, factor, again, pointer, first * at_once, end)
+
+        in_threads(work, -(-rows // at_once))
+        return result
+    for start in range(0, rows, at_once):
+        part = result[start : start + at_once]
+        part.copy_(sums[start : start + at_once])  # element by element, each over its own bytes
+        part.mul_(factor).mul_(again)
+        if bias is not None:
+            part.add_(bias)
     return result
+
+
+def _factors(exponent: int) -> tuple[float, float]:
+    """Two powers of two whose product is ``2 ** exponent``, and which float32 has, as it may not have the product."""
+    if -126 <= exponent <= 126:
+        return math.ldexp(1.0, exponent), 1.0
+    half = exponent // 2
+    return math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.contiguous().view(-1)
+
+
+@cache
+def _library() -> Any | None:
+    library = compiled(Path(__file__).with_name("integers.c"))
+    if library is not None:
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+        library.largest.restype = _FLOAT
+    return library
+
+
+def _library_for(values: Tensor) -> Any | None:
+    return _library() if values.device.type == "cpu" and values.dtype in _TYPES else None
+
+

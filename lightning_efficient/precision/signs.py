@@ -12,14 +12,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-__all__ = ["HISTORY", "Limits", "Measured", "Tracker"]
+import torch
+from torch import Tensor
+
+__all__ = ["HISTORY", "Limits", "Measured", "Tracker", "apart", "quantization_error", "sample", "shared_exponent"]
 
 HISTORY = 8
 """Operations whose shared exponents are remembered."""
 
+_RUN = 64  # neighbours that are sampled together: single elements would cost a line of the cache each
+_PART = 100  # of all elements one in so many is sampled
 _RATIO_MARGIN = 4.0  # by which the odds of a ratio may exceed those that were seen
 _ERROR_MARGIN = 2.0
 _EXPONENT_MARGIN = 3  # powers of two
@@ -88,7 +93,7 @@ class Tracker:
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+        self.limits = replace(limits) if limits is not None else Limits()
         self._exponents: deque[int] = deque(maxlen=HISTORY)
 
     @property
@@ -125,11 +130,12 @@ class Tracker:
         self._exponents.append(measured.exponent)
         return ""
 
-    def learn(self, measured: Measured) -> None:
-        """What a tensor of the same role is like in health."""
+    def learn(self, measured: Measured, *, fixed: bool = False) -> None:
+        """What a tensor of the same role is like in health; ``fixed``: the limits stay."""
         if measured.finite and not measured.all_zero and measured.exponent is not None:
             self._exponents.append(measured.exponent)
-            self.limits.learn(measured, self.exponent_range)
+            if not fixed:
+                self.limits.learn(measured, self.exponent_range)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -139,6 +145,19 @@ class Tracker:
         """What :meth:`state_dict` returned."""
         self._exponents = deque(state["exponents"], maxlen=HISTORY)
         self.limits = Limits(**state["limits"])
+
+
+def sample(values: Tensor) -> Tensor:
+    """Runs of neighbours, evenly spread: about a hundredth of ``values`` ``[n]``, and all of them if they are few."""
+    runs = values.numel() // _RUN
+    if runs < 2 * _PART:
+        return values
+    return values[: runs * _RUN].view(runs, _RUN)[:: _PART]
+
+
+def quantization_error(before: float, after: float) -> float | None:
+    """Of sums of magnitudes before and after: ``log2(|before - after| / before + 1)``; None if there was nothing."""
+    return math.log2(abs(before - after) / before + 1) if before and math.isfinite(before) else None
 
 
 def apart(exponents: Iterable[int | None], usual: float, allowed: float) -> str:

@@ -1,0 +1,284 @@
+"""Products in few bits, guarded: a sign of failure, and the product is computed again in high bits, there and then.
+
+On a CPU the signs are looked at when a product is computed, so nothing has to be undone. (What comes after it is
+decided by :mod:`lightning_efficient.precision.status`.)
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_efficient.core.random import mix
+from lightning_efficient.core.torch_internals import (
+    in_backward,
+    innermost_saved_tensors_hooks,
+    tensor_version,
+    without_torch_function,
+)
+from lightning_efficient.precision.formats import Encoded, Format
+from lightning_efficient.precision.kinds import Kind, Shapes
+from lightning_efficient.precision.nodes import Node, Role
+from lightning_efficient.precision.signs import Measured, sample, shared_exponent
+from lightning_efficient.precision.status import Run
+
+__all__ = ["Engine", "Retry", "product"]
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A product that was computed again in high bits.
+
+    Attributes:
+        node: Its name.
+        role: Which of the three.
+        reason: The sign of failure.
+    """
+
+    node: str
+    role: Role
+    reason: str
+
+
+class Engine:
+    """Decides for each product, and computes it.
+
+    Attributes:
+        learning: All in high bits; what is seen is healthy.
+        force_high: All in high bits; nothing is looked at.
+        run: Where the pass through the graph stands.
+        retries: Since they were taken.
+
+    Args:
+        low: Format of few bits.
+        high: Type of many bits.
+        stochastic: Whether numbers are rounded up or down at random.
+        protect: Whether signs of failure are looked for.
+        seed: Of the rounding.
+    """
+
+    def __init__(self, low: Format, high: torch.dtype, *, stochastic: bool, protect: bool, seed: int) -> None:
+        self.low, self.high = low, high
+        self.learning = self.force_high = False
+        self.run = Run()
+        self.retries: list[Retry] = []
+        self._stochastic, self._protect, self._seed = stochastic, protect, seed
+        self._count = 0  # of products, for noise and for which results are computed again exactly
+        self._weights: dict[int, tuple[weakref.ref[Tensor], int, Encoded]] = {}
+        self._last: tuple[weakref.ref[Tensor], int, Encoded] | None = None
+
+    def begin(self, seed: int) -> None:
+        """A step begins: weights may have changed."""
+        self._seed, self._count = seed, 0
+        self._weights.clear()
+        self._last = None
+
+    def encoded(self, tensor: Tensor, which: str) -> Encoded:
+        """``tensor`` in few bits; made once for all products of a step that it is in."""
+        if which == "weight":
+            known = self._weights.get(id(tensor))
+        elif which == "input":
+            known = self._last
+        else:
+            known = None
+        if known is not None and known[0]() is tensor and known[1] == tensor_version(tensor):
+            return known[2]
+        found = self._encode(tensor, which)
+        entry = weakref.ref(tensor), tensor_version(tensor), found
+        if which == "weight":
+            self._weights[id(tensor)] = entry
+        elif which == "input":
+            self._last = entry
+        return found
+
+    def _encode(self, tensor: Tensor, which: str) -> Encoded:
+        self._count += 1
+        key = mix(self._seed, self._count) if self._stochastic else None
+        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key)
+
+    def compute(
+        self,
+        node: Node,
+        role: Role,
+        operands: Callable[[], tuple[Encoded, Encoded]],
+        low: Callable[[Encoded, Encoded], Tensor],
+        high: Callable[[], Tensor],
+        probe: Callable[[Tensor], float | None],
+    ) -> Tensor:
+        """One product."""
+        found = node.products[role]
+        if self.force_high or found.low_pays is False:
+            return high()
+        status, run = found.status, self.run
+        if self.learning:
+            one, other = operands()
+            result = high()
+            if one.measured.finite and other.measured.finite:
+                error = probe(low(one, other)) if role == "forward" else None
+                node.learn(role, one.measured, other.measured, _measured(result).exponent, error)
+            status.computed_high(run)
+            return result
+        if not status.allows_low(run):
+            status.computed_high(run)
+            return high()
+        one, other = operands()
+        reason = self._sign(node, role, one, other)
+        if not reason:
+            result = low(one, other)
+            if not self._protect:
+                status.computed_low()
+                return result
+            error = probe(result) if role == "forward" else None
+            reason = node.sign_of_result(role, _measured(result), error)
+            if not reason:
+                status.computed_low()
+                return result
+        result = high()
+        status.failed(reason, run)
+        self.retries.append(Retry(node.name, role, reason))
+        return result
+
+    def _sign(self, node: Node, role: Role, one: Encoded, other: Encoded) -> str:
+        if self._protect:
+            return node.sign_of_operands(role, one.measured, other.measured)
+        return "" if one.measured.finite and other.measured.finite else "values that are not finite"
+
+
+def _measured(result: Tensor) -> Measured:
+    """Of a sample of a result."""
+    part = sample(result.detach().reshape(-1))
+    if not part.numel():
+        return Measured(None, all_zero=True)
+    largest = float(part.abs().amax())
+    if not math.isfinite(largest):
+        return Measured(None, finite=False)
+    return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
+
+
+@dataclass
+class _Call:
+    """One call of an operation, whose backward is to come."""
+
+    engine: Engine
+    node: Node
+    kind: Kind
+    input_low: Encoded | None = None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, result_type: torch.dtype) -> Tensor:
+        engine, kind, shapes = self.engine, self.kind, (x.shape, weight.shape)
+        again = in_backward()  # a part that is computed again in backward, as its first time
+
+        def operands() -> tuple[Encoded, Encoded]:
+            self.input_low = engine.encoded(x, "input")
+            return self.input_low, engine.encoded(weight, "weight")
+
+        def low(one: Encoded, other: Encoded) -> Tensor:
+            found = kind.in_integers("forward", one, other, bias.float() if bias is not None else None, shapes)
+            if found is None:
+                a, b = _alike(one.decoded(), other.decoded())
+                found = kind.forward(a, b, bias.to(a.dtype) if bias is not None else None)
+            return found.to(result_type)
+
+        def high() -> Tensor:
+            parts = [part.to(engine.high) if part is not None else None for part in (x, weight, bias)]
+            return kind.forward(*parts).to(result_type)  # type: ignore[arg-type]
+
+        def probe(result: Tensor) -> float | None:
+            engine._count += 1
+            return kind.probe(x, weight, bias, result, engine._count)
+
+        if again:
+            result = low(*operands()) if self.node.last_low else high()
+        else:
+            before = self.node.products["forward"].status.low
+            result = engine.compute(self.node, "forward", operands, low, high, probe)
+            self.node.last_low = self.node.products["forward"].status.low != before
+        if innermost_saved_tensors_hooks() is not None:  # what is saved may be kept elsewhere, or in fewer bits
+            self.input_low = None
+        return result
+
+    def backward(
+        self, x: Tensor, weight: Tensor, bias: bool, gradient: Tensor, needed: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gradient = gradient.contiguous()
+        shapes = x.shape, weight.shape
+        kept: list[Encoded] = []
+
+        def in_low() -> Encoded:
+            if not kept:
+                kept.append(self.engine._encode(gradient, "gradient"))
+            return kept[0]
+
+        def of_input() -> Encoded:
+            if self.input_low is None:
+                self.input_low = self.engine.encoded(x, "input")
+            return self.input_low
+
+        found: list[Tensor | None] = [None, None, None]
+        if needed[0]:
+            found[0] = self._gradient("grad_input", in_low, lambda: self.engine.encoded(weight, "weight"), gradient,
+                                      weight, shapes).to(x.dtype)  # fmt: skip
+        if needed[1]:
+            found[1] = self._gradient("grad_weight", in_low, of_input, gradient, x, shapes).to(weight.dtype)
+        if bias and needed[2]:
+            found[2] = self.kind.grad_bias(gradient)
+        return found[0], found[1], found[2]
+
+    def _gradient(
+        self, role: Role, gradient_low: Callable[[], Encoded], other_low: Callable[[], Encoded], gradient: Tensor,
+        other: Tensor, shapes: Shapes,
+    ) -> Tensor:  # fmt: skip
+        kind = self.kind
+        function = kind.grad_input if role == "grad_input" else kind.grad_weight
+
+        def low(one: Encoded, two: Encoded) -> Tensor:
+            found = kind.in_integers(role, one, two, None, shapes)
+            return function(*_alike(one.decoded(), two.decoded()), shapes) if found is None else found
+
+        def high() -> Tensor:
+            return function(gradient.to(self.engine.high), other.to(self.engine.high), shapes)
+
+        return self.engine.compute(
+            self.node, role, lambda: (gradient_low(), other_low()), low, high, lambda result: None
+        )
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    kind = torch.promote_types(one.dtype, other.dtype)
+    return one.to(kind), other.to(kind)
+
+
+class _Product(torch.autograd.Function):
+    """Three products, each guarded."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.call, ctx.bias = call, bias.dtype if bias is not None else None
+        ctx.save_for_backward(x, weight)
+        kind = x.device.type
+        result_type = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            return call.forward(x, weight, bias, result_type)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with without_torch_function(), torch.autocast(x.device.type, enabled=False):
+            found = ctx.call.backward(x, weight, ctx.bias is not None, gradient, ctx.needs_input_grad[1:])
+        bias = found[2].to(ctx.bias) if found[2] is not None else None
+        return None, found[0], found[1], bias
+
+
+def product(
+    engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """An operation in few bits wherever that is healthy; differentiable once."""
+    return _Product.apply(_Call(engine, node, kind), x, weight, bias)

@@ -1,0 +1,162 @@
+"""The operations that can be in few bits: each its three products, in high bits and of what few bits stand for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_efficient.precision.formats import Encoded
+from lightning_efficient.precision.integers import multiply
+
+__all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
+
+Shapes = tuple[torch.Size, torch.Size]
+"""Of the input and of the weight."""
+
+
+class Kind(ABC):
+    """An operation of an input, a weight, and perhaps a bias that is added."""
+
+    name: str
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """In floating point."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def grad_input(self, gradient: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
+        """Likewise."""
+
+    @abstractmethod
+    def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
+        """Likewise."""
+
+    @abstractmethod
+    def grad_bias(self, gradient: Tensor) -> Tensor:
+        """The sum of what it was added to."""
+
+    def in_integers(self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes) -> Tensor | None:
+        """A product by the kernels for integers; None where there are none for it."""
+        return None
+
+    def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
+        """Relative error of some of the forward's results, computed again exactly; None: it cannot be told."""
+        return None
+
+
+class MatMul(Kind):
+    """``x @ weight``, of matrices or batches of them."""
+
+    name = "matmul"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = torch.matmul(x, weight)
+        return result if bias is None else result + bias
+
+    def grad_input(self, gradient: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
+        return torch.matmul(gradient, weight.transpose(-1, -2)).sum_to_size(shapes[0])
+
+    def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
+        if len(shapes[1]) == 2:  # one product over all rows
+            return x.reshape(-1, shapes[0][-1]).t() @ gradient.reshape(-1, gradient.shape[-1])
+        return torch.matmul(x.transpose(-1, -2), gradient).sum_to_size(shapes[1])
+
+    def grad_bias(self, gradient: Tensor) -> Tensor:
+        return gradient.reshape(-1, gradient.shape[-1]).sum(0)
+
+    def in_integers(self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes) -> Tensor | None:
+        if len(shapes[1]) != 2 or one.integers is None or other.integers is None:
+            return None
+        a, b, exponent = one.integers.codes, other.integers.codes, one.integers.exponent + other.integers.exponent
+        rows = a.reshape(-1, a.shape[-1])
+        if role == "forward":
+            return multiply(rows, self._right(b), exponent, bias).view(*a.shape[:-1], -1)
+        if role == "grad_input":
+            return multiply(rows, self._right(b).t(), exponent).view(shapes[0])
+        return self._as_weight(rows, b.reshape(-1, b.shape[-1]), exponent)
+
+    def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
+        if weight.dim() != 2:
+            return None
+        rows, columns = x.reshape(-1, x.shape[-1]), self._right(weight)
+        some = _places(rows.shape[0], at, x.device), _places(columns.shape[1], at, x.device)
+        exact = rows[some[0]].float() @ columns[:, some[1]].float()
+        if bias is not None:
+            exact += bias[some[1]].float()
+        found = result.reshape(-1, result.shape[-1])[some[0]][:, some[1]].float()
+        size = float(exact.norm())
+        return float((found - exact).norm()) / size if size else None
+
+    def _right(self, weight: Tensor) -> Tensor:
+        """The matrix that is multiplied by."""
+        return weight
+
+    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int) -> Tensor:
+        return multiply(x.t(), gradient, exponent)
+
+
+class Linear(MatMul):
+    """``x @ weight.T + bias``."""
+
+    name = "linear"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def grad_input(self, gradient: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
+        return gradient @ weight
+
+    def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
+        return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+    def _right(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int) -> Tensor:
+        return multiply(gradient.t(), x, exponent)
+
+
+@dataclass(frozen=True)
+class Convolution(Kind):
+    """Of one, two or three dimensions, also transposed.
+
+    Attributes:
+        arguments: stride, padding, dilation, transposed, output padding, groups.
+    """
+
+    arguments: tuple[Any, ...]
+    name: str = "convolution"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self.arguments)
+
+    def grad_input(self, gradient: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
+        return self._backward(gradient, weight.new_empty(shapes[0]), weight, 0)
+
+    def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
+        return self._backward(gradient, x, x.new_empty(shapes[1]), 1)
+
+    def grad_bias(self, gradient: Tensor) -> Tensor:
+        return gradient.sum([0, *range(2, gradient.dim())])
+
+    def _backward(self, gradient: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        mask = [number == which for number in range(3)]
+        found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *self.arguments, mask)
+        return found[which]
+
+
+def _places(size: int, at: int, device: torch.device, most: int = 16) -> Tensor:
+    """Sixteen of so many, others each time."""
+    count = min(size, most)
+    return (torch.arange(count, device=device) * (size // count) + at) % size
+
+
+def sized(value: int | Sequence[int], dimensions: int) -> list[int]:
+    """A number for each dimension."""
+    return [value] * dimensions if isinstance(value, int) else list(value)

@@ -1,0 +1,139 @@
+"""What is known of the operations of a network: of each a node, with its three products and its tensors."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, apart
+from lightning_efficient.precision.status import ReturnPolicy, Status
+
+__all__ = ["ROLES", "Node", "Role"]
+
+Role = Literal["forward", "grad_input", "grad_weight"]
+ROLES: tuple[Role, ...] = ("forward", "grad_input", "grad_weight")
+OPERANDS: Mapping[Role, tuple[str, str]] = {
+    "forward": ("input", "weight"), "grad_input": ("gradient", "weight"), "grad_weight": ("gradient", "input"),
+}  # fmt: skip
+"""Of each product, by name."""
+
+_LEAST_APART = 7.0  # bits of a code: what the difference of exponents may be off by, at least
+_APART_MARGIN = 3.0
+
+
+@dataclass
+class Product:
+    """One of the three products of a node.
+
+    Attributes:
+        status: When it is in low bits.
+        result: Exponents of what it gives.
+        distances: Between the exponents of its operands, the last ones.
+        allowed: By how much that may be off.
+        error: Beyond which relative error of a probe it has failed.
+        low_pays: Whether low bits take less time; None: not known yet.
+    """
+
+    status: Status
+    result: Tracker = field(default_factory=Tracker)
+    distances: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    allowed: float = _LEAST_APART
+    error: float = 0.25
+    low_pays: bool | None = None
+
+    @property
+    def usual(self) -> float:
+        """Distance of the operands' exponents."""
+        return statistics.median(self.distances) if self.distances else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        return {
+            "status": self.status.state_dict(), "result": self.result.state_dict(), "distances": list(self.distances),
+            "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` returned."""
+        self.status.load_state_dict(state["status"])
+        self.result.load_state_dict(state["result"])
+        self.distances = deque(state["distances"], maxlen=HISTORY)
+        self.allowed, self.error, self.low_pays = state["allowed"], state["error"], state["low_pays"]
+
+
+class Node:
+    """An operation of the network.
+
+    Attributes:
+        name: Of its weight's module, or of the operation and its place among those without a weight.
+        kind: Of the operation.
+        products: By role.
+        tensors: Trackers by operand: input, weight, gradient.
+        last_low: Whether the last forward product was in low bits.
+
+    Args:
+        policy: When low bits are allowed again.
+        limits: Given, rather than learnt.
+    """
+
+    def __init__(self, name: str, kind: str, policy: ReturnPolicy, limits: Limits | None = None) -> None:
+        self.name, self.kind = name, kind
+        self.products = {role: Product(Status(policy)) for role in ROLES}
+        self._learns = limits is None
+        self.tensors = {which: Tracker(limits) for which in ("input", "weight", "gradient")}
+        self.last_low = False
+
+    def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
+        """A healthy product: what its tensors are like, the exponent of its result and the error of its probe."""
+        product = self.products[role]
+        for which, measured in zip(OPERANDS[role], (one, other), strict=True):
+            self.tensors[which].learn(measured, fixed=not self._learns)
+        product.result.learn(Measured(result), fixed=not self._learns)
+        if one.exponent is not None and other.exponent is not None:
+            distance = one.exponent - other.exponent
+            if self._learns and product.distances:
+                product.allowed = max(product.allowed, abs(distance - product.usual) + _APART_MARGIN)
+            product.distances.append(distance)
+        if self._learns and error is not None:
+            product.error = max(product.error, 2 * error)
+
+    def sign_of_operands(self, role: Role, one: Measured, other: Measured) -> str:
+        """The first sign of failure that the operands of a product show; empty if none."""
+        product = self.products[role]
+        for which, measured in zip(OPERANDS[role], (one, other), strict=True):
+            if sign := self.tensors[which].sign(measured):
+                return f"{which}: {sign}"
+        if sign := apart((one.exponent, other.exponent), product.usual, product.allowed):
+            return sign
+        if one.exponent is not None and other.exponent is not None:
+            product.distances.append(one.exponent - other.exponent)
+        return ""
+
+    def sign_of_result(self, role: Role, measured: Measured, error: float | None) -> str:
+        """Likewise of what a product gave, and of the relative error of a probe of that."""
+        product = self.products[role]
+        if not measured.finite:
+            return "result: values that are not finite"
+        if error is not None and not error <= product.error:
+            return f"result: {error:.2f} off where it was computed exactly (limit {product.error:.2f})"
+        if not measured.all_zero and (sign := product.result.sign(measured)):
+            return f"result: {sign}"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        return {
+            "kind": self.kind,
+            "products": {role: product.state_dict() for role, product in self.products.items()},
+            "tensors": {which: tracker.state_dict() for which, tracker in self.tensors.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` returned."""
+        for role, product in self.products.items():
+            product.load_state_dict(state["products"][role])
+        for which, tracker in self.tensors.items():
+            tracker.load_state_dict(state["tensors"][which])
