@@ -9,10 +9,10 @@ import contextlib
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "first_step_post_hook",
     "forward_is_compiled",
     "global_step_hooks",
+    "grad_within_modes",
     "graph_hooks_are_shown_graphs",
     "graphs_of_saved",
     "has_compatible_type",
@@ -56,6 +57,7 @@ __all__ = [
     "unhooked_step",
     "without_mode",
     "without_torch_function",
+    "written_out_attention",
 ]
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -346,3 +348,17 @@ def shares_version(tensor: Tensor, other: Tensor) -> bool:
             return bool(other._version != others)
         finally:
             torch._C._autograd._unsafe_set_version_counter((tensor,), (before,))
+
+
+def _without_dispatch(function: FunctionType) -> FunctionType:
+    """A Python function of torch that does not hand its call to a mode, but calls the functions that it is made of."""
+    names = function.__globals__ | {"has_torch_function": lambda arguments: False}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+written_out_attention: Callable[..., Any] = _without_dispatch(torch.nn.functional.multi_head_attention_forward)
+"""``F.multi_head_attention_forward``, whose projections a mode sees."""
+grad_within_modes: Callable[..., Any] = _without_dispatch(torch.autograd.grad)
+"""``torch.autograd.grad``, what is computed again in which a mode sees."""

@@ -139,7 +139,7 @@ def _encode(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Me
             offset = noise_at(key or 0, start // _PART) + start % _PART
             chunk.add_(table[offset : offset + part.numel()]).floor_()
         codes[start : start + _CHUNK].copy_(chunk.clamp_(-LARGEST, LARGEST))
-    before = sample(values).float().mul_(factor).mul_(again)
+    before = sample(values).float() * factor * again
     after = sample(codes).float()
     some = before != 0
     known = int(some.sum())

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_efficient.core.torch_internals import grad_within_modes as grad
+from lightning_efficient.core.torch_internals import written_out_attention
 from lightning_efficient.precision.engine import Engine, product
 from lightning_efficient.precision.kinds import Convolution, Kind, Linear, MatMul, sized
 from lightning_efficient.precision.nodes import Node
@@ -30,6 +32,17 @@ _CONVOLUTIONS = {
     for transposed in ("", "_transpose")
 }
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"))
+
+
+def _backward(tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False,
+              inputs: Any = None) -> None:  # fmt: skip
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+_WITHIN: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.multi_head_attention_forward: written_out_attention, Tensor.backward: _backward, torch.autograd.grad: grad,
+}  # fmt: skip
+"""Functions that are no operations but call some: what to call instead, so that the mode sees those."""
 
 
 class Operations(TorchFunctionMode):
@@ -68,15 +81,14 @@ class Operations(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if torch.is_grad_enabled():
-            instead = self._instead(name, args, kwargs)
-            if instead is not None:
-                return instead
-            if func is F.multi_head_attention_forward:
-                with self:  # written in terms of the others
-                    return func(*args, **kwargs)
-            if name in NOT_COVERED:
-                self.skipped[name] += 1
+        instead = self._instead(name, args, kwargs)
+        if instead is not None:
+            return instead
+        if func in _WITHIN:
+            with self:
+                return _WITHIN[func](*args, **kwargs)
+        if name in NOT_COVERED:
+            self.skipped[name] += 1
         return func(*args, **kwargs)
 
     def _instead(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -25,8 +25,8 @@ HISTORY = 8
 
 _RUN = 64  # neighbours that are sampled together: single elements would cost a line of the cache each
 _PART = 100  # of all elements one in so many is sampled
-_RATIO_MARGIN = 4.0  # by which the odds of a ratio may exceed those that were seen
-_ERROR_MARGIN = 2.0
+_RATIO_MARGIN = 16.0  # by which the odds of a ratio may exceed those that were seen
+_ERROR_MARGIN = 4.0
 _EXPONENT_MARGIN = 3  # powers of two
 
 

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_efficient.precision import integers
 from lightning_efficient.precision.integers import LARGEST, largest_magnitude, multiply, to_integers
-from lightning_efficient.precision.signs import shared_exponent
+from lightning_efficient.precision.signs import Measured, shared_exponent
+
+
+@pytest.fixture(autouse=True, params=["c", "torch"])
+def by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to compute."""
+    if request.param == "torch":
+        with mock.patch.object(integers, "_library", return_value=None):
+            yield "torch"
+    elif integers._library() is None:
+        pytest.skip("needs a C compiler")
+    else:
+        yield "c"
 
 
 def encoded(values: Tensor) -> tuple[Tensor, int]:
     exponent = shared_exponent(largest_magnitude(values), 8) or 0
-    return to_integers(values, exponent).codes, exponent
+    return to_integers(values, exponent)[0].codes, exponent
 
 
-@pytest.mark.parametrize("scale", [1.0, 3e-5, 7e4, 2.0**-120, 1e-40, 1e38])
+@pytest.mark.parametrize("scale", [1.0, 3e-5, 7e4, 2.0**-120, 1e-40, 5e37])
 def test_a_code_is_the_nearest_multiple_of_the_exponents_step_p5(scale: float) -> None:
     values = torch.randn(300, 47) * scale
     codes, exponent = encoded(values)
@@ -27,16 +42,55 @@ def test_a_code_is_the_nearest_multiple_of_the_exponents_step_p5(scale: float) -
 
 
 def test_what_is_beyond_becomes_the_largest_code_p9() -> None:
-    codes = to_integers(torch.tensor([1000.0, -1000.0, 126.6, 0.0]), 0).codes
+    codes = to_integers(torch.tensor([1000.0, -1000.0, 126.6, 0.0]), 0)[0].codes
     assert codes.tolist() == [LARGEST, -LARGEST, LARGEST, 0]
 
 
 def test_rounding_at_random_is_right_on_average_p5() -> None:
-    noise = torch.rand(1 << 15, generator=torch.Generator().manual_seed(0))
     values = torch.full((1 << 15,), 3.3)
-    codes = to_integers(values, 0, noise=noise).codes.float()
+    codes = to_integers(values, 0, key=7)[0].codes.float()
     assert set(codes.unique().tolist()) == {3.0, 4.0}
     assert float(codes.mean()) == pytest.approx(3.3, abs=0.02)
+
+
+def test_what_is_encoded_stays_as_it_is() -> None:
+    values = torch.randn(300, 47)
+    before = values.clone()
+    encoded(values)
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("numel", [1, 4095, 4097, (1 << 18) + 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key", [None, 3])
+def test_both_ways_give_the_same_codes_p5(numel: int, dtype: torch.dtype, key: int | None) -> None:
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
+    codes = to_integers(values, 5, key=key)[0].codes
+    with mock.patch.object(integers, "_library", return_value=None):
+        assert torch.equal(to_integers(values, 5, key=key)[0].codes, codes)
+        assert largest_magnitude(values) == float(values.abs().max())
+
+
+def test_what_is_counted_p9(by: str) -> None:
+    values = torch.tensor([0.0, 0.0, 0.4, -0.4, 127.4, 128.0, -300.0, 1.0])
+    _, measured = to_integers(values, 0)
+    assert measured.overflow == pytest.approx(2 / 8)
+    assert measured.underflow == pytest.approx(2 / 6)
+    before, after = float(values.abs().sum()), 3 * 127.0 + 1
+    assert measured.error == pytest.approx(math.log2(abs(before - after) / before + 1), rel=1e-5)
+    assert not measured.all_zero
+    assert to_integers(torch.zeros(70), 3)[1] == Measured(None, all_zero=True)
+    assert to_integers(torch.empty(0), 3)[1] == Measured(None, all_zero=True)
+    assert to_integers(torch.full((100,), 1e-45), 0)[1].underflow == 1, "denormal numbers"
+
+
+def test_of_large_tensors_all_is_counted_in_c_and_a_sample_in_torch_p9(by: str) -> None:
+    values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 20
+    _, measured = to_integers(values, 0)
+    exact = float(((values.abs() < 0.5) & (values != 0)).float().mean())
+    assert measured.underflow == pytest.approx(exact, rel=1e-6 if by == "c" else 0.2)
+    assert measured.error is not None
+    assert measured.error < 1e-3
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -69,9 +69,9 @@ def test_limits_lie_beyond_what_was_healthy_p1() -> None:
         gradients.learn(replace(HEALTHY, underflow=underflow))
     activations.learn(replace(HEALTHY, underflow=0.047))
     assert gradients.sign(replace(HEALTHY, underflow=0.98)) == ""
-    assert gradients.sign(replace(HEALTHY, underflow=0.995)) != ""
+    assert gradients.sign(replace(HEALTHY, underflow=0.999)) != ""
     assert activations.sign(replace(HEALTHY, underflow=0.1)) == ""
-    assert activations.sign(replace(HEALTHY, underflow=0.25)) != ""
+    assert activations.sign(replace(HEALTHY, underflow=0.5)) != ""
 
 
 def test_nothing_sick_is_learnt() -> None:
