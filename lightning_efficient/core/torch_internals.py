@@ -28,6 +28,7 @@ __all__ = [
     "BatchNorm",
     "GraphsOfSaved",
     "WeakStorage",
+    "backward_within_modes",
     "bytes_of",
     "compiled_entry",
     "counting",
@@ -360,5 +361,6 @@ def _without_dispatch(function: FunctionType) -> FunctionType:
 
 written_out_attention: Callable[..., Any] = _without_dispatch(torch.nn.functional.multi_head_attention_forward)
 """``F.multi_head_attention_forward``, whose projections a mode sees."""
+backward_within_modes: Callable[..., Any] = _without_dispatch(torch.autograd.backward)
 grad_within_modes: Callable[..., Any] = _without_dispatch(torch.autograd.grad)
-"""``torch.autograd.grad``, what is computed again in which a mode sees."""
+"""``torch.autograd``'s ``backward`` and ``grad``, within which a mode sees what checkpointing computes again."""

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_efficient.core.torch_internals import grad_within_modes as grad
-from lightning_efficient.core.torch_internals import written_out_attention
+from lightning_efficient.core.torch_internals import (
+    backward_within_modes,
+    grad_within_modes,
+    written_out_attention,
+)
 from lightning_efficient.precision.engine import Engine, product
 from lightning_efficient.precision.kinds import Convolution, Kind, Linear, MatMul, sized
 from lightning_efficient.precision.nodes import Node
@@ -36,12 +39,15 @@ _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"))
 
 def _backward(tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False,
               inputs: Any = None) -> None:  # fmt: skip
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+    backward_within_modes(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 _WITHIN: Mapping[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: written_out_attention, Tensor.backward: _backward, torch.autograd.grad: grad,
-}  # fmt: skip
+    F.multi_head_attention_forward: written_out_attention,
+    Tensor.backward: _backward,
+    torch.autograd.backward: backward_within_modes,
+    torch.autograd.grad: grad_within_modes,
+}
 """Functions that are no operations but call some: what to call instead, so that the mode sees those."""
 
 
