@@ -1,8 +1,8 @@
 """What compressed activations save and cost, against none, recomputation, ``save_on_cpu`` and a plain quantizer.
 
 Peak: bytes allocated above the step's start, counted by torch's profiler in a step of its own. Time: CPU time of the
-process for forward and backward and all that the callback does, all arms in turn in each round. Loss: whole runs with
-the Trainer.
+process for forward and backward and all that the callback does, each arm beside a plain step in each round. Loss:
+whole runs with the Trainer.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def run(options: Options) -> Result:
         notes=[
             "Four-layer GPT (byte-level), forward and backward; ours: with all that the callback does in a step of the "
             "Trainer. Peak: bytes allocated above those before the step, in a step of its own. Time: CPU time of the "
-            "process (on a GPU: wall time), over that of the arm without anything in the same round; median and range "
-            "over the rounds.",
+            "process (on a GPU: wall time), over that of a step without anything right before or after; median and "
+            "range over the rounds.",
             "Kept, gradients and the widest operation: what is kept when forward is over, the gradients of all "
             "weights, and three times the largest tensor that an operation saves (it, the gradient that comes, the one "
             "that goes). The peak can be below, for not all of that is there at once.",

@@ -39,7 +39,7 @@ class Size:
         return f"width {self.width}, {self.tokens:,} tokens, dropout {self.dropout}"
 
 
-SIZES = (Size(256, 1024, 0.1, 15), Size(256, 1024, 0.0, 9), Size(512, 4096, 0.1, 3))
+SIZES = (Size(256, 1024, 0.1, 21), Size(256, 1024, 0.0, 9), Size(512, 4096, 0.1, 3))
 GPU_SIZES = tuple(Size(width, 8192, 0.1, 9) for width in (1024, 2048, 4096))
 QUICK = (Size(64, 128, 0.1, 2, context=128),)
 
@@ -203,18 +203,23 @@ def measured_steps(size: Size, options: Options, mixed: bool) -> tuple[Table, di
             bytes_say = kept + own + 3 * largest
             measured[name] = {
                 "error": _relative(gradients, exact), "kept_bytes": kept, "peak_bytes": peak, "bytes_say": bytes_say,
-                "seconds": [],
+                "seconds": [], "time_ratios": [],
             }  # fmt: skip
+        others = [name for name in steps if name != "none"]
         for number in range(size.rounds):
-            names = list(steps)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                job, step = steps[name]
-                measured[name]["seconds"].append(_seconds(step, options.device))
-                job.clear()
+            for name in others[number % len(others) :] + others[: number % len(others)]:
+                seconds = {}
+                # each beside one without anything, first or second by turns: the machine's speed changes by the second
+                for which in ("none", name) if number % 2 else (name, "none"):
+                    job, step = steps[which]
+                    seconds[which] = _seconds(step, options.device)
+                    measured[which]["seconds"].append(seconds[which])
+                    job.clear()
+                measured[name]["time_ratios"].append(seconds[name] / seconds["none"])
+        measured["none"]["time_ratios"] = [1.0]
     rows = []
     for name, values in measured.items():
         values["peak_ratio"] = values["peak_bytes"] / measured["none"]["peak_bytes"]
-        values["time_ratios"] = [a / b for a, b in zip(values["seconds"], measured["none"]["seconds"], strict=True)]
         sizes = (f"{values[key] / 2**20:.1f}" for key in ("peak_bytes", "kept_bytes", "bytes_say"))
         ratios = f"{values['peak_ratio']:.3f}", spread(values["time_ratios"], 2), f"{values['error']:.4f}"
         rows.append((name, *sizes, *ratios))

@@ -1,7 +1,7 @@
 """C that is compiled where it runs: for the processor at hand, once, and kept in the user's cache.
 
-Nothing needs it. Where there is no C compiler, or no cache can be written, there is None instead of a library, and who
-asked does the work with torch's operations.
+Nothing needs it. Where there is no C compiler there is None instead of a library, and who asked does the work with
+torch's operations. Where the cache cannot be written, each process compiles for itself.
 """
 
 from __future__ import annotations
@@ -92,12 +92,13 @@ def _folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    return _own_folder()
+    return Path(_own_folder().name)
 
 
 @cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="lightning_efficient-"))
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Gone when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="lightning_efficient-")
 
 
 def _processor() -> str:

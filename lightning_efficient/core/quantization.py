@@ -18,8 +18,8 @@ Or a group becomes floats of 8 bits (``"fp8"``: e4m3, Micikevicius et al. 2022, 
 largest of them next to 448, with a scale and no minimum. They are rounded to nearest, so biased, and small numbers
 have small errors: ``|error| <= max(|x| / 16, scale / 1024)``, in a group at most ``16 * scale``.
 
-The kernels of :mod:`lightning_efficient.core.kernels` do the same, bit for bit and several times as fast, on a GPU and
-where a C compiler is at hand.
+The kernels of :mod:`lightning_efficient.core.kernels` do the same, bit for bit: on a GPU, and on a CPU, where a C
+compiler is at hand, in a third of the time.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def dequantized_pieces(encoded: Quantized) -> Iterator[tuple[slice, Tensor]]:
     if encoded.outliers is not None or encoded.payload.is_cuda:  # where pieces would take thousands of launches
         yield slice(0, encoded.numel), dequantize(encoded)
         return
-    if host.available(encoded.dtype):
+    if encoded.payload.device.type == "cpu" and host.available(encoded.dtype):
         yield from host.decoded_pieces(
             encoded.numel, encoded.dtype, encoded.payload, encoded.scale, encoded.minimum, encoded.bits,
             encoded.group_size, encoded.rounding, encoded.key,

@@ -75,7 +75,7 @@ static int64_t noise_at(uint64_t key, uint64_t counter) {
     return (int64_t)((z ^ z >> 31) % TABLE);
 }
 
-/* The nearest float of 8 bits (e4m3) of a number that none is further from than half a step: up to 448. */
+/* The float of 8 bits (e4m3) that is nearest to a number of magnitude 448 at most; ties to even. */
 static inline uint8_t to_float8(float number) {
     uint32_t bits = to_bits(number), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFF;
     uint32_t small = to_bits(from_bits(size) + 16384.0f) - 0x46800000; /* below 2^-6 their step is that of 16384 */
