@@ -12,17 +12,21 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.precision.engine import Engine, Retry
-from lightning_efficient.precision.formats import FORMATS, format_named
+from lightning_efficient.precision.formats import format_named
+from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.signs import Limits
+from lightning_efficient.precision.spikes import SpikeGuard
 from lightning_efficient.precision.status import ReturnPolicy
+from lightning_efficient.telemetry import Event
 
 __all__ = ["RollbackPrecision"]
 
@@ -49,6 +53,11 @@ class RollbackPrecision(Precision):
         retry_rate: Of a product's last tries in few bits, the part that had to be computed again, under which they are
             allowed at once.
         thresholds: Limits to use rather than learn: ``overflow``, ``underflow``, ``error``, ``exponent_range``.
+        spike_guard: Where a loss or the norm of a gradient is far beyond what it was, or not finite, do the batch
+            again in high bits, then from the last good snapshot, and leave it out only if that does not help:
+            ``{"factor": 3.0, "window": 50}``, and what else ``SpikeGuard`` in ``spikes.py`` has. None: off, and what
+            is not finite is not looked for. (Steps that a loss scaler of ``inner`` would leave out are done again in
+            any case.)
         exclude: Patterns of names of operations that stay in high bits, as in ``precision_map()``.
         stochastic_rounding: Up or down at random, rather than to nearest.
         seed: Of that.
@@ -67,6 +76,7 @@ class RollbackPrecision(Precision):
         return_after: int = 20,
         retry_rate: float = 0.05,
         thresholds: Mapping[str, float] | None = None,
+        spike_guard: dict[str, Any] | None = None,
         exclude: Sequence[str] = (),
         stochastic_rounding: bool = False,
         seed: int = 0,
@@ -93,6 +103,8 @@ class RollbackPrecision(Precision):
         self._module: pl.LightningModule | None = None
         self._batches = 0
         self._reasons: Counter[str] = Counter()
+        settings, scaler = SpikeGuard.of(spike_guard), getattr(self.inner, "scaler", None)
+        self._guard = Guard(settings, self, scaler) if settings is not None or scaler is not None else None
 
     # When
 
@@ -106,6 +118,8 @@ class RollbackPrecision(Precision):
             self.inner.device = self._module.device.type
         connected: tuple[nn.Module, list[Optimizer], list[Any]]
         connected = self.inner.connect(model, optimizers, lr_schedulers)
+        if self._guard is not None and self._module is not None and self._module.trainer.state.fn == TrainerFn.FITTING:
+            self._guard.attach(self._module.trainer)
         return connected
 
     @contextlib.contextmanager
@@ -120,9 +134,7 @@ class RollbackPrecision(Precision):
         with self.inner.train_step_context(), self._operations:
             yield
 
-    def backward(
-        self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
-    ) -> None:  # type: ignore[override]
+    def backward(self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Backward; what checkpointing computes again there is computed as in forward."""
         with self._operations:
             self.inner.backward(tensor, model, optimizer, *args, **kwargs)
@@ -131,6 +143,28 @@ class RollbackPrecision(Precision):
     def on_parameters_changed(self, trainer: pl.Trainer, change: Any) -> None:
         """Operations have other weights now."""
         self._operations.forget()
+        if self._guard is not None:
+            self._guard.parameters_changed()
+
+    def compute_high(self, high: bool) -> None:
+        """Everything from now on; or as is decided for each product again."""
+        self._engine.force_high = high
+
+    def kept(self) -> Callable[[], None]:
+        """Note what is known of the network; returns what goes back to that, as often as it is called."""
+        nodes = {name: (node.state_dict(), node.last_low) for name, node in self.nodes.items()}
+        batches, high_in_a_row, reasons = self._batches, self._engine.run.high_in_a_row, Counter(self._reasons)
+
+        def back() -> None:
+            for name, node in self.nodes.items():
+                known = nodes.get(name) or (Node(name, node.kind, self._policy, self._limits).state_dict(), False)
+                node.load_state_dict(known[0])
+                node.last_low = known[1]
+            self._batches, self._engine.run.high_in_a_row = batches, high_in_a_row
+            self._reasons = Counter(reasons)
+            self._engine.retries = []
+
+        return back
 
     def _report(self) -> None:
         retries, self._engine.retries = self._engine.retries, []
@@ -187,13 +221,16 @@ class RollbackPrecision(Precision):
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},
             "reasons": dict(self._reasons), "inner": self.inner.state_dict(),
+            "guard": self._guard.state_dict() if self._guard is not None else None,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` returned."""
         version = state_dict.get("version")
         if version != _VERSION:
-            raise MisconfigurationException(f"The state of RollbackPrecision has version {version}; known is {_VERSION}.")
+            raise MisconfigurationException(
+                f"The state of RollbackPrecision has version {version}; known is {_VERSION}."
+            )
         self._batches = state_dict["batches"]
         self._engine.run.high_in_a_row = state_dict["high_in_a_row"]
         self._reasons = Counter(state_dict["reasons"])
@@ -202,6 +239,20 @@ class RollbackPrecision(Precision):
             if name in self._loaded:
                 node.load_state_dict(self._loaded.pop(name))
         self.inner.load_state_dict(state_dict["inner"])
+        if self._guard is not None:
+            self._guard.load_state_dict(state_dict.get("guard"))
+
+    def measurements(self) -> dict[str, float]:
+        """What was done again, by tag."""
+        return self._guard.measurements() if self._guard is not None else {}
+
+    def events(self) -> Sequence[Event]:
+        """Each batch that spiked, and what became of it."""
+        return self._guard.events() if self._guard is not None else ()
+
+    def skipped_batches(self) -> list[dict[str, Any]]:
+        """The last batches that the spike guard has left out: their ``epoch``, ``batch``, ``step`` and ``reason``."""
+        return list(self._guard.incidents.skipped) if self._guard is not None else []
 
     # All else is the inner plugin's
 
@@ -233,10 +284,15 @@ class RollbackPrecision(Precision):
         return self.inner.convert_output(data)
 
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        if self._guard is not None:
+            self._guard.before_backward(tensor)
         return self.inner.pre_backward(tensor, module)
 
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        return self.inner.post_backward(tensor, module)
+        loss = self.inner.post_backward(tensor, module)
+        if self._guard is not None:
+            self._guard.after_backward()
+        return loss
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
@@ -259,6 +315,8 @@ class RollbackPrecision(Precision):
         self.inner.clip_grad_by_norm(optimizer, clip_val)
 
     def teardown(self) -> None:
+        if self._guard is not None:
+            self._guard.detach()
         self.inner.teardown()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Run", "ReturnPolicy", "Status"]
+__all__ = ["ReturnPolicy", "Run", "Status"]
 
 _DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
 _LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
