@@ -224,5 +224,3 @@ def _library() -> Any | None:
 
 def _library_for(values: Tensor) -> Any | None:
     return _library() if values.device.type == "cpu" and values.dtype in _TYPES else None
-
-

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Run", "ReturnPolicy", "Status"]
+__all__ = ["ReturnPolicy", "Run", "Status"]
 
 _DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
 _LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
@@ -115,6 +115,20 @@ class Status:
             self._left = self._wait
         self._good = 0
         run.high_in_a_row = 1
+
+    def agreed(self) -> list[float]:
+        """What ranks agree on: the largest number of each."""
+        return [
+            self.high, -self._recent_low, self._recent_retries, self.retries, self.low, self._wait, self._left,
+            -self._good,
+        ]  # fmt: skip
+
+    def agree(self, values: list[float]) -> None:
+        """What :meth:`agreed` returned, the largest of all ranks."""
+        high, low, retries, *counts = values
+        self._recent_low, self._recent_retries = -low, retries
+        self.high, (self.retries, self.low, self._wait, self._left) = int(high), map(int, counts[:4])
+        self._good = int(-counts[4])
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""

@@ -136,9 +136,7 @@ def learnt(bits: LowBits, loss: Callable[[], Tensor]) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_spoilt_low_product_is_computed_again_in_high_bits_p2_p3(
-    role: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spoilt_low_product_is_computed_again_in_high_bits_p2_p3(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     module, x = nn.Linear(24, 32), torch.randn(64, 24)
 
