@@ -276,7 +276,11 @@ class _Call:
 
         def low(one: Encoded, two: Encoded) -> Tensor:
             found = kind.in_integers(role, one, two, None, shapes)
-            return function(*_alike(one.decoded(), two.decoded()), shapes) if found is None else found
+            if found is not None:
+                return found
+            if one.values is None or two.values is None or not one.shift:
+                return function(*_alike(one.decoded(), two.decoded()), shapes)
+            return function(*_alike(one.values, two.decoded()), shapes).float().mul_(math.ldexp(1.0, -one.shift))
 
         def high() -> Tensor:
             return function(gradient.to(self.engine.high), other.to(self.engine.high), shapes)

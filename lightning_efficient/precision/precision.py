@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -106,15 +107,22 @@ class RollbackPrecision(WrappingPrecision):
         self._timed = only_if_faster and not self._low.emulated
         self._exclude, self._seed = tuple(exclude), seed
         self.nodes: dict[str, Node] = {}
-        self._loaded: dict[str, Any] = {}
         self._engine = Engine(self._low, _HIGH[high], stochastic=stochastic_rounding, protect=True, seed=seed)
         self._operations = Operations(
             self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high]
         )
         self._module: pl.LightningModule | None = None
+        self._known: weakref.ref[pl.LightningModule] | None = None
         self._trainer: pl.Trainer | None = None
         self._lifecycle = _Lifecycle(self)
         self._agreement: Agreement | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.nodes.clear()
+        self._operations.forget()
+        self._engine.run.high_in_a_row = self._engine.low_work = self._engine.work = 0
+        self._loaded: dict[str, Any] = {}
         self._batches = 0
         self._retries: Counter[tuple[str, str]] = Counter()
         self._events: list[telemetry.Event] = []
@@ -130,11 +138,15 @@ class RollbackPrecision(WrappingPrecision):
         module = model if isinstance(model, pl.LightningModule) else getattr(model, "module", None)
         self._module = module if isinstance(module, pl.LightningModule) else None
         self._trainer = trainer = compat.trainer_of(self._module) if self._module is not None else None
+        if self._module is not None and (self._known is None or self._known() is not self._module):
+            if self._known is not None:
+                self._begin_anew()
+            self._known = weakref.ref(self._module)
         if trainer is not None:
             if isinstance(self.inner, MixedPrecision):
                 self.inner.device = trainer.strategy.root_device.type
             if self._lifecycle not in trainer.callbacks:  # type: ignore[attr-defined]
-                trainer.callbacks.append(self._lifecycle)  # type: ignore[attr-defined]
+                trainer.callbacks.insert(0, self._lifecycle)  # type: ignore[attr-defined]
             self._agreement = _agreement(trainer) if trainer.world_size > 1 else None
         return super().connect(model, optimizers, lr_schedulers)
 
@@ -252,7 +264,9 @@ class RollbackPrecision(WrappingPrecision):
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},
-            "retries": [[*key, count] for key, count in self._retries.items()], "inner": self.inner.state_dict(),
+            "retries": [[*key, count] for key, count in self._retries.items()], "all_learnt": self._all_learnt,
+            "events": [[event.step, event.text] for event in self._events],
+            "work": [self._engine.low_work, self._engine.work, *self._work], "inner": self.inner.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -265,6 +279,10 @@ class RollbackPrecision(WrappingPrecision):
         self._batches = state_dict["batches"]
         self._engine.run.high_in_a_row = state_dict["high_in_a_row"]
         self._retries = Counter({(name, sign): count for name, sign, count in state_dict["retries"]})
+        self._all_learnt = state_dict["all_learnt"]
+        self._events = [telemetry.Event(step, "precision", text) for step, text in state_dict["events"]]
+        self._engine.low_work, self._engine.work, *logged = state_dict["work"]
+        self._work = logged[0], logged[1]
         self._loaded = dict(state_dict["nodes"])
         self.nodes.clear()
         self._operations.forget()
