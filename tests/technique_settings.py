@@ -286,7 +286,7 @@ SETTINGS = [
             ]
         },
         lossy=True,
-        events=(5,),
+        events=(4,),
     ),
     _offload("offload", place={"optimizer_state": "disk"}, ranks=("ddp", "fsdp2")),
     _offload(

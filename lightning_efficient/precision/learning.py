@@ -58,7 +58,7 @@ class Learning:
         grew = not self._limits or any(new > old for new, old in zip(limits, self._limits, strict=True))
         self.settled = 0 if grew else self.settled + 1
         self._limits = limits
-        if self._low and self._high and self.batches > 2:
+        if self._timed and self._low and self._high and self.batches > 2:
             self._ratios.append(self._low / self._high)
         self._low = self._high = 0.0
         if self.done and self._ratios:
