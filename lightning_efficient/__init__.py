@@ -5,6 +5,7 @@ from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
 from lightning_efficient.monitoring import EfficiencyMonitor
 from lightning_efficient.offload import OffloadDDPStrategy, OffloadFSDP2Strategy, OffloadStrategy
+from lightning_efficient.precision import RollbackPrecision
 
 __all__ = [
     "ActivationCompressionPlugin",
@@ -14,6 +15,7 @@ __all__ = [
     "OffloadDDPStrategy",
     "OffloadFSDP2Strategy",
     "OffloadStrategy",
+    "RollbackPrecision",
     "load_grown",
 ]
 __version__ = "0.1.0.dev0"

@@ -29,6 +29,7 @@ __all__ = [
     "shard_over_all",
     "should_log",
     "step_is_compiled",
+    "trainer_of",
     "validation_metrics",
 ]
 
@@ -131,6 +132,11 @@ def compiled_parts(module: pl.LightningModule) -> list[str]:
 def step_is_compiled(module: pl.LightningModule) -> bool:
     """Whether its ``training_step`` is compiled as a whole (``torch.compile`` of the LightningModule)."""
     return module._compiler_ctx is not None
+
+
+def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    """The Trainer that ``module`` is attached to, if it is; ``module.trainer`` raises if not."""
+    return module._trainer
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[WeightAveraging | StochasticWeightAveraging]:

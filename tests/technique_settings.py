@@ -269,6 +269,25 @@ SETTINGS = [
         refuses={"compiling": "adaptive needs to know which layer saves what"},
         volatile=("activations/encode_ms", "activations/decode_ms"),
     ),
+    TechniqueSetting(
+        name="precision",
+        yaml={
+            "plugins": [
+                {
+                    "class_path": "lightning_efficient.RollbackPrecision",
+                    "init_args": {
+                        "low": "int8",
+                        "high": "fp32",
+                        "pre_learning_steps": 4,
+                        "return_after": 3,
+                        "only_if_faster": False,
+                    },
+                }
+            ]
+        },
+        lossy=True,
+        events=(4,),
+    ),
     _offload("offload", place={"optimizer_state": "disk"}, ranks=("ddp", "fsdp2")),
     _offload(
         "offload-everything",

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "lightning_efficient"
 ROLES = {"callback.py", "strategy.py", "common.py", "ddp.py", "precision.py", "checkpoint_io.py", "trainer.py"}
 ROLES |= {"fsdp2.py"}
 ROLES |= {"autosave.py", "exact_resume.py", "outcomes.py"}  # parts of checkpoint_io.py
+ROLES |= {"wrapping.py"}  # of precision.py
 ROLES |= {"micro_batches.py", "split_step.py", "step_logs.py", "step_metrics.py"}
 ROLES |= {"loss_check.py", "recovery.py", "timed_steps.py"}  # of the offload strategy.py
 ROLES |= {"guard.py", "rollback.py"}  # of precision.py

@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_efficient import compat
+from lightning_efficient import RollbackPrecision, compat
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 from lightning_efficient.growth.arrangement import SHORTENED
 from tests.helpers.fitting import Run, StopAt, assert_continues, assert_same_tree, fit, make_trainer
@@ -362,12 +362,23 @@ def test_manual_optimization_g8(setting: TechniqueSetting, tmp_path: Path, optim
 
 @every()
 def test_bf16_mixed_precision_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
-    whole = fit(setting, root=tmp_path, checkpoints={}, precision="bf16-mixed")
+    def in_bf16() -> dict[str, Any]:
+        return within(setting, MixedPrecision("bf16-mixed", "cpu"))
+
+    whole = fit(setting, root=tmp_path, checkpoints={}, **in_bf16())
     assert_trained(whole)
     assert whole.losses != fit(setting, root=tmp_path).losses
     for step in setting.switches or (8,):
         path = whole.checkpoints[step]
-        assert_continues(fit(setting, root=tmp_path / "r", ckpt_path=path, precision="bf16-mixed"), whole)
+        assert_continues(fit(setting, root=tmp_path / "r", ckpt_path=path, **in_bf16()), whole)
+
+
+def within(setting: TechniqueSetting, precision: MixedPrecision) -> dict[str, Any]:
+    """Arguments of :func:`fit` with this precision, or with the setting's own around it."""
+    if "plugins" not in setting.yaml:
+        return {"plugins": [precision]}
+    (spec,) = setting.yaml["plugins"]
+    return {"build": setting.build() | {"plugins": [RollbackPrecision(**spec["init_args"], inner=precision)]}}
 
 
 def half(scale: float) -> MixedPrecision:
@@ -377,14 +388,12 @@ def half(scale: float) -> MixedPrecision:
 
 @every(waits)
 def test_fp16_mixed_precision_with_a_scaler_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
-    if setting.yaml.get("plugins"):
-        pytest.skip("this setting brings a plugin of its own, and there is one place for a precision")
-    whole = fit(setting, root=tmp_path, checkpoints={}, plugins=[half(2.0**8)])
+    whole = fit(setting, root=tmp_path, checkpoints={}, **within(setting, half(2.0**8)))
     assert_trained(whole)
     scaler = whole.trainer.precision_plugin.scaler
     assert scaler.get_scale() == 2.0 ** (8 + STEPS // 3), "no step was skipped, and none forgotten"
     for step in setting.switches or (8,):
-        resumed = fit(setting, root=tmp_path / "r", ckpt_path=whole.checkpoints[step], plugins=[half(2.0**8)])
+        resumed = fit(setting, root=tmp_path / "r", ckpt_path=whole.checkpoints[step], **within(setting, half(2.0**8)))
         assert_continues(resumed, whole)
         assert resumed.trainer.precision_plugin.scaler.get_scale() == scaler.get_scale()
 

@@ -35,6 +35,7 @@ class Blame(TorchFunctionMode):
         self._last: Tensor | None = None
         self._over = False  # the forward pass
         self._nodes: dict[Any, str] = {}
+        self._at: dict[Any, Tensor] = {}
         self._backward = ""
         self._handles: list[Any] = []
 
@@ -43,7 +44,9 @@ class Blame(TorchFunctionMode):
             self._within.append(self._names.get(id(part), type(part).__name__))
 
         def leave(part: nn.Module, args: Any, result: Any) -> None:
-            self._within.pop()
+            name = self._within.pop()
+            if name and not self._over:  # an operation that no mode is shown
+                self._note(result, f"{type(part).__name__} '{name}'", (args, list(part.parameters(recurse=False))))
 
         self._handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         super().__enter__()
@@ -62,14 +65,19 @@ class Blame(TorchFunctionMode):
         if self._over:
             return result
         label = f"{name.strip('_')} in '{self._within[-1]}'" if self._within and self._within[-1] else name.strip("_")
+        self._note(result, label, (args, kwargs))
+        return result
+
+    def _note(self, result: Any, label: str, operands: Any) -> None:
         for made in _floating(result):
             if made.grad_fn is not None:
                 self._nodes.setdefault(made.grad_fn, label)
-            if not _finite(made):
-                operands = [tensor for tensor in _floating((args, kwargs)) if not _finite(tensor)]
-                self._made.setdefault(id(made), (made, label, operands))
+            if not _finite(made) and id(made) not in self._made:
+                bad = [tensor for tensor in _floating(operands) if not _finite(tensor)]
+                self._made[id(made)] = made, label, bad
                 self._last = made
-        return result
+                if made.grad_fn is not None:
+                    self._at[made.grad_fn] = made
 
     def watch_backward(self, loss: Tensor) -> None:
         """The forward pass is over, and this is what it gave."""
@@ -105,7 +113,7 @@ class Blame(TorchFunctionMode):
         while True:
             _, label, operands = self._made[id(tensor)]
             path.add(id(tensor))
-            made = [operand for operand in operands if id(operand) in self._made and id(operand) not in path]
+            made = [one for one in map(self._noted, operands) if one is not None and id(one) not in path]
             if made:
                 tensor = made[0]
             elif operands:
@@ -113,7 +121,23 @@ class Blame(TorchFunctionMode):
             else:
                 return label
 
+    def _noted(self, tensor: Tensor) -> Tensor | None:
+        """It, or what it was made of by operations that were not seen."""
+        if id(tensor) in self._made:
+            return tensor
+        todo, seen = [tensor.grad_fn], set()
+        while todo:
+            node = todo.pop(0)
+            if node in self._at:
+                return self._at[node]
+            if node is not None and node not in seen:
+                seen.add(node)
+                todo += [following for following, _ in node.next_functions]
+        return None
+
     def _name_of(self, tensor: Tensor) -> str:
+        if tensor.grad_fn is not None:
+            return f"the result of {tensor.grad_fn.name()}"
         for name, one in (*self._module.named_parameters(), *self._module.named_buffers()):
             if one is tensor:
                 return f"the values of '{name}'"

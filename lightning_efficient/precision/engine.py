@@ -7,6 +7,8 @@ decided by :mod:`lightning_efficient.precision.status`.)
 from __future__ import annotations
 
 import math
+import re
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +48,11 @@ class Retry:
     role: Role
     reason: str
 
+    @property
+    def sign(self) -> str:
+        """The reason without its figures, which are many."""
+        return re.split(r" (?:of|by|are) [0-9]| \(| [0-9]", self.reason)[0]
+
 
 class Engine:
     """Decides for each product, and computes it.
@@ -55,6 +62,8 @@ class Engine:
         force_high: All in high bits; nothing is looked at.
         run: Where the pass through the graph stands.
         retries: Since they were taken.
+        low_work: Multiplications in low bits.
+        work: All.
 
     Args:
         low: Format of few bits.
@@ -69,14 +78,16 @@ class Engine:
         self.learning = self.force_high = False
         self.run = Run()
         self.retries: list[Retry] = []
+        self.low_work = self.work = 0
+        self.batch = 0
         self._stochastic, self._protect, self._seed = stochastic, protect, seed
         self._count = 0  # of products, for noise and for which results are computed again exactly
         self._weights: dict[int, tuple[weakref.ref[Tensor], int, Encoded]] = {}
         self._last: tuple[weakref.ref[Tensor], int, Encoded] | None = None
 
-    def begin(self, seed: int) -> None:
+    def begin(self, seed: int, batch: int = 0) -> None:
         """A step begins: weights may have changed."""
-        self._seed, self._count = seed, 0
+        self._seed, self._count, self.batch = seed, 0, batch
         self._weights.clear()
         self._last = None
 
@@ -113,16 +124,12 @@ class Engine:
         probe: Callable[[Tensor], float | None],
     ) -> Tensor:
         """One product."""
-        found = node.products[role]
-        if self.force_high or found.low_pays is False:
+        self.work += node.work
+        if self.force_high or node.learning.low_pays is False:
             return high()
-        status, run = found.status, self.run
-        if self.learning:
-            one, other = operands()
-            result = high()
-            if one.measured.finite and other.measured.finite:
-                error = probe(low(one, other)) if role == "forward" else None
-                node.learn(role, one.measured, other.measured, _measured(result).exponent, error)
+        status, run = node.products[role].status, self.run
+        if self.learning or not node.learning.done:
+            result = self._learn(node, role, operands, low, high, probe)
             status.computed_high(run)
             return result
         if not status.allows_low(run):
@@ -134,15 +141,41 @@ class Engine:
             result = low(one, other)
             if not self._protect:
                 status.computed_low()
+                self.low_work += node.work
                 return result
             error = probe(result) if role == "forward" else None
             reason = node.sign_of_result(role, _measured(result), error)
             if not reason:
                 status.computed_low()
+                self.low_work += node.work
                 return result
         result = high()
         status.failed(reason, run)
         self.retries.append(Retry(node.name, role, reason))
+        return result
+
+    def _learn(
+        self,
+        node: Node,
+        role: Role,
+        operands: Callable[[], tuple[Encoded, Encoded]],
+        low: Callable[[Encoded, Encoded], Tensor],
+        high: Callable[[], Tensor],
+        probe: Callable[[Tensor], float | None],
+    ) -> Tensor:
+        """One product in high bits, whose numbers are taken for healthy."""
+        start = time.perf_counter()
+        one, other = operands()
+        encoded = time.perf_counter()
+        result = high()
+        computed = time.perf_counter()
+        if not (one.measured.finite and other.measured.finite):
+            return result
+        error = None
+        if role == "forward" or node.learning.times:
+            error = probe(low(one, other))
+        node.learn(role, one.measured, other.measured, _measured(result).exponent, error)
+        node.learning.took(encoded - start + time.perf_counter() - computed, computed - encoded)
         return result
 
     def _sign(self, node: Node, role: Role, one: Encoded, other: Encoded) -> str:
@@ -174,6 +207,9 @@ class _Call:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, result_type: torch.dtype) -> Tensor:
         engine, kind, shapes = self.engine, self.kind, (x.shape, weight.shape)
         again = in_backward()  # a part that is computed again in backward, as its first time
+        if not again:
+            self.node.begin(engine.batch)
+            self.node.work = kind.work(x, weight)
 
         def operands() -> tuple[Encoded, Encoded]:
             self.input_low = engine.encoded(x, "input")
@@ -240,7 +276,11 @@ class _Call:
 
         def low(one: Encoded, two: Encoded) -> Tensor:
             found = kind.in_integers(role, one, two, None, shapes)
-            return function(*_alike(one.decoded(), two.decoded()), shapes) if found is None else found
+            if found is not None:
+                return found
+            if one.values is None or two.values is None or not one.shift:
+                return function(*_alike(one.decoded(), two.decoded()), shapes)
+            return function(*_alike(one.values, two.decoded()), shapes).float().mul_(math.ldexp(1.0, -one.shift))
 
         def high() -> Tensor:
             return function(gradient.to(self.engine.high), other.to(self.engine.high), shapes)
@@ -264,7 +304,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         kind = x.device.type
         result_type = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
+        with without_torch_function(), torch.autocast(kind, enabled=False):
             return call.forward(x, weight, bias, result_type)
 
     @staticmethod
@@ -277,8 +317,6 @@ class _Product(torch.autograd.Function):
         return None, found[0], found[1], bias
 
 
-def product(
-    engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def product(engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """An operation in few bits wherever that is healthy; differentiable once."""
     return _Product.apply(_Call(engine, node, kind), x, weight, bias)

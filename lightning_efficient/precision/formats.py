@@ -8,7 +8,8 @@ int8-row    a row (of the last dimension)                      emulated
 int8-block  128 neighbours in a row                            emulated
 bfp16       16 neighbours in a row, 8 bits of mantissa each    emulated
 fp8         all; e4m3, gradients e5m2                          emulated
-fp16        none: values beyond 65504 are a sign of failure    kernels of 16 bits
+fp16        none: values beyond 65504 are a sign of failure;   kernels of 16 bits; on a CPU, where those take a hundred
+            gradients: all of a tensor                         times as long as float32's, emulated
 bf16        none                                               kernels of 16 bits
 =========== ================================================== =================================
 
@@ -41,13 +42,15 @@ class Encoded:
     Attributes:
         measured: What can be seen of it.
         integers: Its codes, where there are kernels for them.
-        values: Or the numbers that it stands for, in a type that has them all; None if there are none, as the tensor
-            has values that are not finite.
+        values: Or the numbers that it stands for, times ``2 ** shift``, in a type that has them all; None if there are
+            none, as the tensor has values that are not finite.
+        shift: Of those.
     """
 
     measured: Measured
     integers: Integers | None = None
     values: Tensor | None = None
+    shift: int = 0
 
     def decoded(self) -> Tensor:
         """The numbers that it stands for."""
@@ -55,7 +58,7 @@ class Encoded:
             return self.integers.decoded()
         if self.values is None:
             raise RuntimeError("What is not finite has no numbers of few bits.")
-        return self.values
+        return self.values.float() * math.ldexp(1.0, -self.shift) if self.shift else self.values
 
 
 _NOT_FINITE = Encoded(Measured(None, finite=False))
@@ -100,18 +103,25 @@ class _Rounded(Format):
         largest = largest_magnitude(values)
         if not math.isfinite(largest):
             return _NOT_FINITE
+        shift = self._shift(largest) if gradient else 0
+        if shift:
+            values, largest = values.float() * math.ldexp(1.0, shift), math.ldexp(largest, shift)
         rounded, overflow = self._rounded(values.detach(), largest, gradient, key)
         before, after = sample(values.detach().reshape(-1)).float(), sample(rounded.reshape(-1)).float()
         some = before != 0
         known = int(some.sum())
         measured = Measured(
-            shared_exponent(largest, self.bits) if known else None,
+            shared_exponent(math.ldexp(largest, -shift), self.bits) if known else None,
             overflow=overflow,
             underflow=int((some & (after == 0)).sum()) / known if known else 0.0,
             all_zero=not known,
             error=quantization_error(float(before.abs().sum()), float(after.abs().sum())),
         )
-        return Encoded(measured, values=rounded)
+        return Encoded(measured, values=rounded, shift=shift)
+
+    def _shift(self, largest: float) -> int:
+        """By how many powers of two gradients, of which this is the largest, are larger while they are few bits."""
+        return 0
 
     @abstractmethod
     def _rounded(self, values: Tensor, largest: float, gradient: bool, key: int | None) -> tuple[Tensor, float]:
@@ -168,7 +178,13 @@ class Half(_Rounded):
     def _rounded(self, values: Tensor, largest: float, gradient: bool, key: int | None) -> tuple[Tensor, float]:
         most = torch.finfo(self.dtype).max
         beyond = float((values.abs() > most).float().mean()) if largest > most else 0.0
-        return values.to(self.dtype), beyond
+        rounded = values.to(self.dtype)
+        return rounded.float() if self.dtype == torch.float16 and values.device.type == "cpu" else rounded, beyond
+
+    def _shift(self, largest: float) -> int:
+        # a loss scale of its own for each gradient (Zhao et al. 2019, "Adaptive Loss Scaling"): below one, so that
+        # products have room, and as far above the smallest float16 as can be
+        return -math.frexp(largest)[1] if self.dtype == torch.float16 and largest else 0
 
 
 def _round(numbers: Tensor, key: int | None) -> Tensor:

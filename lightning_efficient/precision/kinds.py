@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,13 @@ class Kind(ABC):
     def grad_bias(self, gradient: Tensor) -> Tensor:
         """The sum of what it was added to."""
 
-    def in_integers(self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes) -> Tensor | None:
+    def work(self, x: Tensor, weight: Tensor) -> int:
+        """Multiplications of one of the three products."""
+        raise NotImplementedError
+
+    def in_integers(
+        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes
+    ) -> Tensor | None:
         """A product by the kernels for integers; None where there are none for it."""
         return None
 
@@ -59,6 +66,11 @@ class MatMul(Kind):
         result = torch.matmul(x, weight)
         return result if bias is None else result + bias
 
+    def work(self, x: Tensor, weight: Tensor) -> int:
+        columns = self._right(weight).shape[-1]
+        batches = torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]) if weight.dim() > 2 else x.shape[:-2]
+        return batches.numel() * x.shape[-2] * x.shape[-1] * columns if x.dim() > 1 else x.numel() * columns
+
     def grad_input(self, gradient: Tensor, weight: Tensor, shapes: Shapes) -> Tensor:
         return torch.matmul(gradient, weight.transpose(-1, -2)).sum_to_size(shapes[0])
 
@@ -70,7 +82,9 @@ class MatMul(Kind):
     def grad_bias(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).sum(0)
 
-    def in_integers(self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes) -> Tensor | None:
+    def in_integers(
+        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes
+    ) -> Tensor | None:
         if len(shapes[1]) != 2 or one.integers is None or other.integers is None:
             return None
         a, b, exponent = one.integers.codes, other.integers.codes, one.integers.exponent + other.integers.exponent
@@ -141,6 +155,14 @@ class Convolution(Kind):
 
     def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
         return self._backward(gradient, x, x.new_empty(shapes[1]), 1)
+
+    def work(self, x: Tensor, weight: Tensor) -> int:
+        stride, padding, dilation, transposed, _, _ = self.arguments
+        places = x.shape[2:].numel()  # that a kernel is laid on
+        if not transposed:
+            sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+            places = math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+        return x.shape[0] * places * weight.numel()
 
     def grad_bias(self, gradient: Tensor) -> Tensor:
         return gradient.sum([0, *range(2, gradient.dim())])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from typing import Any, Literal
 
-from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, apart
+from lightning_efficient.precision.learning import Learning
+from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, aligned, apart
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
 __all__ = ["ROLES", "Node", "Role"]
@@ -34,7 +38,6 @@ class Product:
         distances: Between the exponents of its operands, the last ones.
         allowed: By how much that may be off.
         error: Beyond which relative error of a probe it has failed.
-        low_pays: Whether low bits take less time; None: not known yet.
     """
 
     status: Status
@@ -42,18 +45,32 @@ class Product:
     distances: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY))
     allowed: float = _LEAST_APART
     error: float = 0.25
-    low_pays: bool | None = None
 
     @property
     def usual(self) -> float:
         """Distance of the operands' exponents."""
         return statistics.median(self.distances) if self.distances else 0.0
 
+    def agreed(self) -> list[float]:
+        """What ranks agree on: the largest number of each."""
+        return [
+            *self.status.agreed(), *self.result.agreed(), *aligned(self.distances), self.allowed, self.error,
+        ]  # fmt: skip
+
+    def agree(self, values: list[float]) -> None:
+        """What :meth:`agreed` returned, the largest of all ranks."""
+        status, result, distances, (self.allowed, self.error) = _split(
+            values, len(self.status.agreed()), len(self.result.agreed()), HISTORY
+        )
+        self.status.agree(status)
+        self.result.agree(result)
+        self.distances = deque((int(value) for value in distances if value > -math.inf), maxlen=HISTORY)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
         return {
             "status": self.status.state_dict(), "result": self.result.state_dict(), "distances": list(self.distances),
-            "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
+            "allowed": self.allowed, "error": self.error,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,7 +78,7 @@ class Product:
         self.status.load_state_dict(state["status"])
         self.result.load_state_dict(state["result"])
         self.distances = deque(state["distances"], maxlen=HISTORY)
-        self.allowed, self.error, self.low_pays = state["allowed"], state["error"], state["low_pays"]
+        self.allowed, self.error = state["allowed"], state["error"]
 
 
 class Node:
@@ -72,19 +89,40 @@ class Node:
         kind: Of the operation.
         products: By role.
         tensors: Trackers by operand: input, weight, gradient.
+        learning: How long that is, and whether low bits pay.
         last_low: Whether the last forward product was in low bits.
+        work: Multiplications of one of its products, the last time.
 
     Args:
         policy: When low bits are allowed again.
         limits: Given, rather than learnt.
+        learning: None: nothing is learnt.
     """
 
-    def __init__(self, name: str, kind: str, policy: ReturnPolicy, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        policy: ReturnPolicy,
+        limits: Limits | None = None,
+        learning: Learning | None = None,
+    ) -> None:
         self.name, self.kind = name, kind
         self.products = {role: Product(Status(policy)) for role in ROLES}
         self._learns = limits is None
         self.tensors = {which: Tracker(limits) for which in ("input", "weight", "gradient")}
+        self.learning = learning or Learning()
         self.last_low = False
+        self.work = 0
+
+    def begin(self, batch: int) -> None:
+        """It is computed in ``batch``, maybe not for the first time."""
+        if not self.learning.done:
+            self.learning.begin(batch, self._limits_so_far())
+
+    def _limits_so_far(self) -> tuple[float, ...]:
+        products = (value for p in self.products.values() for value in (p.allowed, p.error, *p.result.limits.agreed()))
+        return (*products, *(value for tracker in self.tensors.values() for value in tracker.limits.agreed()))
 
     def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
         """A healthy product: what its tensors are like, the exponent of its result and the error of its probe."""
@@ -123,17 +161,42 @@ class Node:
             return f"result: {sign}"
         return ""
 
+    def agreed(self) -> list[float]:
+        """What ranks agree on: the largest number of each."""
+        parts = (self.learning, *self.products.values(), *self.tensors.values())
+        return [value for part in parts for value in part.agreed()]
+
+    @classmethod
+    @cache
+    def agreed_by_none(cls) -> list[float]:
+        """What a rank that has not this node says."""
+        return [-math.inf] * len(cls("", "", ReturnPolicy()).agreed())
+
+    def agree(self, values: list[float]) -> None:
+        """What :meth:`agreed` returned, the largest of all ranks."""
+        parts = (self.learning, *self.products.values(), *self.tensors.values())
+        for part, own in zip(parts, _split(values, *(len(part.agreed()) for part in parts)), strict=False):
+            part.agree(own)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
         return {
             "kind": self.kind,
+            "learning": self.learning.state_dict(),
             "products": {role: product.state_dict() for role, product in self.products.items()},
             "tensors": {which: tracker.state_dict() for which, tracker in self.tensors.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state_dict` returned."""
+        self.learning.load_state_dict(state["learning"])
         for role, product in self.products.items():
             product.load_state_dict(state["products"][role])
         for which, tracker in self.tensors.items():
             tracker.load_state_dict(state["tensors"][which])
+
+
+def _split(values: list[float], *lengths: int) -> list[list[float]]:
+    """Parts of these lengths, and what is left."""
+    ends = [0, *accumulate(lengths)]
+    return [values[start:end] for start, end in zip(ends, [*ends[1:], len(values)], strict=True)]

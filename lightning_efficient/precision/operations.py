@@ -60,13 +60,22 @@ class Operations(TorchFunctionMode):
     Args:
         engine: Computes them.
         make: A node of this name and kind.
-        names: Patterns do not count here: whether the node of this name takes part.
+        takes_part: Whether the node of this name does.
+        plain_is_high: Whether what torch does by itself is in the high bits of ``engine``.
     """
 
-    def __init__(self, engine: Engine, make: Callable[[str, str], Node], takes_part: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        make: Callable[[str, str], Node],
+        takes_part: Callable[[str], bool],
+        *,
+        plain_is_high: bool = False,
+    ) -> None:
         super().__init__()
         self.skipped: Counter[str] = Counter()
         self._engine, self._make, self._takes_part = engine, make, takes_part
+        self._plain_is_high = plain_is_high
         self._nodes: dict[str, Node] = {}
         self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._module: nn.Module | None = None
@@ -81,6 +90,7 @@ class Operations(TorchFunctionMode):
     def forget(self) -> None:
         """Parameters came or went."""
         self._names.clear()
+        self._nodes.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -151,9 +161,7 @@ class Operations(TorchFunctionMode):
         result = self._product(MatMul(), x, weight, None, kind_name="einsum")
         return finish(result) if result is not None else None
 
-    def _product(
-        self, kind: Kind, x: Any, weight: Any, bias: Any, *, kind_name: str | None = None
-    ) -> Tensor | None:
+    def _product(self, kind: Kind, x: Any, weight: Any, bias: Any, *, kind_name: str | None = None) -> Tensor | None:
         tensors = [tensor for tensor in (x, weight, bias) if tensor is not None]
         if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() for tensor in tensors):
             return None
@@ -171,6 +179,9 @@ class Operations(TorchFunctionMode):
         node = self._nodes.get(name)
         if node is None:
             node = self._nodes[name] = self._make(name, kind_name or kind.name)
+        if node.learning.low_pays is False and self._plain_is_high:
+            self._engine.work += 3 * node.work
+            return None
         return product(self._engine, node, kind, x, weight, bias)
 
     def _name(self, tensor: Tensor) -> str:
@@ -196,9 +207,7 @@ def _arguments(names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str,
     return [args[place] if place < len(args) else kwargs.get(name) for place, name in enumerate(names)]
 
 
-def _as_matrices(
-    equation: str, x: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None:
+def _as_matrices(equation: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None:
     """An einsum of two tensors as one product of matrices, or of batches of them; None if it is none."""
     sides, arrow, result = equation.replace(" ", "").partition("->")
     left, comma, right = sides.partition(",")

@@ -5,38 +5,53 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient import compat, telemetry
+from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
-from lightning_efficient.precision.engine import Engine, Retry
+from lightning_efficient.precision.agreement import Agreement
+from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.guard import Guard
-from lightning_efficient.precision.nodes import ROLES, Node
+from lightning_efficient.precision.learning import Learning
+from lightning_efficient.precision.map import PrecisionMap, precision_map
+from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.signs import Limits
 from lightning_efficient.precision.spikes import SpikeGuard
 from lightning_efficient.precision.status import ReturnPolicy
-from lightning_efficient.telemetry import Event
+from lightning_efficient.precision.wrapping import WrappingPrecision
 
 __all__ = ["RollbackPrecision"]
 
 _HIGH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _VERSION = 1
 _LINES = 20  # for retries; then a line for every hundredth
+_LAYOUT = {
+    "precision": {
+        "share of work in low bits": ["Multiline", [r"precision/low_share"]],
+        "products computed again": ["Multiline", [r"precision/retries.*"]],
+        "shared exponents": ["Multiline", [r"precision/exponent/.*"]],
+        "batches done again": ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]],
+    }
+}
 _log = logging.getLogger(__name__)
 
 
-class RollbackPrecision(Precision):
+class RollbackPrecision(WrappingPrecision):
     """Trains in few bits wherever that is healthy, and computes again in many where it is not.
 
     Linear layers, convolutions and products of matrices are computed in few bits after a first phase in which all is
@@ -48,7 +63,8 @@ class RollbackPrecision(Precision):
             ``"bf16"``.
         high: ``"bf16"`` or ``"fp32"``: of many bits.
         inner: The precision plugin that does the rest; None: bf16-mixed or 32-true, as ``high`` says.
-        pre_learning_steps: Batches in high bits, in which the limits are learnt.
+        pre_learning_steps: Batches in high bits, in which the limits of an operation are learnt; ``"auto"``: until they
+            settle, 10 to 200.
         return_after: Products in high bits, one after another, behind which few bits are allowed again.
         retry_rate: Of a product's last tries in few bits, the part that had to be computed again, under which they are
             allowed at once.
@@ -59,6 +75,9 @@ class RollbackPrecision(Precision):
             is not finite is not looked for. (Steps that a loss scaler of ``inner`` would leave out are done again in
             any case.)
         exclude: Patterns of names of operations that stay in high bits, as in ``precision_map()``.
+        only_if_faster: Leave operations alone for which few bits took longer than many, with all that guards them, as
+            they learnt. Formats that are emulated, which take longer always, are not asked. As times differ from run
+            to run, the choice may; it is kept in the checkpoint.
         stochastic_rounding: Up or down at random, rather than to nearest.
         seed: Of that.
 
@@ -72,77 +91,126 @@ class RollbackPrecision(Precision):
         low: str = "int8",
         high: Literal["bf16", "fp32"] = "bf16",
         inner: Precision | None = None,
-        pre_learning_steps: int = 50,
+        pre_learning_steps: int | Literal["auto"] = 50,
         return_after: int = 20,
         retry_rate: float = 0.05,
         thresholds: Mapping[str, float] | None = None,
         spike_guard: dict[str, Any] | None = None,
         exclude: Sequence[str] = (),
+        only_if_faster: bool = True,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if high not in _HIGH:
             raise ValueError(f"high={high!r}: it can be {' or '.join(map(repr, _HIGH))}.")
-        for name, number, least in (("pre_learning_steps", pre_learning_steps, 0), ("return_after", return_after, 1)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ValueError(f"{name}={number!r} must be a whole number, {least} or more.")
+        if pre_learning_steps != "auto":
+            _whole("pre_learning_steps", pre_learning_steps, 0, " or 'auto'")
+        _whole("return_after", return_after, 1)
         if not 0 <= retry_rate <= 1:
             raise ValueError(f"retry_rate={retry_rate!r} is a part: give a number from 0 to 1.")
         if isinstance(inner, RollbackPrecision):
             raise ValueError("inner= is another RollbackPrecision: give the plugin that it shall wrap.")
-        self.inner = inner or (MixedPrecision("bf16-mixed", "cpu") if high == "bf16" else Precision())
-        self.precision = self.inner.precision
+        super().__init__(inner or (MixedPrecision("bf16-mixed", "cpu") if high == "bf16" else Precision()))
         self._low, self._policy = format_named(low), ReturnPolicy(return_after, retry_rate)
-        self._limits = _limits(thresholds)
-        self._pre_learning_steps, self._exclude, self._seed = pre_learning_steps, tuple(exclude), seed
+        self._limits, self._spikes = _limits(thresholds), SpikeGuard.of(spike_guard)
+        self._learn_until = None if pre_learning_steps == "auto" else pre_learning_steps
+        self._timed = only_if_faster and not self._low.emulated
+        self._exclude, self._seed = tuple(exclude), seed
         self.nodes: dict[str, Node] = {}
-        self._loaded: dict[str, Any] = {}
         self._engine = Engine(self._low, _HIGH[high], stochastic=stochastic_rounding, protect=True, seed=seed)
-        self._operations = Operations(self._engine, self._make, self._takes_part)
+        self._operations = Operations(
+            self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high]
+        )
         self._module: pl.LightningModule | None = None
+        self._known: weakref.ref[pl.LightningModule] | None = None
+        self._trainer: pl.Trainer | None = None
+        self._lifecycle = _Lifecycle(self)
+        self._agreement: Agreement | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.nodes.clear()
+        self._operations.forget()
+        self._engine.run.high_in_a_row = self._engine.low_work = self._engine.work = 0
+        self._loaded: dict[str, Any] = {}
         self._batches = 0
-        self._reasons: Counter[str] = Counter()
-        settings, scaler = SpikeGuard.of(spike_guard), getattr(self.inner, "scaler", None)
-        self._guard = Guard(settings, self, scaler) if settings is not None or scaler is not None else None
+        self._retries: Counter[tuple[str, str]] = Counter()
+        self._events: list[telemetry.Event] = []
+        self._all_learnt = False
+        self._work = (0, 0)
+        guards = self._spikes is not None or self.scaler is not None
+        self._guard = Guard(self._spikes, self, self.scaler) if guards else None
 
     # When
 
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        """Remember the module, and whose device it is."""
+        """Remember the module, whose device it is, and with which ranks to agree."""
         module = model if isinstance(model, pl.LightningModule) else getattr(model, "module", None)
         self._module = module if isinstance(module, pl.LightningModule) else None
-        if self._module is not None and isinstance(self.inner, MixedPrecision):
-            self.inner.device = self._module.device.type
-        connected: tuple[nn.Module, list[Optimizer], list[Any]]
-        connected = self.inner.connect(model, optimizers, lr_schedulers)
-        if self._guard is not None and self._module is not None and self._module.trainer.state.fn == TrainerFn.FITTING:
-            self._guard.attach(self._module.trainer)
-        return connected
+        self._trainer = trainer = compat.trainer_of(self._module) if self._module is not None else None
+        if self._module is not None and (self._known is None or self._known() is not self._module):
+            if self._known is not None:
+                self._begin_anew()
+            self._known = weakref.ref(self._module)
+        if trainer is not None:
+            if isinstance(self.inner, MixedPrecision):
+                self.inner.device = trainer.strategy.root_device.type
+            if self._lifecycle not in trainer.callbacks:  # type: ignore[attr-defined]
+                trainer.callbacks.insert(0, self._lifecycle)  # type: ignore[attr-defined]
+            self._agreement = _agreement(trainer) if trainer.world_size > 1 else None
+            if self._guard is not None and trainer.state.fn == TrainerFn.FITTING:
+                self._guard.attach(trainer)
+        return super().connect(model, optimizers, lr_schedulers)
 
     @contextlib.contextmanager
     def train_step_context(self) -> Iterator[None]:
         """Forward of a training step."""
-        engine = self._engine
-        engine.learning = self._batches < self._pre_learning_steps
-        engine.begin(derive_seed(self._seed, self._batches))
+        rank = self._module.global_rank if self._module is not None else 0
+        self._engine.begin(derive_seed(self._seed, self._batches, rank), self._batches)
         self._batches += 1
         if self._module is not None:
             self._operations.begin(self._module)
         with self.inner.train_step_context(), self._operations:
             yield
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """The guard sees the loss before a scaler does."""
+        if self._guard is not None:
+            self._guard.before_backward(tensor)
+        return super().pre_backward(tensor, module)
+
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Backward; what checkpointing computes again there is computed as in forward."""
         with self._operations:
             self.inner.backward(tensor, model, optimizer, *args, **kwargs)
-        self._report()
+        self._note_retries()
 
-    def on_parameters_changed(self, trainer: pl.Trainer, change: Any) -> None:
-        """Operations have other weights now."""
+    def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """The guard has it done again if need be."""
+        loss = super().post_backward(tensor, module)
+        if self._guard is not None:
+            self._guard.after_backward()
+        return loss
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: pl.LightningModule, closure: Any, **kwargs: Any
+    ) -> Any:
+        """The step; behind it ranks agree."""
+        result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        if self._agreement is not None:
+            self._agreement(self.nodes, self._engine.run)
+        return result
+
+    def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
+        """What is new or other than it was learns anew."""
         self._operations.forget()
+        for name in (*change.added, *change.removed, *change.replaced):
+            self.nodes.pop(name.removesuffix(".weight"), None)
+        self._all_learnt = False
         if self._guard is not None:
             self._guard.parameters_changed()
 
@@ -153,74 +221,111 @@ class RollbackPrecision(Precision):
     def kept(self) -> Callable[[], None]:
         """Note what is known of the network; returns what goes back to that, as often as it is called."""
         nodes = {name: (node.state_dict(), node.last_low) for name, node in self.nodes.items()}
-        batches, high_in_a_row, reasons = self._batches, self._engine.run.high_in_a_row, Counter(self._reasons)
+        engine, retries, batches = self._engine, Counter(self._retries), self._batches
+        counted = engine.run.high_in_a_row, engine.low_work, engine.work
 
         def back() -> None:
             for name, node in self.nodes.items():
-                known = nodes.get(name) or (Node(name, node.kind, self._policy, self._limits).state_dict(), False)
-                node.load_state_dict(known[0])
-                node.last_low = known[1]
-            self._batches, self._engine.run.high_in_a_row = batches, high_in_a_row
-            self._reasons = Counter(reasons)
-            self._engine.retries = []
+                state, node.last_low = nodes.get(name) or (self._new(name, node.kind).state_dict(), False)
+                node.load_state_dict(state)
+            engine.run.high_in_a_row, engine.low_work, engine.work = counted
+            engine.retries = []
+            self._retries, self._batches = Counter(retries), batches
 
         return back
 
-    def _report(self) -> None:
+    def _batch_ended(self, trainer: pl.Trainer) -> None:
+        """Log, and say when all have learnt."""
+        if telemetry.due(trainer):
+            telemetry.log(trainer, self.measurements() | self._by_operation())
+            self._work = self._engine.low_work, self._engine.work
+        if not self._all_learnt and self.nodes and all(node.learning.done for node in self.nodes.values()):
+            self._all_learnt = True
+            slow = [name for name, node in self.nodes.items() if node.learning.low_pays is False]
+            text = f"{len(self.nodes) - len(slow)} of {len(self.nodes)} operations train in {self._low.name}"
+            if slow:
+                text += f"; for {len(slow)} it would take longer than high bits: {', '.join(slow[:5])}"
+                text += ", ..." if len(slow) > 5 else ""
+            _log.info("RollbackPrecision: %s.", text)
+            self._events.append(telemetry.Event(compat.log_step(trainer), "precision", text))
+
+    def _note_retries(self) -> None:
         retries, self._engine.retries = self._engine.retries, []
         for retry in retries:
-            self._reasons[_kind_of(retry)] += 1
-            count = self._reasons.total()
+            self._retries[retry.node, retry.sign] += 1
+            count = self._retries.total()
             if count <= _LINES or count % 100 == 0:
                 _log.info("%s, %s in high bits again (retry %d): %s", retry.node, retry.role, count, retry.reason)
+
+    def teardown(self) -> None:
+        """Leave the Trainer as it was."""
+        if self._trainer is not None and self._lifecycle in self._trainer.callbacks:  # type: ignore[attr-defined]
+            self._trainer.callbacks.remove(self._lifecycle)  # type: ignore[attr-defined]
+        if self._guard is not None:
+            self._guard.detach()
+        self._module = self._trainer = self._agreement = None
+        super().teardown()
 
     # What
 
     def _make(self, name: str, kind: str) -> Node:
-        node = self.nodes[name] = Node(name, kind, self._policy, self._limits)
+        if name in self.nodes:
+            return self.nodes[name]
+        node = self.nodes[name] = self._new(name, kind)
         state = self._loaded.pop(name, None)
         if state is not None and state["kind"] == kind:
             node.load_state_dict(state)
         return node
 
+    def _new(self, name: str, kind: str) -> Node:
+        learning = Learning(self._learn_until, timed=self._timed)
+        return Node(name, kind, self._policy, self._limits, learning)
+
     def _takes_part(self, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._exclude)
 
-    def precision_map(self) -> list[dict[str, Any]]:
-        """Of each product of each operation: its bits now, its counters, and the last reason to compute it again.
+    def precision_map(self) -> PrecisionMap:
+        """Of each product of each operation: its bits now, its counters, and the last reason to compute it again."""
+        return precision_map(self.nodes, self._low.name, self._operations.skipped)
 
-        What multiplies matrices and is not covered has a row with ``"bits": "high, not covered"``.
-        """
-        rows: list[dict[str, Any]] = [
-            {
-                "operation": name, "product": role, "bits": self._bits(node, role),
-                "low": node.products[role].status.low, "high": node.products[role].status.high,
-                "retries": node.products[role].status.retries, "last reason": node.products[role].status.reason,
-            }
-            for name, node in self.nodes.items()
-            for role in ROLES
-        ]  # fmt: skip
-        rows += [
-            {"operation": name, "product": "all", "bits": "high, not covered", "low": 0, "high": count, "retries": 0,
-             "last reason": ""}
-            for name, count in sorted(self._operations.skipped.items())
-        ]  # fmt: skip
-        return rows
+    def measurements(self) -> Mapping[str, float]:
+        """Share of low bits since the last time it was logged, and what had to be computed again so far."""
+        low, work = self._engine.low_work - self._work[0], self._engine.work - self._work[1]
+        values = {"precision/low_share": low / work} if work else {}
+        values |= {"precision/retries": float(self._retries.total())}
+        for (_, sign), count in self._retries.items():
+            tag = f"precision/retries_{sign.replace(' ', '_')}"
+            values[tag] = values.get(tag, 0.0) + count
+        return values | (self._guard.measurements() if self._guard is not None else {})
 
-    def _bits(self, node: Node, role: str) -> str:
-        product = node.products[role]  # type: ignore[index]
-        if product.low_pays is False:
-            return "high, low would take longer"
-        if self._engine.learning:
-            return "high, learning"
-        return "high" if product.status.held else self._low.name
+    def _by_operation(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, node in self.nodes.items():
+            retries = sum(product.status.retries for product in node.products.values())
+            if retries:
+                values[f"precision/retries/{name}"] = float(retries)
+            for which, tracker in node.tensors.items():
+                if tracker.last is not None:
+                    values[f"precision/exponent/{name}.{which}"] = float(tracker.last)
+        return values
+
+    def events(self) -> Sequence[telemetry.Event]:
+        """When operations had learnt; each batch that spiked, and what became of it."""
+        spikes = self._guard.events() if self._guard is not None else []
+        return sorted([*self._events, *spikes], key=lambda event: event.step)
+
+    def skipped_batches(self) -> list[dict[str, Any]]:
+        """The last batches that the spike guard has left out: their ``epoch``, ``batch``, ``step`` and ``reason``."""
+        return list(self._guard.incidents.skipped) if self._guard is not None else []
 
     def state_dict(self) -> dict[str, Any]:
         """Of all nodes."""
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},
-            "reasons": dict(self._reasons), "inner": self.inner.state_dict(),
+            "retries": [[*key, count] for key, count in self._retries.items()], "all_learnt": self._all_learnt,
+            "events": [[event.step, event.text] for event in self._events],
+            "work": [self._engine.low_work, self._engine.work, *self._work], "inner": self.inner.state_dict(),
             "guard": self._guard.state_dict() if self._guard is not None else None,
         }  # fmt: skip
 
@@ -233,91 +338,50 @@ class RollbackPrecision(Precision):
             )
         self._batches = state_dict["batches"]
         self._engine.run.high_in_a_row = state_dict["high_in_a_row"]
-        self._reasons = Counter(state_dict["reasons"])
+        self._retries = Counter({(name, sign): count for name, sign, count in state_dict["retries"]})
+        self._all_learnt = state_dict["all_learnt"]
+        self._events = [telemetry.Event(step, "precision", text) for step, text in state_dict["events"]]
+        self._engine.low_work, self._engine.work, *logged = state_dict["work"]
+        self._work = logged[0], logged[1]
         self._loaded = dict(state_dict["nodes"])
-        for name, node in self.nodes.items():
-            if name in self._loaded:
-                node.load_state_dict(self._loaded.pop(name))
+        self.nodes.clear()
+        self._operations.forget()
         self.inner.load_state_dict(state_dict["inner"])
         if self._guard is not None:
             self._guard.load_state_dict(state_dict.get("guard"))
 
-    def measurements(self) -> dict[str, float]:
-        """What was done again, by tag."""
-        return self._guard.measurements() if self._guard is not None else {}
 
-    def events(self) -> Sequence[Event]:
-        """Each batch that spiked, and what became of it."""
-        return self._guard.events() if self._guard is not None else ()
+class _Lifecycle(pl.Callback):
+    """Tells the plugin what precision plugins do not hear."""
 
-    def skipped_batches(self) -> list[dict[str, Any]]:
-        """The last batches that the spike guard has left out: their ``epoch``, ``batch``, ``step`` and ``reason``."""
-        return list(self._guard.incidents.skipped) if self._guard is not None else []
+    def __init__(self, plugin: RollbackPrecision) -> None:
+        self._plugin = plugin
 
-    # All else is the inner plugin's
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        telemetry.lay_out(trainer, _LAYOUT)
 
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        return self.inner.convert_module(module)
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._plugin._batch_ended(trainer)
 
-    def tensor_init_context(self) -> Any:
-        return self.inner.tensor_init_context()
 
-    def module_init_context(self) -> Any:
-        return self.inner.module_init_context()
+def _agreement(trainer: pl.Trainer) -> Agreement:
+    def reduce(numbers: Tensor) -> Tensor:
+        reduced: Tensor = trainer.strategy.reduce(numbers.to(trainer.strategy.root_device), reduce_op="max")
+        return reduced
 
-    def forward_context(self) -> Any:
-        return self.inner.forward_context()
+    def gather(names: list[str]) -> list[list[str]]:
+        gathered: list[list[str]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(gathered, names)
+        return gathered
 
-    def val_step_context(self) -> Any:
-        return self.inner.val_step_context()
+    return Agreement(reduce, gather)
 
-    def test_step_context(self) -> Any:
-        return self.inner.test_step_context()
 
-    def predict_step_context(self) -> Any:
-        return self.inner.predict_step_context()
-
-    def convert_input(self, data: Any) -> Any:
-        return self.inner.convert_input(data)
-
-    def convert_output(self, data: Any) -> Any:
-        return self.inner.convert_output(data)
-
-    def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        if self._guard is not None:
-            self._guard.before_backward(tensor)
-        return self.inner.pre_backward(tensor, module)
-
-    def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        loss = self.inner.post_backward(tensor, module)
-        if self._guard is not None:
-            self._guard.after_backward()
-        return loss
-
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        return self.inner.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-
-    def main_params(self, optimizer: Optimizer) -> Any:
-        return self.inner.main_params(optimizer)
-
-    def unscale_gradients(self, optimizer: Optimizer) -> None:
-        self.inner.unscale_gradients(optimizer)
-
-    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        self.inner.clip_gradients(optimizer, *args, **kwargs)
-
-    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
-        self.inner.clip_grad_by_value(optimizer, clip_val)
-
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        self.inner.clip_grad_by_norm(optimizer, clip_val)
-
-    def teardown(self) -> None:
-        if self._guard is not None:
-            self._guard.detach()
-        self.inner.teardown()
+def _plain_high(inner: Precision) -> torch.dtype | None:
+    """What operations compute in by themselves within ``inner``, if that is known."""
+    if type(inner) is Precision:
+        return torch.float32
+    return torch.bfloat16 if isinstance(inner, MixedPrecision) and inner.precision == "bf16-mixed" else None
 
 
 def _limits(thresholds: Mapping[str, float] | None) -> Limits | None:
@@ -332,6 +396,6 @@ def _limits(thresholds: Mapping[str, float] | None) -> Limits | None:
     return Limits(**thresholds)
 
 
-def _kind_of(retry: Retry) -> str:
-    """Of the reason, without its figures."""
-    return retry.reason.split(" of ")[0].split(" (")[0]
+def _whole(name: str, number: Any, least: int, other: str = "") -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise ValueError(f"{name}={number!r} must be a whole number, {least} or more{other}.")

@@ -15,10 +15,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["HISTORY", "Limits", "Measured", "Tracker", "apart", "quantization_error", "sample", "shared_exponent"]
+__all__ = [
+    "HISTORY",
+    "Limits",
+    "Measured",
+    "Tracker",
+    "aligned",
+    "apart",
+    "quantization_error",
+    "sample",
+    "shared_exponent",
+]
 
 HISTORY = 8
 """Operations whose shared exponents are remembered."""
@@ -69,11 +78,19 @@ class Limits:
     exponent_range: float = 8.0
 
     def learn(self, measured: Measured, exponent_range: float) -> None:
-        """This was healthy."""
+        """A measurement in health."""
         self.overflow = max(self.overflow, _beyond(measured.overflow))
         self.underflow = max(self.underflow, _beyond(measured.underflow))
         self.error = max(self.error, _ERROR_MARGIN * (measured.error or 0.0))
         self.exponent_range = max(self.exponent_range, exponent_range + _EXPONENT_MARGIN)
+
+    def agreed(self) -> list[float]:
+        """What ranks agree on: the largest number of each."""
+        return [self.overflow, self.underflow, self.error, self.exponent_range]
+
+    def agree(self, values: list[float]) -> None:
+        """What :meth:`agreed` returned, the largest of all ranks."""
+        self.overflow, self.underflow, self.error, self.exponent_range = values
 
     def state_dict(self) -> dict[str, float]:
         """By name."""
@@ -123,7 +140,7 @@ class Tracker:
     def _sign_of_range(self, measured: Measured) -> str:
         if measured.exponent is None:
             return ""
-        seen = [*self._exponents][-(HISTORY - 1) :] + [measured.exponent]
+        seen = [*[*self._exponents][-(HISTORY - 1) :], measured.exponent]
         spread = max(seen) - min(seen)
         if spread > self.limits.exponent_range:
             return f"shared exponent varies by {spread} (limit {self.limits.exponent_range:g})"
@@ -137,6 +154,15 @@ class Tracker:
             if not fixed:
                 self.limits.learn(measured, self.exponent_range)
 
+    def agreed(self) -> list[float]:
+        """What ranks agree on: the largest number of each."""
+        return [*aligned([-exponent for exponent in self._exponents]), *self.limits.agreed()]
+
+    def agree(self, values: list[float]) -> None:
+        """What :meth:`agreed` returned, the largest of all ranks."""
+        self._exponents = deque((int(-value) for value in values[:HISTORY] if value > -math.inf), maxlen=HISTORY)
+        self.limits.agree(values[HISTORY:])
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {"exponents": list(self._exponents), "limits": self.limits.state_dict()}
@@ -147,12 +173,18 @@ class Tracker:
         self.limits = Limits(**state["limits"])
 
 
+def aligned(history: Iterable[float]) -> list[float]:
+    """The last ones at the end, and the lowest number where there are none."""
+    known = list(history)
+    return [-math.inf] * (HISTORY - len(known)) + known
+
+
 def sample(values: Tensor) -> Tensor:
     """Runs of neighbours, evenly spread: about a hundredth of ``values`` ``[n]``, and all of them if they are few."""
     runs = values.numel() // _RUN
     if runs < 2 * _PART:
         return values
-    return values[: runs * _RUN].view(runs, _RUN)[:: _PART]
+    return values[: runs * _RUN].view(runs, _RUN)[::_PART]
 
 
 def quantization_error(before: float, after: float) -> float | None:

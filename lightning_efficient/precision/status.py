@@ -116,6 +116,20 @@ class Status:
         self._good = 0
         run.high_in_a_row = 1
 
+    def agreed(self) -> list[float]:
+        """What ranks agree on: the largest number of each."""
+        return [
+            self.high, -self._recent_low, self._recent_retries, self.retries, self.low, self._wait, self._left,
+            -self._good,
+        ]  # fmt: skip
+
+    def agree(self, values: list[float]) -> None:
+        """What :meth:`agreed` returned, the largest of all ranks."""
+        high, low, retries, *counts = values
+        self._recent_low, self._recent_retries = -low, retries
+        self.high, (self.retries, self.low, self._wait, self._left) = int(high), map(int, counts[:4])
+        self._good = int(-counts[4])
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
         return {name.lstrip("_"): value for name, value in self.__dict__.items() if name != "_policy"}

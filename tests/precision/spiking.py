@@ -108,6 +108,14 @@ class Result:
         }
 
     @property
+    def logged_of_model(self) -> list[tuple[int, dict[str, float]]]:
+        """By step; without what the plugin says of itself."""
+        own = [
+            (step, {k: v for k, v in values.items() if not k.startswith("precision/")}) for step, values in self.logged
+        ]
+        return [entry for entry in own if entry[1]]
+
+    @property
     def counts(self) -> dict[str, int]:
         """Of incidents."""
         return dict(self.plugin._guard.incidents.counts) if self.plugin._guard else {}
@@ -115,7 +123,9 @@ class Result:
 
 def guarded(**more: Any) -> RollbackPrecision:
     """All in high bits (float32), with a spike guard, if ``more`` does not say otherwise."""
-    return RollbackPrecision(**{"high": "fp32", "pre_learning_steps": 1000, "spike_guard": GUARD, **more})
+    return RollbackPrecision(
+        **{"high": "fp32", "pre_learning_steps": 1000, "only_if_faster": False, "spike_guard": GUARD, **more}
+    )
 
 
 def train(

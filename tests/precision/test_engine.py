@@ -136,9 +136,7 @@ def learnt(bits: LowBits, loss: Callable[[], Tensor]) -> None:
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_spoilt_low_product_is_computed_again_in_high_bits_p2_p3(
-    role: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spoilt_low_product_is_computed_again_in_high_bits_p2_p3(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     module, x = nn.Linear(24, 32), torch.randn(64, 24)
 
@@ -233,3 +231,19 @@ def test_gradients_of_gradients_are_refused() -> None:
         (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
+
+
+def test_small_gradients_are_kept_in_fp16_p11() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(24, 32), torch.randn(64, 24)
+
+    def loss() -> Tensor:
+        return module(x).square().sum() * 1e-12
+
+    bits = LowBits(module, "fp16")
+    learnt(bits, loss)
+    _, gradients = plain(module, loss)
+    _, near = bits.step(loss)
+    assert not bits.engine.retries
+    for name, gradient in gradients.items():
+        assert float((near[name] - gradient).norm() / gradient.norm()) < 1e-3

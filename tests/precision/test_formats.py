@@ -58,6 +58,16 @@ def test_fp16_says_what_is_beyond_it_p9() -> None:
     assert encoded.measured.overflow == 0.25
 
 
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_gradients_in_fp16_have_a_scale_of_their_own_p11(size: float) -> None:
+    values = torch.randn(64, 64) * size
+    encoded = FORMATS["fp16"].encode(values, gradient=True)
+    assert (encoded.measured.overflow, encoded.measured.underflow) == (0, 0)
+    assert float((encoded.decoded() - values).abs().max()) <= 2**-11 * float(values.abs().max())
+    assert encoded.values is not None
+    assert 0.5 <= float(encoded.values.abs().max()) < 1
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_no_number_of_few_bits_p2(name: str, bad: float) -> None:

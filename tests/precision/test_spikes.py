@@ -25,7 +25,7 @@ from tests.precision.spiking import GUARD, Batches, Net, Result, guarded, train
 def assert_same(one: Result, other: Result) -> None:
     """Weights, buffers, optimizer, schedule, steps and logged values."""
     assert_same_tree(one.state, other.state, "state")
-    assert_same_tree(one.logged, other.logged, "logged")
+    assert_same_tree(one.logged_of_model, other.logged_of_model, "logged")
 
 
 class AtBatch(Callback):

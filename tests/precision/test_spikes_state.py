@@ -58,7 +58,7 @@ def test_a_step_that_a_scaler_would_leave_out_is_done_again(accumulate: int, gua
     assert "spikes" not in one.counts
     other = train(scaled(scale, spike_guard=guard), **more)
     assert_same_tree(one.state, other.state, "state")
-    assert_same_tree(one.logged, other.logged, "logged")
+    assert_same_tree(one.logged_of_model, other.logged_of_model, "logged")
     steps = {int(state["step"]) for state in one.state["optimizer"]["state"].values()}
     assert steps == {16 // accumulate}
 

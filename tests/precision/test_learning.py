@@ -1,0 +1,63 @@
+"""How long operations learn, and whether low bits pay (P1)."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_efficient.precision.learning import Learning
+
+
+def test_so_many_batches_however_often_it_is_computed_in_one_p1() -> None:
+    learning = Learning(3)
+    done = []
+    for batch in range(5):
+        for _ in range(2):
+            learning.begin(batch, (1.0,))
+        done.append(learning.done)
+    assert done == [False, False, False, True, True]
+
+
+def test_none_at_all() -> None:
+    learning = Learning(0)
+    learning.begin(0, (1.0,))
+    assert learning.done
+
+
+def test_until_the_limits_settle_p1() -> None:
+    growing, settled = Learning(None), Learning(None)
+    for batch in range(60):
+        growing.begin(batch, (float(batch), 1.0))
+        settled.begin(batch, (float(min(batch, 15)), 1.0))
+    assert not growing.done
+    assert settled.done
+    assert settled.batches == 15 + 1 + 10
+    for batch in range(60, 260):
+        growing.begin(batch, (float(batch), 1.0))
+    assert growing.done
+    assert growing.batches == 201
+
+
+@pytest.mark.parametrize(("low", "pays"), [(0.9, True), (1.1, False)])
+def test_low_bits_pay_if_the_median_batch_was_faster(low: float, pays: bool) -> None:
+    learning = Learning(5, timed=True)
+    for batch in range(6):
+        learning.begin(batch, ())
+        assert learning.times == (batch < 5)
+        for _ in range(3):  # the first batch is slow, and the third was disturbed
+            learning.took(100.0 if batch in (0, 2) else low, 1.0)
+    assert learning.low_pays is pays
+
+
+def test_what_was_learnt_is_kept() -> None:
+    one, other = Learning(None, timed=True), Learning(None, timed=True)
+    for batch in range(12):
+        one.begin(batch, (float(batch),))
+        one.took(0.5, 1.0)
+    other.load_state_dict(one.state_dict())
+    for batch in range(12, 40):
+        for learning in (one, other):
+            learning.begin(batch, (11.0,))
+            learning.took(0.5, 1.0)
+    assert one.done
+    assert one.low_pays
+    assert one.state_dict() == other.state_dict()
