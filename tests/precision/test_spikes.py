@@ -17,7 +17,7 @@ from torch import nn
 from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.offload import OffloadStrategy
 from lightning_efficient.precision.precision import RollbackPrecision
-from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, SPIKE, Level, SpikeGuard, judge
+from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, SPIKE, STEEP, Level, SpikeGuard, judge
 from tests.helpers.fitting import assert_same_tree
 from tests.precision.spiking import GUARD, Batches, Net, Result, guarded, train
 
@@ -83,7 +83,7 @@ def test_what_a_spike_is() -> None:
     ("loss", "norm", "scaled", "verdict"),
     [
         (3.0, 2.0, False, HEALTHY), (math.nextafter(3.0, 4), 2.0, False, SPIKE),
-        (1.0, math.nextafter(2.0, 3), True, SPIKE),
+        (1.0, math.nextafter(2.0, 3), True, STEEP),
         (math.nan, 0.0, True, NOT_FINITE), (-math.inf, 0.0, False, NOT_FINITE), (1.0, math.inf, False, NOT_FINITE),
         (1.0, math.nan, True, OVERFLOW),
     ],
@@ -185,6 +185,17 @@ def test_a_spike_of_few_bits_heals_in_high_ones_as_if_nothing_had_been(accumulat
     assert one.module.hooks == other.module.hooks
     assert one.module.net[1].num_batches_tracked == 16
     assert_same_tree(one.plugin.state_dict()["nodes"], plugin.state_dict()["nodes"], "nodes")
+
+
+def test_a_gradient_that_is_as_large_in_high_bits_is_right() -> None:
+    class Steep(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss, weight = super().training_step(batch, batch_idx), self.net[0].weight
+            return loss + 1e3 * (weight - weight.detach()).sum() if batch_idx == 9 else loss
+
+    one, other = train(guarded(), module=Steep()), train(guarded(spike_guard=None), module=Steep())
+    assert one.counts == {"spikes": 1, "confirmed": 1}
+    assert_same(one, other)
 
 
 def test_few_bits_that_cause_spikes_again_and_again_wait() -> None:
