@@ -267,8 +267,8 @@ class Guard:
         blame, self._blame = self._blame, None
         return FloatingPointError(
             f"{place(self._trainer, batch)}: the {self._judgement.culprit} is not finite, in high bits and from the "
-            f"last good snapshot either. It became so at {blame.found()}. Look at the batch and at that operation: bits are "
-            "not to blame."
+            f"last good snapshot either. It became so at {blame.found()}. Look at the batch and at that operation: "
+            "bits are not to blame."
         )
 
     def _most(self, number: int) -> int:

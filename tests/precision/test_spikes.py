@@ -18,30 +18,15 @@ from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.offload import OffloadStrategy
 from lightning_efficient.precision.precision import RollbackPrecision
 from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, SPIKE, STEEP, Level, SpikeGuard, judge
-from tests.helpers.fitting import assert_same_tree
-from tests.precision.spiking import GUARD, Batches, Net, Result, guarded, train
+from tests.helpers.fitting import assert_same_tree, fit
+from tests.precision.spiking import GUARD, AtBatch, Batches, Net, Result, guarded, train
+from tests.technique_settings import named
 
 
 def assert_same(one: Result, other: Result) -> None:
     """Weights, buffers, optimizer, schedule, steps and logged values."""
     assert_same_tree(one.state, other.state, "state")
     assert_same_tree(one.logged_of_model, other.logged_of_model, "logged")
-
-
-class AtBatch(Callback):
-    """Does something when a batch begins.
-
-    Args:
-        at: Which.
-        action: Gets the module.
-    """
-
-    def __init__(self, at: int, action: Any) -> None:
-        self.at, self.action = at, action
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.at:
-            self.action(pl_module)
 
 
 @torch.no_grad()
@@ -339,3 +324,24 @@ def test_a_mask_is_not_to_blame() -> None:
     module.net.insert(1, Masked())
     with pytest.raises(FloatingPointError, match=r"log in 'net\.1'"):
         train(guarded(), module=module)
+
+
+def test_a_network_that_grows_goes_back_to_what_it_has_grown_to() -> None:
+    def damage_block(module: Any) -> None:
+        with torch.no_grad():
+            module.model.blocks[0].attention.output.weight.fill_(math.nan)
+
+    class AfterSwitch(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == max(setting.switches) + 3:
+                damage_block(pl_module)
+
+    def go(plugin: RollbackPrecision, *after: Callback) -> Any:
+        return fit(setting, build=setting.build() | {"plugins": [plugin]}, after=after)
+
+    setting = named("stack")
+    guard = {"window": 6, "snapshot_every": 2}
+    one, other = go(guarded(spike_guard=guard), AfterSwitch()), go(guarded(spike_guard=None))
+    assert one.trainer.precision_plugin.measurements()["precision/healed_from_snapshot"] == 1
+    assert_same_tree(one.weights, other.weights, "weights")
+    assert_same_tree(one.optimizers, other.optimizers, "optimizers")
