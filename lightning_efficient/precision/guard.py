@@ -122,6 +122,8 @@ class Guard:
     ) -> dict[str, Any]:
         """In place of what Lightning does with one."""
         self._stepped = True
+        if compat_replay.searches_rate(self._trainer):
+            return run(optimizer, batch_idx, arguments)
         kept = self._keep(batch_idx, arguments)
         attempt = partial(self._attempt, partial(run, optimizer, batch_idx, arguments))
         high = self.incidents.begin()

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -18,7 +19,7 @@ from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.offload import OffloadStrategy
 from lightning_efficient.precision.precision import RollbackPrecision
 from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, SPIKE, STEEP, Level, SpikeGuard, judge
-from tests.helpers.fitting import assert_same_tree, fit
+from tests.helpers.fitting import assert_same_tree, fit, make_trainer
 from tests.precision.spiking import GUARD, AtBatch, Batches, Net, Result, guarded, train
 from tests.technique_settings import named
 
@@ -124,6 +125,16 @@ def test_a_guard_changes_nothing_in_a_healthy_run() -> None:
     assert "update_lr_schedulers" not in loop.__dict__
 
 
+def test_a_search_for_a_rate_is_left_alone(tmp_path: Path) -> None:
+    plugin = guarded(spike_guard=GUARD)
+    trainer = make_trainer(plugins=[plugin], max_epochs=1, max_steps=-1, default_root_dir=tmp_path)
+    module = Net(plain=True)
+    module.lr = 0.0
+    found = Tuner(trainer).lr_find(module, Batches(60).loader(), min_lr=1e-3, max_lr=1e6, num_training=60)
+    assert max(found.results["loss"]) > 4 * min(found.results["loss"])
+    assert not plugin._guard.incidents.counts
+
+
 # -- (a) the same batch in high bits ----------------------------------------------------------------------------------
 
 
@@ -196,8 +207,9 @@ def test_few_bits_that_cause_spikes_again_and_again_wait() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_damaged_weights_heal_from_a_snapshot(accumulate: int) -> None:
     averages = [EMAWeightAveraging(decay=0.5), EMAWeightAveraging(decay=0.5)]
-    one = train(guarded(), averages[0], AtBatch(13, damage), accumulate_grad_batches=accumulate)
-    other = train(guarded(), averages[1], accumulate_grad_batches=accumulate)
+    more = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    one = train(guarded(), averages[0], AtBatch(13, damage), **more)
+    other = train(guarded(), averages[1], **more)
     assert one.counts == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
     assert_same(one, other)  # the weights at the end are the averages
     assert one.module.hooks == other.module.hooks
@@ -211,9 +223,23 @@ def test_over_the_end_of_an_epoch() -> None:
             if trainer.current_epoch == 1:
                 super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    epochs = {"max_epochs": 2, "data": None}
-    one = train(guarded(), InSecondEpoch(1, damage), **(epochs | {"data": Batches(9)}))
-    other = train(guarded(), **(epochs | {"data": Batches(9)}))
+    class Warm(Net):
+        """Its learning rate is set by the number of the step, in the step."""
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            self.seen.append((epoch, batch_idx, self.trainer.global_step))
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (1 + self.trainer.global_step)
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def go(*callbacks: Callback) -> Result:
+        module = Warm()
+        module.seen = []
+        return train(guarded(), *callbacks, data=Batches(9), module=module, max_epochs=2)
+
+    one, other = go(InSecondEpoch(1, damage)), go()
+    assert set(one.module.seen) == set(other.module.seen)  # the same, some of them again
+    assert len(one.module.seen) > len(other.module.seen)
     assert one.counts["healed_from_snapshot"] == 1
     assert_same(one, other)
 

@@ -90,9 +90,17 @@ def on_rank(rank: int, accumulate: int) -> dict[str, Any]:
         data = Batches(bad=bad if rank == 1 else {}, without=without, rank=rank)
         return train(guarded(), data=data, module=Net(plain=True), **more)
 
+    def damage(module: Any) -> None:
+        if rank == 1:
+            module.net[0].weight.data.mul_(1e4)
+
+    healed = train(guarded(), AtBatch(11, damage), data=Batches(rank=rank), module=Net(plain=True), **more)
     bad = go({9: 1000.0})
     without = go({}, (8, 9)[-1 if accumulate == 1 else 0 :])
-    return {"bad": bad.state, "without": without.state, "counts": bad.counts, "reason": bad.plugin.skipped_batches()}
+    return {
+        "bad": bad.state, "without": without.state, "counts": bad.counts, "reason": bad.plugin.skipped_batches(),
+        "healed": healed.state, "whole": go({}).state, "healed counts": healed.counts,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -103,6 +111,9 @@ def test_ranks_agree_on_a_spike_of_one(accumulate: int, tmp_path: Path) -> None:
     assert_same_tree(one["bad"], other["bad"], "ranks")
     assert_same_tree(one["bad"], one["without"], "as if it had not been there")
     assert "loss" in other["reason"][0]["reason"]
+    assert one["healed counts"] == other["healed counts"] == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
+    assert_same_tree(one["healed"], other["healed"], "ranks")
+    assert_same_tree(one["healed"], one["whole"], "healed")
 
 
 class Sharded(Net):
