@@ -99,7 +99,8 @@ def to_integers(values: Tensor, exponent: int, *, key: int | None = None) -> tup
 
 
 def _encode_in_c(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Measured:
-    numel, (factor, again), library = values.numel(), _factors(exponent), _library_for(values)
+    numel, (factor, again) = values.numel(), _factors(exponent)
+    library: Any = _library()
     parts = -(-numel // _PART)
     counts, sums = torch.zeros(parts, 3, dtype=torch.int64), torch.zeros(parts, 2, dtype=torch.float64)
     table = noise_table(values.device) if key is not None else None

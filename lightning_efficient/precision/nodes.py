@@ -163,8 +163,7 @@ class Node:
 
     def agreed(self) -> list[float]:
         """What ranks agree on: the largest number of each."""
-        parts = (self.learning, *self.products.values(), *self.tensors.values())
-        return [value for part in parts for value in part.agreed()]
+        return [value for part in self._parts() for value in part.agreed()]
 
     @classmethod
     @cache
@@ -174,9 +173,13 @@ class Node:
 
     def agree(self, values: list[float]) -> None:
         """What :meth:`agreed` returned, the largest of all ranks."""
-        parts = (self.learning, *self.products.values(), *self.tensors.values())
-        for part, own in zip(parts, _split(values, *(len(part.agreed()) for part in parts)), strict=False):
+        parts = self._parts()
+        lengths = [len(part.agreed()) for part in parts]
+        for part, own in zip(parts, _split(values, *lengths[:-1]), strict=True):
             part.agree(own)
+
+    def _parts(self) -> list[Learning | Product | Tracker]:
+        return [self.learning, *self.products.values(), *self.tensors.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""

@@ -37,7 +37,7 @@ __all__ = ["RollbackPrecision"]
 _HIGH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _VERSION = 1
 _LINES = 20  # for retries; then a line for every hundredth
-_LAYOUT = {
+_LAYOUT: dict[str, dict[str, list[object]]] = {
     "precision": {
         "share of work in low bits": ["Multiline", [r"precision/low_share"]],
         "products computed again": ["Multiline", [r"precision/retries.*"]],
@@ -188,7 +188,7 @@ class RollbackPrecision(WrappingPrecision):
     def _batch_ended(self, trainer: pl.Trainer) -> None:
         """Log, and say when all have learnt."""
         if telemetry.due(trainer):
-            telemetry.log(trainer, self.measurements() | self._by_operation())
+            telemetry.log(trainer, {**self.measurements(), **self._by_operation()})
             self._work = self._engine.low_work, self._engine.work
         if not self._all_learnt and self.nodes and all(node.learning.done for node in self.nodes.values()):
             self._all_learnt = True
