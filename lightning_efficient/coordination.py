@@ -89,7 +89,7 @@ class SnapshotSource(Protocol):
         """The newest complete one, or None."""
 
     def discard_after(self, step: int) -> None:
-        """Forget those of later steps: the run went back to ``step``."""
+        """Forget those of later steps: the run is about to go back to ``step``, and to put other weights in place."""
 
 
 def members(trainer: pl.Trainer) -> Iterator[object]:

@@ -402,7 +402,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return self.engine.last_good()
 
     def discard_after(self, step: int) -> None:
-        """Forget those in memory of later steps."""
+        """Forget those in memory of later steps, and finish all copies: weights are about to change."""
+        self.engine.settle()
         self.engine.discard_after(step)
 
     # -- state and telemetry -----------------------------------------------------------------------------------------

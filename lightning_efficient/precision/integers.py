@@ -167,7 +167,7 @@ def multiply(one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = No
     Returns:
         float32 ``[M, N]``.
     """
-    terms = one.shape[1]
+    one, other, terms = _plain(one), _plain(other), one.shape[1]
     if 0 < terms <= _MOST_TERMS and one.shape[0] and other.shape[1]:
         return _converted(torch._int_mm(one, other), exponent, bias)
     result = one.new_zeros(one.shape[0], other.shape[1], dtype=torch.float32)
@@ -175,6 +175,14 @@ def multiply(one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = No
         sums = torch._int_mm(one[:, start : start + _MOST_TERMS], other[start : start + _MOST_TERMS])
         result += _converted(sums, exponent, None)
     return result if bias is None else result.add_(bias)
+
+
+def _plain(codes: Tensor) -> Tensor:
+    """Of a matrix of one row or column: with the strides of one that is no view.
+
+    Without them torch 2.13's kernel for a CPU leaves the result as the memory was.
+    """
+    return codes.reshape(-1).view(codes.shape) if 1 in codes.shape else codes
 
 
 def _converted(sums: Tensor, exponent: int, bias: Tensor | None) -> Tensor:

@@ -7,13 +7,14 @@ import fnmatch
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,11 +25,13 @@ from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.precision.agreement import Agreement
 from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import format_named
+from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
 from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.signs import Limits
+from lightning_efficient.precision.spikes import SpikeGuard
 from lightning_efficient.precision.status import ReturnPolicy
 from lightning_efficient.precision.wrapping import WrappingPrecision
 
@@ -42,6 +45,7 @@ _LAYOUT: dict[str, dict[str, list[object]]] = {
         "share of work in low bits": ["Multiline", [r"precision/low_share"]],
         "products computed again": ["Multiline", [r"precision/retries.*"]],
         "shared exponents": ["Multiline", [r"precision/exponent/.*"]],
+        "batches done again": ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]],
     }
 }
 _log = logging.getLogger(__name__)
@@ -65,6 +69,11 @@ class RollbackPrecision(WrappingPrecision):
         retry_rate: Of a product's last tries in few bits, the part that had to be computed again, under which they are
             allowed at once.
         thresholds: Limits to use rather than learn: ``overflow``, ``underflow``, ``error``, ``exponent_range``.
+        spike_guard: Where a loss or the norm of a gradient is far beyond what it was, or not finite, do the batch
+            again in high bits, then from the last good snapshot, and leave it out only if that does not help:
+            ``{"factor": 3.0, "window": 50}``, and what else ``SpikeGuard`` in ``spikes.py`` has. None: off, and what
+            is not finite is not looked for. (Steps that a loss scaler of ``inner`` would leave out are done again in
+            any case.)
         exclude: Patterns of names of operations that stay in high bits, as in ``precision_map()``.
         only_if_faster: Leave operations alone for which few bits took longer than many, with all that guards them, as
             they learnt. Formats that are emulated, which take longer always, are not asked. As times differ from run
@@ -86,6 +95,7 @@ class RollbackPrecision(WrappingPrecision):
         return_after: int = 20,
         retry_rate: float = 0.05,
         thresholds: Mapping[str, float] | None = None,
+        spike_guard: dict[str, Any] | None = None,
         exclude: Sequence[str] = (),
         only_if_faster: bool = True,
         stochastic_rounding: bool = False,
@@ -102,7 +112,7 @@ class RollbackPrecision(WrappingPrecision):
             raise ValueError("inner= is another RollbackPrecision: give the plugin that it shall wrap.")
         super().__init__(inner or (MixedPrecision("bf16-mixed", "cpu") if high == "bf16" else Precision()))
         self._low, self._policy = format_named(low), ReturnPolicy(return_after, retry_rate)
-        self._limits = _limits(thresholds)
+        self._limits, self._spikes = _limits(thresholds), SpikeGuard.of(spike_guard)
         self._learn_until = None if pre_learning_steps == "auto" else pre_learning_steps
         self._timed = only_if_faster and not self._low.emulated
         self._exclude, self._seed = tuple(exclude), seed
@@ -128,6 +138,8 @@ class RollbackPrecision(WrappingPrecision):
         self._events: list[telemetry.Event] = []
         self._all_learnt = False
         self._work = (0, 0)
+        guards = self._spikes is not None or self.scaler is not None
+        self._guard = Guard(self._spikes, self, self.scaler) if guards else None
 
     # When
 
@@ -148,6 +160,8 @@ class RollbackPrecision(WrappingPrecision):
             if self._lifecycle not in trainer.callbacks:  # type: ignore[attr-defined]
                 trainer.callbacks.insert(0, self._lifecycle)  # type: ignore[attr-defined]
             self._agreement = _agreement(trainer) if trainer.world_size > 1 else None
+            if self._guard is not None and trainer.state.fn == TrainerFn.FITTING:
+                self._guard.attach(trainer)
         return super().connect(model, optimizers, lr_schedulers)
 
     @contextlib.contextmanager
@@ -161,6 +175,12 @@ class RollbackPrecision(WrappingPrecision):
         with self.inner.train_step_context(), self._operations:
             yield
 
+    def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """The guard sees the loss before a scaler does."""
+        if self._guard is not None:
+            self._guard.before_backward(tensor)
+        return super().pre_backward(tensor, module)
+
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
@@ -168,6 +188,13 @@ class RollbackPrecision(WrappingPrecision):
         with self._operations:
             self.inner.backward(tensor, model, optimizer, *args, **kwargs)
         self._note_retries()
+
+    def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """The guard has it done again if need be."""
+        loss = super().post_backward(tensor, module)
+        if self._guard is not None:
+            self._guard.after_backward()
+        return loss
 
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: pl.LightningModule, closure: Any, **kwargs: Any
@@ -184,6 +211,28 @@ class RollbackPrecision(WrappingPrecision):
         for name in (*change.added, *change.removed, *change.replaced):
             self.nodes.pop(name.removesuffix(".weight"), None)
         self._all_learnt = False
+        if self._guard is not None:
+            self._guard.parameters_changed()
+
+    def compute_high(self, high: bool) -> None:
+        """Everything from now on; or as is decided for each product again."""
+        self._engine.force_high = high
+
+    def kept(self) -> Callable[[], None]:
+        """Note what is known of the network; returns what goes back to that, as often as it is called."""
+        nodes = {name: (node.state_dict(), node.last_low) for name, node in self.nodes.items()}
+        engine, retries, batches = self._engine, Counter(self._retries), self._batches
+        counted = engine.run.high_in_a_row, engine.low_work, engine.work
+
+        def back() -> None:
+            for name, node in self.nodes.items():
+                state, node.last_low = nodes.get(name) or (self._new(name, node.kind).state_dict(), False)
+                node.load_state_dict(state)
+            engine.run.high_in_a_row, engine.low_work, engine.work = counted
+            engine.retries = []
+            self._retries, self._batches = Counter(retries), batches
+
+        return back
 
     def _batch_ended(self, trainer: pl.Trainer) -> None:
         """Log, and say when all have learnt."""
@@ -212,6 +261,8 @@ class RollbackPrecision(WrappingPrecision):
         """Leave the Trainer as it was."""
         if self._trainer is not None and self._lifecycle in self._trainer.callbacks:  # type: ignore[attr-defined]
             self._trainer.callbacks.remove(self._lifecycle)  # type: ignore[attr-defined]
+        if self._guard is not None:
+            self._guard.detach()
         self._module = self._trainer = self._agreement = None
         super().teardown()
 
@@ -220,12 +271,15 @@ class RollbackPrecision(WrappingPrecision):
     def _make(self, name: str, kind: str) -> Node:
         if name in self.nodes:
             return self.nodes[name]
-        learning = Learning(self._learn_until, timed=self._timed)
-        node = self.nodes[name] = Node(name, kind, self._policy, self._limits, learning)
+        node = self.nodes[name] = self._new(name, kind)
         state = self._loaded.pop(name, None)
         if state is not None and state["kind"] == kind:
             node.load_state_dict(state)
         return node
+
+    def _new(self, name: str, kind: str) -> Node:
+        learning = Learning(self._learn_until, timed=self._timed)
+        return Node(name, kind, self._policy, self._limits, learning)
 
     def _takes_part(self, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._exclude)
@@ -242,7 +296,7 @@ class RollbackPrecision(WrappingPrecision):
         for (_, sign), count in self._retries.items():
             tag = f"precision/retries_{sign.replace(' ', '_')}"
             values[tag] = values.get(tag, 0.0) + count
-        return values
+        return values | (self._guard.measurements() if self._guard is not None else {})
 
     def _by_operation(self) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -256,8 +310,13 @@ class RollbackPrecision(WrappingPrecision):
         return values
 
     def events(self) -> Sequence[telemetry.Event]:
-        """When operations had learnt."""
-        return self._events
+        """When operations had learnt; each batch that spiked, and what became of it."""
+        spikes = self._guard.events() if self._guard is not None else []
+        return sorted([*self._events, *spikes], key=lambda event: event.step)
+
+    def skipped_batches(self) -> list[dict[str, Any]]:
+        """The last batches that the spike guard has left out: their ``epoch``, ``batch``, ``step`` and ``reason``."""
+        return list(self._guard.incidents.skipped) if self._guard is not None else []
 
     def state_dict(self) -> dict[str, Any]:
         """Of all nodes."""
@@ -267,6 +326,7 @@ class RollbackPrecision(WrappingPrecision):
             "retries": [[*key, count] for key, count in self._retries.items()], "all_learnt": self._all_learnt,
             "events": [[event.step, event.text] for event in self._events],
             "work": [self._engine.low_work, self._engine.work, *self._work], "inner": self.inner.state_dict(),
+            "guard": self._guard.state_dict() if self._guard is not None else None,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -287,6 +347,8 @@ class RollbackPrecision(WrappingPrecision):
         self.nodes.clear()
         self._operations.forget()
         self.inner.load_state_dict(state_dict["inner"])
+        if self._guard is not None:
+            self._guard.load_state_dict(state_dict.get("guard"))
 
 
 class _Lifecycle(pl.Callback):

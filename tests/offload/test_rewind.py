@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_efficient.core import watched_tensors
 from lightning_efficient.core.random_state import random_state, restore_random_state
+from lightning_efficient.core.watched_tensors import Slot, WatchedTensors, buffer_slots
 from lightning_efficient.offload.batches import rewind
-from lightning_efficient.offload.batches.rewind import KeptGradients, Slot, WatchedTensors, buffer_slots
+from lightning_efficient.offload.batches.rewind import KeptGradients
 
 
 def test_o7_all_generators_go_back() -> None:
@@ -68,7 +70,7 @@ def test_o7_tensors_go_back_and_stay_the_same_objects() -> None:
 
 
 def test_o7_only_what_changes_is_copied_and_what_changes_late_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewind, "_SMALL", 0)
+    monkeypatch.setattr(watched_tensors, "_SMALL", 0)
     module = Buffers()
     tensors = watched(module)
     tensors.keep()

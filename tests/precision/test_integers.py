@@ -117,6 +117,15 @@ def test_one_pair_of_codes_serves_the_three_products_of_a_layer_p5() -> None:
     assert torch.equal(multiply(gq.t(), xq, qg + qx), (gd.t() @ xd).float())
 
 
+@pytest.mark.parametrize(("rows", "terms", "columns"), [(1, 32, 16), (16, 1, 8), (16, 32, 1), (1, 4, 1), (1, 1, 5)])
+def test_views_of_one_row_or_column_p5(rows: int, terms: int, columns: int) -> None:
+    """Torch 2.13's kernel takes a transposed column for something else, and leaves the result as the memory was."""
+    one = torch.randint(-LARGEST, LARGEST + 1, (terms, rows), dtype=torch.int8).t()
+    other = torch.randint(-LARGEST, LARGEST + 1, (columns, terms), dtype=torch.int8).t()
+    for a, b in ((one, other), (one, other.contiguous()), (one.clone(), other)):
+        assert torch.equal(multiply(a, b, 0).double(), a.double() @ b.double())
+
+
 def test_sums_of_more_terms_than_32_bits_hold_are_taken_in_parts() -> None:
     terms = 140_000
     one = torch.full((17, terms), LARGEST, dtype=torch.int8)

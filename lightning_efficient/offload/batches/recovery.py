@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_efficient.compat_steps import ClosureResult, logged_in_training_step
 from lightning_efficient.core.memory_meter import MemoryMeter
 from lightning_efficient.core.random_state import random_state, restore_random_state
+from lightning_efficient.core.watched_tensors import WatchedTensors, buffer_slots
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.free_memory import empty_caches, free_bytes, is_out_of_memory
-from lightning_efficient.offload.batches.rewind import KeptGradients, WatchedTensors, buffer_slots
+from lightning_efficient.offload.batches.rewind import KeptGradients
 from lightning_efficient.offload.batches.step_logs import StepLogs
 from lightning_efficient.offload.batches.step_metrics import StepMetrics
 

@@ -18,7 +18,7 @@ from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_mean, di
 from torchmetrics.wrappers import Running
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from lightning_efficient.offload.batches.rewind import Slot, WatchedTensors
+from lightning_efficient.core.watched_tensors import Slot, WatchedTensors
 
 __all__ = ["StepMetrics"]
 

@@ -1,0 +1,146 @@
+"""Back to the last good snapshot, and through the batches since then in high bits.
+
+A part of ``precision.py``. Schedulers stand where they stand: each batch is replayed with the learning rate, the random
+numbers and the counters that it had. What those batches have logged, and what metrics made of them, stays as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lightning_efficient import compat_replay
+from lightning_efficient.coordination import KeptState, SnapshotSource, find
+from lightning_efficient.core.random_state import restore_random_state
+from lightning_efficient.core.torch_internals import tensor_version
+from lightning_efficient.precision.replay import KeptStep, set_group_options
+from lightning_efficient.precision.ring import KeptBatch, Ring
+from lightning_efficient.precision.spikes import SpikeGuard
+
+__all__ = ["Kept", "Rollback"]
+
+
+@dataclass
+class Kept:
+    """All that a batch may change, as it was before.
+
+    Attributes:
+        batch: Which.
+        step: What the pass changes.
+        logs: Undoes what it logs.
+        bits: Goes back to what was known of the network.
+        tensors: Of the batch, and how often they had been changed.
+    """
+
+    batch: KeptBatch
+    step: KeptStep
+    logs: Callable[[], None]
+    bits: Callable[[], None]
+    tensors: list[tuple[Tensor, int]]
+
+    def changed(self) -> bool:
+        """Whether the batch is not what it was."""
+        return any(tensor_version(tensor) != version for tensor, version in self.tensors)
+
+    def back(self) -> None:
+        """As before the batch."""
+        self.step.back()
+        self.logs()
+        self.bits()
+        self.batch.count()
+
+
+class Rollback:
+    """Of one fit.
+
+    Args:
+        trainer: That trains.
+        settings: How far back one can go.
+    """
+
+    def __init__(self, trainer: pl.Trainer, settings: SpikeGuard) -> None:
+        self._trainer = trainer
+        self.ring = Ring(settings)
+        # Of several ranks only one would have the snapshots of a checkpoint IO.
+        self._source = find(trainer, SnapshotSource) if trainer.world_size == 1 else None
+
+    def add(self, batch: KeptBatch) -> None:
+        """A batch begins."""
+        elsewhere = self._elsewhere()
+        self.ring.add(batch, self._modules(), self._trainer.optimizers, elsewhere.step if elsewhere else None)
+
+    def go_back(self, kept: Kept, run: compat_replay.RunBatch) -> int | None:
+        """Restore a snapshot and do the batches since again, up to the one in progress.
+
+        Args:
+            kept: Of that one, and gone back to; afterwards it is what the replay has led to.
+            run: Does a batch, with the optimizer's step.
+
+        Returns:
+            The step of the snapshot; None if there is none that would make a difference.
+        """
+        found = self._choose()
+        if found is None:
+            return None
+        step, restore, batches = found
+        source = find(self._trainer, SnapshotSource)
+        if source is not None:
+            source.discard_after(step)  # what it still copies is copied when this returns
+        self.ring.discard_after(step)
+        restore()
+        for average, _ in compat_replay.with_averages(self._trainer):
+            average.load_state_dict(average.state_dict() | {"latest_update_step": step})
+        for batch in batches:
+            self._replay(batch, run)
+        now = kept.batch
+        now.count()
+        set_group_options(self._trainer.optimizers, now.options)
+        kept.logs()
+        kept.bits()
+        kept.step.keep_replayed(now.random, adds=not now.begins)
+        return step
+
+    def _replay(self, batch: KeptBatch, run: compat_replay.RunBatch) -> None:
+        trainer = self._trainer
+        batch.replayed = True
+        batch.count()
+        set_group_options(trainer.optimizers, batch.options)
+        if not batch.skipped:
+            restore_random_state(batch.random)
+            run(trainer.optimizers[0], batch.batch_idx, batch.arguments)
+        elif batch.stepped:
+            compat_replay.step_with_what_is_there(trainer, batch.batch_idx)
+        for average, _ in compat_replay.with_averages(trainer):
+            data = next(iter(batch.arguments.values()))
+            average.on_train_batch_end(trainer, trainer.lightning_module, {}, data, batch.batch_idx)
+
+    def _choose(self) -> tuple[int, Callable[[], None], list[KeptBatch]] | None:
+        """The oldest snapshot from which there is something to replay that was not replayed before."""
+        choices: list[tuple[int, Callable[[], None]]] = [(one.step, one.back) for one in self.ring.snapshots]
+        elsewhere = self._elsewhere()
+        if elsewhere is not None:
+            choices.append((elsewhere.step, lambda: self._load(elsewhere)))
+        for step, restore in sorted(choices, key=lambda choice: choice[0]):
+            batches = self.ring.since(step)
+            if any(not batch.replayed for batch in batches):
+                return step, restore, batches
+        return None
+
+    def _elsewhere(self) -> KeptState | None:
+        return self._source.last_good() if self._source is not None else None
+
+    def _load(self, kept: KeptState) -> None:
+        trainer, checkpoint = self._trainer, kept.load()
+        weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=trainer.lightning_module.strict_loading)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        trainer.lightning_module.zero_grad()
+        for _, model in compat_replay.with_averages(trainer):
+            averaged = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
+            model.load_state_dict(averaged | checkpoint.get("averaging_state", {}))
+
+    def _modules(self) -> list[nn.Module]:
+        return [self._trainer.lightning_module, *(model for _, model in compat_replay.with_averages(self._trainer))]
