@@ -7,7 +7,6 @@ decided by :mod:`lightning_efficient.precision.status`.)
 from __future__ import annotations
 
 import math
-import re
 import time
 import weakref
 from collections.abc import Callable
@@ -47,11 +46,6 @@ class Retry:
     node: str
     role: Role
     reason: str
-
-    @property
-    def sign(self) -> str:
-        """The reason without its figures, which are many."""
-        return re.split(r" (?:of|by|are) [0-9]| \(| [0-9]", self.reason)[0]
 
 
 class Engine:
