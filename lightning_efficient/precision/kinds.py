@@ -41,8 +41,10 @@ class Kind(ABC):
     def grad_bias(self, gradient: Tensor) -> Tensor:
         """The sum of what it was added to."""
 
-    def in_integers(self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes) -> Tensor | None:
-        """A product by the kernels for integers; None where there are none for it."""
+    def in_integers(
+        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes, dtype: torch.dtype
+    ) -> Tensor | None:
+        """A product by the kernels for integers, of this type; None where there are none for it."""
         return None
 
     def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
@@ -70,16 +72,18 @@ class MatMul(Kind):
     def grad_bias(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).sum(0)
 
-    def in_integers(self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes) -> Tensor | None:
+    def in_integers(
+        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes, dtype: torch.dtype
+    ) -> Tensor | None:
         if len(shapes[1]) != 2 or one.integers is None or other.integers is None:
             return None
         a, b, exponent = one.integers.codes, other.integers.codes, one.integers.exponent + other.integers.exponent
         rows = a.reshape(-1, a.shape[-1])
         if role == "forward":
-            return multiply(rows, self._right(b), exponent, bias).view(*a.shape[:-1], -1)
+            return multiply(rows, self._right(b), exponent, bias, dtype).view(*a.shape[:-1], -1)
         if role == "grad_input":
-            return multiply(rows, self._right(b).t(), exponent).view(shapes[0])
-        return self._as_weight(rows, b.reshape(-1, b.shape[-1]), exponent)
+            return multiply(rows, self._right(b).t(), exponent, dtype=dtype).view(shapes[0])
+        return self._as_weight(rows, b.reshape(-1, b.shape[-1]), exponent, dtype)
 
     def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
         if weight.dim() != 2:
@@ -97,8 +101,8 @@ class MatMul(Kind):
         """The matrix that is multiplied by."""
         return weight
 
-    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int) -> Tensor:
-        return multiply(x.t(), gradient, exponent)
+    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
+        return multiply(x.t(), gradient, exponent, dtype=dtype)
 
 
 class Linear(MatMul):
@@ -118,8 +122,8 @@ class Linear(MatMul):
     def _right(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int) -> Tensor:
-        return multiply(gradient.t(), x, exponent)
+    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
+        return multiply(gradient.t(), x, exponent, dtype=dtype)
 
 
 @dataclass(frozen=True)
