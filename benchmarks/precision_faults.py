@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ __all__ = ["FAULTS", "PLAN", "QUICK", "Fault", "Outcome", "Plan", "measured_faul
 
 OUTLIER = 2.0**12
 JUMP = 2.0**10
-DRIFT = 1.1  # times as large each step
+DRIFT = 1.12  # times as large each step
 SPOILT = -(2.0**12)
 _SILENT = 0  # channel of the first hidden layer whose outgoing weights are and stay zero
 
@@ -44,7 +45,7 @@ class Plan:
     steps: int
 
 
-PLAN = Plan(pre_learning=50, begin=200, end=300, steps=450)
+PLAN = Plan(pre_learning=50, begin=150, end=230, steps=340)
 QUICK = Plan(pre_learning=4, begin=8, end=12, steps=20)
 
 Fault = Callable[[DigitsMlp, int], AbstractContextManager[Any]]
@@ -153,7 +154,7 @@ class Outcome:
     """Of one run.
 
     Attributes:
-        loss: Its mean from the beginning of the fault on.
+        loss: Its mean from the beginning of the fault on; infinite if it ended in what is not finite.
         low: Part of the operations that were in few bits: before the fault, while it lasted, and after it.
         retries: While it lasted.
         recovery: Steps after it until as many operations as before, or nine in ten of those, are in few bits; None: not
@@ -187,6 +188,7 @@ def run_with_fault(fault: Fault, arm: str, seed: int, plan: Plan) -> Outcome:
             if len(losses) == plan.steps:
                 break
     loss = statistics.fmean(losses[plan.begin :])
+    loss = loss if math.isfinite(loss) else math.inf
     return Outcome(loss, *_shares(counts, plan)) if nodes else Outcome(loss)
 
 

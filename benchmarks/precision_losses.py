@@ -21,13 +21,11 @@ __all__ = ["HEALTHY_ARMS", "Healthy", "measured_health"]
 
 HEALTHY_ARMS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
-    "int8, fp32 around it": {"low": "int8", "high": "fp32"},
-    "int8, bf16-mixed around it": {"low": "int8", "high": "bf16"},
+    "int8": {"low": "int8", "high": "fp32"},
     "int8, rounded at random": {"low": "int8", "high": "fp32", "stochastic_rounding": True},
-    "bfp16": {"low": "bfp16", "high": "fp32"},
     "fp8": {"low": "fp8", "high": "fp32"},
 }
-CLAIMED = ("int8, fp32 around it", "int8, bf16-mixed around it")
+CLAIMED = ("int8",)
 """Arms whose shares are the benchmark's figures."""
 Task = Literal["byte language model", "MLP on digits", "ResNet with GELU on digits"]
 TASKS: tuple[Task, ...] = ("byte language model", "MLP on digits", "ResNet with GELU on digits")

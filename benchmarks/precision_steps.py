@@ -49,7 +49,7 @@ class Size:
         return f"{self.blocks} blocks of width {self.width}, {tokens:,} tokens"
 
 
-SIZE = Size(1024, 2, 4, 256, 9)
+SIZE = Size(1024, 2, 4, 256, 7)
 QUICK = Size(128, 1, 1, 128, 2)
 
 FP32, BF16 = "fp32", "bf16-mixed"
@@ -201,7 +201,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (formats.SharedExponent, "encode", "quantize"),
     (torch, "_int_mm", "products in int8"),
     (integers, "_converted", "results from int32"),
-    (engine, "_measured", "signs"),
+    (engine, "measured_result", "signs"),
     (kinds.MatMul, "probe", "signs"),
     (nodes.Node, "sign_of_operands", "signs"),
     (nodes.Node, "sign_of_result", "signs"),

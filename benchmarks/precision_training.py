@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer

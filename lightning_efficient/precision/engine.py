@@ -6,7 +6,6 @@ decided by :mod:`lightning_efficient.precision.status`.)
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lightning_efficient.core.torch_internals import (
 from lightning_efficient.precision.formats import Encoded, Format
 from lightning_efficient.precision.kinds import Kind, Shapes
 from lightning_efficient.precision.nodes import Node, Role
-from lightning_efficient.precision.signs import Measured, sample, shared_exponent
+from lightning_efficient.precision.probes import measured_result
 from lightning_efficient.precision.status import Run
 
 __all__ = ["Engine", "Retry", "product"]
@@ -122,7 +121,7 @@ class Engine:
             result = high()
             if one.measured.finite and other.measured.finite:
                 error = probe(low(one, other)) if role == "forward" else None
-                node.learn(role, one.measured, other.measured, _measured(result).exponent, error)
+                node.learn(role, one.measured, other.measured, measured_result(result).exponent, error)
             status.computed_high(run)
             return result
         if not status.allows_low(run):
@@ -136,7 +135,7 @@ class Engine:
                 status.computed_low()
                 return result
             error = probe(result) if role == "forward" else None
-            reason = node.sign_of_result(role, _measured(result), error)
+            reason = node.sign_of_result(role, measured_result(result), error)
             if not reason:
                 status.computed_low()
                 return result
@@ -149,17 +148,6 @@ class Engine:
         if self._protect:
             return node.sign_of_operands(role, one.measured, other.measured)
         return "" if one.measured.finite and other.measured.finite else "values that are not finite"
-
-
-def _measured(result: Tensor) -> Measured:
-    """Of a sample of a result."""
-    part = sample(result.detach().reshape(-1))
-    if not part.numel():
-        return Measured(None, all_zero=True)
-    largest = float(part.abs().amax())
-    if not math.isfinite(largest):
-        return Measured(None, finite=False)
-    return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
 @dataclass

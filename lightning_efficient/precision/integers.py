@@ -138,7 +138,7 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
             noise = table[noise_at(key or 0, part) :].data_ptr() if table is not None else None
             found.append(library.quantize(
                 values.data_ptr(), _TYPES[values.dtype], part * _PART, min((part + 1) * _PART, numel), factor, again,
-                noise, codes.data_ptr(), counts[part].data_ptr(), sums[part].data_ptr(),
+                noise, codes.data_ptr(), counts.data_ptr() + part * 3 * 8, sums.data_ptr() + part * 2 * 8,
             ))  # fmt: skip
 
     in_threads(work, parts)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
 from lightning_efficient.precision.integers import multiply
+from lightning_efficient.precision.probes import error_of_some
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
 
@@ -88,14 +89,8 @@ class MatMul(Kind):
     def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
         if weight.dim() != 2:
             return None
-        rows, columns = x.reshape(-1, x.shape[-1]), self._right(weight)
-        some = _places(rows.shape[0], at, x.device), _places(columns.shape[1], at, x.device)
-        exact = rows[some[0]].float() @ columns[:, some[1]].float()
-        if bias is not None:
-            exact += bias[some[1]].float()
-        found = result.reshape(-1, result.shape[-1])[some[0]][:, some[1]].float()
-        size = float(exact.norm())
-        return float((found - exact).norm()) / size if size else None
+        rows, results = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, result))
+        return error_of_some(rows, self._right(weight).t(), bias, results, at)
 
     def _right(self, weight: Tensor) -> Tensor:
         """The matrix that is multiplied by."""
@@ -153,12 +148,6 @@ class Convolution(Kind):
         mask = [number == which for number in range(3)]
         found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *self.arguments, mask)
         return found[which]
-
-
-def _places(size: int, at: int, device: torch.device, most: int = 16) -> Tensor:
-    """Sixteen of so many, others each time."""
-    count = min(size, most)
-    return (torch.arange(count, device=device) * (size // count) + at) % size
 
 
 def sized(value: int | Sequence[int], dimensions: int) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, apart
+from lightning_efficient.precision.signs import HISTORY, OF_GRADIENTS, Limits, Measured, Tracker, apart
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
 __all__ = ["ROLES", "Node", "Role"]
@@ -83,7 +83,8 @@ class Node:
         self.name, self.kind = name, kind
         self.products = {role: Product(Status(policy)) for role in ROLES}
         self._learns = limits is None
-        self.tensors = {which: Tracker(limits) for which in ("input", "weight", "gradient")}
+        self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
+        self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
         self.last_low = False
 
     def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
