@@ -12,7 +12,15 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from lightning_efficient.precision.learning import Learning
-from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, aligned, apart
+from lightning_efficient.precision.signs import (
+    HISTORY,
+    OF_GRADIENTS,
+    Limits,
+    Measured,
+    Tracker,
+    aligned,
+    apart,
+)
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
 __all__ = ["ROLES", "Node", "Role"]
@@ -110,7 +118,8 @@ class Node:
         self.name, self.kind = name, kind
         self.products = {role: Product(Status(policy)) for role in ROLES}
         self._learns = limits is None
-        self.tensors = {which: Tracker(limits) for which in ("input", "weight", "gradient")}
+        self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
+        self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
         self.learning = learning or Learning()
         self.last_low = False
         self.work = 0
