@@ -27,6 +27,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks checkpoint
 	$(BIN)/python -m benchmarks activation
 	$(BIN)/python -m benchmarks offload
+	$(BIN)/python -m benchmarks precision
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,9 @@ from benchmarks.harness import Options, Table, spread
 from lightning_efficient import ActivationCompressionPlugin
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 
-__all__ = ["BLANKET", "CLAIMED", "ISSUE", "LOSS_ARMS", "Difference", "measured_losses"]
+__all__ = [
+    "BLANKET", "CLAIMED", "ISSUE", "LOSS_ARMS", "Difference", "Digits", "digits_loaders", "language", "measured_losses",
+]  # fmt: skip
 
 LOSS_ARMS: dict[str, dict[str, Any] | None] = {
     "none": None,
@@ -107,7 +109,7 @@ class _ResidualBlock(nn.Module):
         return F.gelu(x + self.branch(x))
 
 
-def _digits(seed: int) -> tuple[Any, Any] | None:
+def digits_loaders(seed: int) -> tuple[Any, Any] | None:
     """Loaders for training and validation; None where scikit-learn is not installed."""
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -125,7 +127,7 @@ def _digits(seed: int) -> tuple[Any, Any] | None:
     )
 
 
-def _language(seed: int) -> tuple[pl.LightningModule, dict[str, Any]]:
+def language(seed: int) -> tuple[pl.LightningModule, dict[str, Any]]:
     model = ByteLanguageModel(layers=2, width=64, heads=4, context=64, learning_rate=1e-3, warmup_steps=20)
     return model, {"datamodule": StdlibDataModule(context=64, batch_size=16, seed=seed, validation_bytes=65536)}
 
@@ -134,9 +136,9 @@ def _final_loss(task: str, arguments: dict[str, Any] | None, seed: int, options:
     pl.seed_everything(seed, verbose=False)
     steps = 8 if options.quick else 300
     if task == "byte language model":
-        model, data = _language(seed)
+        model, data = language(seed)
     else:
-        loaders = _digits(seed)
+        loaders = digits_loaders(seed)
         assert loaders is not None
         model, data = Digits(), {"train_dataloaders": loaders[0], "val_dataloaders": loaders[1]}
     trainer = pl.Trainer(
@@ -160,7 +162,7 @@ def _final_loss(task: str, arguments: dict[str, Any] | None, seed: int, options:
 
 def measured_losses(options: Options) -> tuple[list[Table], dict[str, dict[str, list[float]]]]:
     """A table for each task, and the final losses by task and arm."""
-    tasks = ["byte language model"] + (["ResNet with GELU on digits"] if _digits(0) is not None else [])
+    tasks = ["byte language model"] + (["ResNet with GELU on digits"] if digits_loaders(0) is not None else [])
     found: dict[str, dict[str, list[float]]] = {}
     tables = []
     header = "", "final validation loss", "difference", "gap (SE)", "smallest that would show (2 SE)"

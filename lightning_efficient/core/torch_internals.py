@@ -351,7 +351,7 @@ def shares_version(tensor: Tensor, other: Tensor) -> bool:
             torch._C._autograd._unsafe_set_version_counter((tensor,), (before,))
 
 
-def _without_dispatch(function: FunctionType) -> FunctionType:
+def _without_dispatch(function: Any) -> FunctionType:
     """A Python function of torch that does not hand its call to a mode, but calls the functions that it is made of."""
     names = function.__globals__ | {"has_torch_function": lambda arguments: False}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)

@@ -26,8 +26,7 @@ _FAR = 1e9  # beyond any count of products
 class Agreement:
     """Between ranks that reduce by the largest number.
 
-    Which nodes there are may differ for a while, as when branches are taken by data. They are known to all one step
-    after they came.
+    Which nodes there are may differ for a while, as when branches are taken by data; names are gathered then.
 
     Args:
         reduce: float64 numbers ``[n]`` to the largest of each, on all ranks at once.
@@ -41,6 +40,12 @@ class Agreement:
 
     def __call__(self, nodes: Mapping[str, Node], run: Run) -> None:
         """Of each number of ``nodes`` and ``run`` take the most careful of all ranks; to be called by all."""
+        if not self._take(nodes, run):
+            self._names = sorted(set().union(*self._gather(sorted(nodes))))
+            self._take(nodes, run)
+
+    def _take(self, nodes: Mapping[str, Node], run: Run) -> bool:
+        """Whether all ranks had the nodes that are known to all."""
         digest = _digest(nodes)
         numbers = [digest, -digest, _FAR - run.high_in_a_row if run.high_in_a_row else 0.0]
         for name in self._names:
@@ -52,8 +57,7 @@ class Agreement:
             if name in nodes:
                 start = 3 + place * self._length
                 nodes[name].agree(reduced[start : start + self._length])
-        if reduced[0] != -reduced[1] or reduced[0] != _digest(self._names):
-            self._names = sorted(set().union(*self._gather(sorted(nodes))))
+        return bool(reduced[0] == -reduced[1] == _digest(self._names))
 
 
 def _digest(names: Mapping[str, Node] | list[str]) -> float:

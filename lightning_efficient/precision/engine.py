@@ -7,7 +7,6 @@ decided by :mod:`lightning_efficient.precision.status`.)
 from __future__ import annotations
 
 import math
-import re
 import time
 import weakref
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from lightning_efficient.core.torch_internals import (
 from lightning_efficient.precision.formats import Encoded, Format
 from lightning_efficient.precision.kinds import Kind, Shapes
 from lightning_efficient.precision.nodes import Node, Role
-from lightning_efficient.precision.signs import Measured, sample, shared_exponent
+from lightning_efficient.precision.probes import measured_result
 from lightning_efficient.precision.status import Run
 
 __all__ = ["Engine", "Retry", "product"]
@@ -47,11 +46,6 @@ class Retry:
     node: str
     role: Role
     reason: str
-
-    @property
-    def sign(self) -> str:
-        """The reason without its figures, which are many."""
-        return re.split(r" (?:of|by|are) [0-9]| \(| [0-9]", self.reason)[0]
 
 
 class Engine:
@@ -91,7 +85,7 @@ class Engine:
         self._weights.clear()
         self._last = None
 
-    def encoded(self, tensor: Tensor, which: str) -> Encoded:
+    def encoded(self, tensor: Tensor, which: str, guess: int | None = None) -> Encoded:
         """``tensor`` in few bits; made once for all products of a step that it is in."""
         if which == "weight":
             known = self._weights.get(id(tensor))
@@ -101,7 +95,7 @@ class Engine:
             known = None
         if known is not None and known[0]() is tensor and known[1] == tensor_version(tensor):
             return known[2]
-        found = self._encode(tensor, which)
+        found = self._encode(tensor, which, guess)
         entry = weakref.ref(tensor), tensor_version(tensor), found
         if which == "weight":
             self._weights[id(tensor)] = entry
@@ -109,10 +103,10 @@ class Engine:
             self._last = entry
         return found
 
-    def _encode(self, tensor: Tensor, which: str) -> Encoded:
+    def _encode(self, tensor: Tensor, which: str, guess: int | None) -> Encoded:
         self._count += 1
         key = mix(self._seed, self._count) if self._stochastic else None
-        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key)
+        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess)
 
     def compute(
         self,
@@ -144,7 +138,7 @@ class Engine:
                 self.low_work += node.work
                 return result
             error = probe(result) if role == "forward" else None
-            reason = node.sign_of_result(role, _measured(result), error)
+            reason = node.sign_of_result(role, measured_result(result), error)
             if not reason:
                 status.computed_low()
                 self.low_work += node.work
@@ -174,7 +168,7 @@ class Engine:
         error = None
         if role == "forward" or node.learning.times:
             error = probe(low(one, other))
-        node.learn(role, one.measured, other.measured, _measured(result).exponent, error)
+        node.learn(role, one.measured, other.measured, measured_result(result).exponent, error)
         node.learning.took(encoded - start + time.perf_counter() - computed, computed - encoded)
         return result
 
@@ -182,17 +176,6 @@ class Engine:
         if self._protect:
             return node.sign_of_operands(role, one.measured, other.measured)
         return "" if one.measured.finite and other.measured.finite else "values that are not finite"
-
-
-def _measured(result: Tensor) -> Measured:
-    """Of a sample of a result."""
-    part = sample(result.detach().reshape(-1))
-    if not part.numel():
-        return Measured(None, all_zero=True)
-    largest = float(part.abs().amax())
-    if not math.isfinite(largest):
-        return Measured(None, finite=False)
-    return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
 @dataclass
@@ -212,11 +195,12 @@ class _Call:
             self.node.work = kind.work(x, weight)
 
         def operands() -> tuple[Encoded, Encoded]:
-            self.input_low = engine.encoded(x, "input")
-            return self.input_low, engine.encoded(weight, "weight")
+            self.input_low = self._encoded(x, "input")
+            return self.input_low, self._encoded(weight, "weight")
 
         def low(one: Encoded, other: Encoded) -> Tensor:
-            found = kind.in_integers("forward", one, other, bias.float() if bias is not None else None, shapes)
+            added = bias.float() if bias is not None else None
+            found = kind.in_integers("forward", one, other, added, shapes, result_type)
             if found is None:
                 a, b = _alike(one.decoded(), other.decoded())
                 found = kind.forward(a, b, bias.to(a.dtype) if bias is not None else None)
@@ -249,33 +233,33 @@ class _Call:
 
         def in_low() -> Encoded:
             if not kept:
-                kept.append(self.engine._encode(gradient, "gradient"))
+                kept.append(self._encoded(gradient, "gradient"))
             return kept[0]
 
         def of_input() -> Encoded:
             if self.input_low is None:
-                self.input_low = self.engine.encoded(x, "input")
+                self.input_low = self._encoded(x, "input")
             return self.input_low
 
         found: list[Tensor | None] = [None, None, None]
         if needed[0]:
-            found[0] = self._gradient("grad_input", in_low, lambda: self.engine.encoded(weight, "weight"), gradient,
-                                      weight, shapes).to(x.dtype)  # fmt: skip
+            found[0] = self._gradient("grad_input", in_low, lambda: self._encoded(weight, "weight"), gradient,
+                                      weight, shapes, x.dtype)  # fmt: skip
         if needed[1]:
-            found[1] = self._gradient("grad_weight", in_low, of_input, gradient, x, shapes).to(weight.dtype)
+            found[1] = self._gradient("grad_weight", in_low, of_input, gradient, x, shapes, weight.dtype)
         if bias and needed[2]:
             found[2] = self.kind.grad_bias(gradient)
         return found[0], found[1], found[2]
 
     def _gradient(
         self, role: Role, gradient_low: Callable[[], Encoded], other_low: Callable[[], Encoded], gradient: Tensor,
-        other: Tensor, shapes: Shapes,
+        other: Tensor, shapes: Shapes, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         kind = self.kind
         function = kind.grad_input if role == "grad_input" else kind.grad_weight
 
         def low(one: Encoded, two: Encoded) -> Tensor:
-            found = kind.in_integers(role, one, two, None, shapes)
+            found = kind.in_integers(role, one, two, None, shapes, dtype)
             if found is not None:
                 return found
             if one.values is None or two.values is None or not one.shift:
@@ -287,7 +271,13 @@ class _Call:
 
         return self.engine.compute(
             self.node, role, lambda: (gradient_low(), other_low()), low, high, lambda result: None
-        )
+        ).to(dtype)
+
+    def _encoded(self, tensor: Tensor, which: str) -> Encoded:
+        """With the exponent that it had the last time, if that is still right."""
+        guess = self.node.tensors[which].last
+        encode = self.engine._encode if which == "gradient" else self.engine.encoded
+        return encode(tensor, which, guess)
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_efficient.precision.integers import Integers, largest_magnitude, to_integers
+from lightning_efficient.precision.integers import Integers, largest_magnitude, with_shared_exponent
 from lightning_efficient.precision.signs import Measured, quantization_error, sample, shared_exponent
 
 __all__ = ["FORMATS", "Encoded", "Format", "format_named"]
@@ -78,8 +78,17 @@ class Format(ABC):
     emulated: bool
 
     @abstractmethod
-    def encode(self, values: Tensor, *, gradient: bool = False, key: int | None = None) -> Encoded:
-        """``values``, of any shape, in this format; ``key``: of the noise by which they are rounded at random."""
+    def encode(
+        self, values: Tensor, *, gradient: bool = False, key: int | None = None, guess: int | None = None
+    ) -> Encoded:
+        """``values``, of any shape, in this format.
+
+        Args:
+            values: Floating-point numbers.
+            gradient: Whether they are one.
+            key: Of the noise by which they are rounded at random.
+            guess: What their shared exponent may well be; it changes nothing but the time.
+        """
 
 
 class SharedExponent(Format):
@@ -87,19 +96,19 @@ class SharedExponent(Format):
 
     name, bits, emulated = "int8", 8, False
 
-    def encode(self, values: Tensor, *, gradient: bool = False, key: int | None = None) -> Encoded:
-        largest = largest_magnitude(values)
-        if not math.isfinite(largest):
-            return _NOT_FINITE
-        exponent = shared_exponent(largest, self.bits)
-        integers, measured = to_integers(values, exponent if exponent is not None else 0, key=key)
-        return Encoded(measured, integers)
+    def encode(
+        self, values: Tensor, *, gradient: bool = False, key: int | None = None, guess: int | None = None
+    ) -> Encoded:
+        found = with_shared_exponent(values, guess=guess, key=key)
+        return Encoded(found[1], found[0]) if found is not None else _NOT_FINITE
 
 
 class _Rounded(Format):
     """Numbers that are kept in a type that has them all."""
 
-    def encode(self, values: Tensor, *, gradient: bool = False, key: int | None = None) -> Encoded:
+    def encode(
+        self, values: Tensor, *, gradient: bool = False, key: int | None = None, guess: int | None = None
+    ) -> Encoded:
         largest = largest_magnitude(values)
         if not math.isfinite(largest):
             return _NOT_FINITE

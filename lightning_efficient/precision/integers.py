@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +25,9 @@ from torch import Tensor
 
 from lightning_efficient.core.native import compiled, in_threads
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
-from lightning_efficient.precision.signs import Measured, quantization_error, sample
+from lightning_efficient.precision.signs import Measured, quantization_error, sample, shared_exponent
 
-__all__ = ["LARGEST", "Integers", "largest_magnitude", "multiply", "to_integers"]
+__all__ = ["LARGEST", "Integers", "largest_magnitude", "multiply", "to_integers", "with_shared_exponent"]
 
 LARGEST = 127
 """Of a code."""
@@ -39,7 +41,7 @@ _LONG, _FLOAT, _POINTER, _INT = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p,
 _ARGUMENTS = {
     "largest": (_POINTER, _INT, _LONG, _LONG),
     "quantize": (_POINTER, _INT, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER, _POINTER, _POINTER, _POINTER),
-    "convert": (_POINTER, _POINTER, _LONG, _FLOAT, _FLOAT, _POINTER, _LONG, _LONG),
+    "convert": (_POINTER, _POINTER, _INT, _LONG, _FLOAT, _FLOAT, _POINTER, _LONG, _LONG),
 }
 
 
@@ -77,7 +79,31 @@ def largest_magnitude(values: Tensor) -> float:
         found.append(library.largest(values.data_ptr(), _TYPES[values.dtype], first * _PART, end))
 
     in_threads(work, -(-numel // _PART))
-    return max(found) if not any(map(math.isnan, found)) else math.nan
+    return _most(found)
+
+
+def with_shared_exponent(
+    values: Tensor, *, guess: int | None = None, key: int | None = None
+) -> tuple[Integers, Measured] | None:
+    """Codes of ``values`` with the exponent that suits the largest.
+
+    Args:
+        values: Floating-point numbers, of any shape.
+        guess: An exponent that may well be it; if it is, one pass over memory is enough.
+        key: See :func:`to_integers`.
+
+    Returns:
+        See :func:`to_integers`; None if there are values that are not finite.
+    """
+    if guess is not None and _library_for(values) is not None:
+        integers, measured, largest = _coded(values, guess, key)
+        if math.isfinite(largest) and shared_exponent(largest, 8) in (guess, None):
+            return integers, measured
+    else:
+        largest = largest_magnitude(values)
+    if not math.isfinite(largest):
+        return None
+    return to_integers(values, shared_exponent(largest, 8) or 0, key=key)
 
 
 def to_integers(values: Tensor, exponent: int, *, key: int | None = None) -> tuple[Integers, Measured]:
@@ -91,37 +117,47 @@ def to_integers(values: Tensor, exponent: int, *, key: int | None = None) -> tup
     Returns:
         They, and what signs of failure can be seen in that.
     """
-    values = values.contiguous()
+    if _library_for(values) is not None:
+        return _coded(values, exponent, key)[:2]
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    library = _library_for(values)
-    encode = _encode if library is None else _encode_in_c
-    return Integers(codes, exponent), encode(_flat(values), codes.view(-1), exponent, key)
+    return Integers(codes, exponent), _encode(_flat(values), codes.view(-1), exponent, key)
 
 
-def _encode_in_c(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Measured:
-    numel, (factor, again), library = values.numel(), _factors(exponent), _library_for(values)
+def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Measured, float]:
+    """In C; with the largest magnitude."""
+    codes = torch.empty(values.shape, dtype=torch.int8)
+    values = _flat(values)
+    numel, (factor, again) = values.numel(), _factors(exponent)
+    library: Any = _library()
     parts = -(-numel // _PART)
     counts, sums = torch.zeros(parts, 3, dtype=torch.int64), torch.zeros(parts, 2, dtype=torch.float64)
     table = noise_table(values.device) if key is not None else None
+    found: list[float] = []
 
     def work(first: int, last: int) -> None:
         for part in range(first, last):
             noise = table[noise_at(key or 0, part) :].data_ptr() if table is not None else None
-            library.quantize(
+            found.append(library.quantize(
                 values.data_ptr(), _TYPES[values.dtype], part * _PART, min((part + 1) * _PART, numel), factor, again,
-                noise, codes.data_ptr(), counts[part].data_ptr(), sums[part].data_ptr(),
-            )  # fmt: skip
+                noise, codes.data_ptr(), counts.data_ptr() + part * 3 * 8, sums.data_ptr() + part * 2 * 8,
+            ))  # fmt: skip
 
     in_threads(work, parts)
     over, under, some = counts.sum(0).tolist()
     before, after = sums.sum(0).tolist()
-    return Measured(
+    measured = Measured(
         exponent if some else None,
         overflow=over / numel if numel else 0.0,
         underflow=under / some if some else 0.0,
         all_zero=not some,
         error=quantization_error(before, after),
     )
+    return Integers(codes, exponent), measured, _most(found)
+
+
+def _most(found: Sequence[float]) -> float:
+    """The largest; NaN if one is."""
+    return max(found, default=0.0) if not any(map(math.isnan, found)) else math.nan
 
 
 def _encode(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Measured:
@@ -152,28 +188,35 @@ def _encode(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Me
     )
 
 
-def multiply(one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = None) -> Tensor:
+def multiply(
+    one: Tensor, other: Tensor, exponent: int, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """``one @ other * 2 ** -exponent + bias``, summed exactly.
 
-    The sums are converted where they lie, so that a result takes no more memory than it has.
+    The sums are converted where they lie, so that a result takes no more memory than it has; if it takes less, the
+    memory of the sums is used again.
 
     Args:
         one: Codes ``[M, K]``, also a transposed view.
         other: Codes ``[K, N]``, likewise.
         exponent: The sum of theirs.
         bias: float32 ``[N]``.
+        dtype: Of the result, which is rounded to it from float32.
 
     Returns:
-        float32 ``[M, N]``.
+        ``[M, N]``.
     """
     one, other, terms = _plain(one), _plain(other), one.shape[1]
     if 0 < terms <= _MOST_TERMS and one.shape[0] and other.shape[1]:
-        return _converted(torch._int_mm(one, other), exponent, bias)
+        if dtype == torch.bfloat16 and one.device.type == "cpu" and _library() is not None:
+            sums = _scratch.sums(one.shape[0], other.shape[1])
+            return _converted(torch._int_mm(one, other, out=sums), exponent, bias, dtype)
+        return _converted(torch._int_mm(one, other), exponent, bias, dtype)
     result = one.new_zeros(one.shape[0], other.shape[1], dtype=torch.float32)
     for start in range(0, terms if result.numel() else 0, _MOST_TERMS):
         sums = torch._int_mm(one[:, start : start + _MOST_TERMS], other[start : start + _MOST_TERMS])
-        result += _converted(sums, exponent, None)
-    return result if bias is None else result.add_(bias)
+        result += _converted(sums, exponent, None, torch.float32)
+    return (result if bias is None else result.add_(bias)).to(dtype)
 
 
 def _plain(codes: Tensor) -> Tensor:
@@ -184,28 +227,49 @@ def _plain(codes: Tensor) -> Tensor:
     return codes.reshape(-1).view(codes.shape) if 1 in codes.shape else codes
 
 
-def _converted(sums: Tensor, exponent: int, bias: Tensor | None) -> Tensor:
-    """int32 sums as float32, in the same memory."""
-    result, (factor, again) = sums.view(torch.float32), _factors(-exponent)
+class _Scratch(threading.local):
+    """Memory of sums, which nothing keeps: new memory would have to be made zero by the system, page by page."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.int32)
+
+    def sums(self, rows: int, columns: int) -> Tensor:
+        """int32, contiguous; until the next call."""
+        numel = rows * columns
+        if self._memory.numel() < numel:
+            self._memory = torch.empty(numel, dtype=torch.int32)
+        return self._memory[:numel].view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+def _converted(sums: Tensor, exponent: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """int32 sums as numbers; float32 lies in the same memory."""
+    factor, again = _factors(-exponent)
     rows, columns = sums.shape
     library = _library() if sums.device.type == "cpu" else None
     at_once = max(1, _ROWS // columns)
-    if library is not None:
+    if library is not None and dtype in _TYPES:
+        result = sums.view(torch.float32) if dtype == torch.float32 else torch.empty(sums.shape, dtype=dtype)
         pointer = bias.data_ptr() if bias is not None else None
 
         def work(first: int, last: int) -> None:
-            end = min(last * at_once, rows)
-            library.convert(sums.data_ptr(), sums.data_ptr(), columns, factor, again, pointer, first * at_once, end)
+            rows_here = first * at_once, min(last * at_once, rows)
+            library.convert(
+                sums.data_ptr(), result.data_ptr(), _TYPES[dtype], columns, factor, again, pointer, *rows_here
+            )
 
         in_threads(work, -(-rows // at_once))
         return result
+    result = sums.view(torch.float32)
     for start in range(0, rows, at_once):
         part = result[start : start + at_once]
         part.copy_(sums[start : start + at_once])  # element by element, each over its own bytes
         part.mul_(factor).mul_(again)
         if bias is not None:
             part.add_(bias)
-    return result
+    return result.to(dtype)
 
 
 def _factors(exponent: int) -> tuple[float, float]:
@@ -226,7 +290,7 @@ def _library() -> Any | None:
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
-        library.largest.restype = _FLOAT
+        library.largest.restype = library.quantize.restype = _FLOAT
     return library
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
 from lightning_efficient.precision.integers import multiply
+from lightning_efficient.precision.probes import error_of_some
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
 
@@ -47,9 +48,9 @@ class Kind(ABC):
         raise NotImplementedError
 
     def in_integers(
-        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes
+        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes, dtype: torch.dtype
     ) -> Tensor | None:
-        """A product by the kernels for integers; None where there are none for it."""
+        """A product by the kernels for integers, of this type; None where there are none for it."""
         return None
 
     def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
@@ -83,36 +84,30 @@ class MatMul(Kind):
         return gradient.reshape(-1, gradient.shape[-1]).sum(0)
 
     def in_integers(
-        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes
+        self, role: str, one: Encoded, other: Encoded, bias: Tensor | None, shapes: Shapes, dtype: torch.dtype
     ) -> Tensor | None:
         if len(shapes[1]) != 2 or one.integers is None or other.integers is None:
             return None
         a, b, exponent = one.integers.codes, other.integers.codes, one.integers.exponent + other.integers.exponent
         rows = a.reshape(-1, a.shape[-1])
         if role == "forward":
-            return multiply(rows, self._right(b), exponent, bias).view(*a.shape[:-1], -1)
+            return multiply(rows, self._right(b), exponent, bias, dtype).view(*a.shape[:-1], -1)
         if role == "grad_input":
-            return multiply(rows, self._right(b).t(), exponent).view(shapes[0])
-        return self._as_weight(rows, b.reshape(-1, b.shape[-1]), exponent)
+            return multiply(rows, self._right(b).t(), exponent, dtype=dtype).view(shapes[0])
+        return self._as_weight(rows, b.reshape(-1, b.shape[-1]), exponent, dtype)
 
     def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
         if weight.dim() != 2:
             return None
-        rows, columns = x.reshape(-1, x.shape[-1]), self._right(weight)
-        some = _places(rows.shape[0], at, x.device), _places(columns.shape[1], at, x.device)
-        exact = rows[some[0]].float() @ columns[:, some[1]].float()
-        if bias is not None:
-            exact += bias[some[1]].float()
-        found = result.reshape(-1, result.shape[-1])[some[0]][:, some[1]].float()
-        size = float(exact.norm())
-        return float((found - exact).norm()) / size if size else None
+        rows, results = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, result))
+        return error_of_some(rows, self._right(weight).t(), bias, results, at)
 
     def _right(self, weight: Tensor) -> Tensor:
         """The matrix that is multiplied by."""
         return weight
 
-    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int) -> Tensor:
-        return multiply(x.t(), gradient, exponent)
+    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
+        return multiply(x.t(), gradient, exponent, dtype=dtype)
 
 
 class Linear(MatMul):
@@ -132,8 +127,8 @@ class Linear(MatMul):
     def _right(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int) -> Tensor:
-        return multiply(gradient.t(), x, exponent)
+    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
+        return multiply(gradient.t(), x, exponent, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -171,12 +166,6 @@ class Convolution(Kind):
         mask = [number == which for number in range(3)]
         found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *self.arguments, mask)
         return found[which]
-
-
-def _places(size: int, at: int, device: torch.device, most: int = 16) -> Tensor:
-    """Sixteen of so many, others each time."""
-    count = min(size, most)
-    return (torch.arange(count, device=device) * (size // count) + at) % size
 
 
 def sized(value: int | Sequence[int], dimensions: int) -> list[int]:

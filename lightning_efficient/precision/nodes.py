@@ -12,7 +12,15 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from lightning_efficient.precision.learning import Learning
-from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, aligned, apart
+from lightning_efficient.precision.signs import (
+    HISTORY,
+    OF_GRADIENTS,
+    Limits,
+    Measured,
+    Tracker,
+    aligned,
+    apart,
+)
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
 __all__ = ["ROLES", "Node", "Role"]
@@ -110,7 +118,8 @@ class Node:
         self.name, self.kind = name, kind
         self.products = {role: Product(Status(policy)) for role in ROLES}
         self._learns = limits is None
-        self.tensors = {which: Tracker(limits) for which in ("input", "weight", "gradient")}
+        self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
+        self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
         self.learning = learning or Learning()
         self.last_low = False
         self.work = 0
@@ -163,8 +172,7 @@ class Node:
 
     def agreed(self) -> list[float]:
         """What ranks agree on: the largest number of each."""
-        parts = (self.learning, *self.products.values(), *self.tensors.values())
-        return [value for part in parts for value in part.agreed()]
+        return [value for part in self._parts() for value in part.agreed()]
 
     @classmethod
     @cache
@@ -174,9 +182,13 @@ class Node:
 
     def agree(self, values: list[float]) -> None:
         """What :meth:`agreed` returned, the largest of all ranks."""
-        parts = (self.learning, *self.products.values(), *self.tensors.values())
-        for part, own in zip(parts, _split(values, *(len(part.agreed()) for part in parts)), strict=False):
+        parts = self._parts()
+        lengths = [len(part.agreed()) for part in parts]
+        for part, own in zip(parts, _split(values, *lengths[:-1]), strict=True):
             part.agree(own)
+
+    def _parts(self) -> list[Learning | Product | Tracker]:
+        return [self.learning, *self.products.values(), *self.tensors.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""

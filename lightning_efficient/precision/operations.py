@@ -127,7 +127,7 @@ class Operations(TorchFunctionMode):
 
     def _convolution(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         dimensions, transposed = _CONVOLUTIONS[name]
-        names = ("input", "weight", "bias", "stride", "padding")
+        names: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding")
         names += ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
         given = dict(zip(names, _arguments(names, args, kwargs), strict=True))
         x, weight = given["input"], given["weight"]

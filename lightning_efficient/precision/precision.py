@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.signs import Limits
 from lightning_efficient.precision.spikes import SpikeGuard
-from lightning_efficient.precision.status import ReturnPolicy
+from lightning_efficient.precision.status import SIGNS, ReturnPolicy
 from lightning_efficient.precision.wrapping import WrappingPrecision
 
 __all__ = ["RollbackPrecision"]
@@ -40,7 +39,7 @@ __all__ = ["RollbackPrecision"]
 _HIGH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _VERSION = 1
 _LINES = 20  # for retries; then a line for every hundredth
-_LAYOUT = {
+_LAYOUT: dict[str, dict[str, list[object]]] = {
     "precision": {
         "share of work in low bits": ["Multiline", [r"precision/low_share"]],
         "products computed again": ["Multiline", [r"precision/retries.*"]],
@@ -134,7 +133,7 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.run.high_in_a_row = self._engine.low_work = self._engine.work = 0
         self._loaded: dict[str, Any] = {}
         self._batches = 0
-        self._retries: Counter[tuple[str, str]] = Counter()
+        self._said = 0
         self._events: list[telemetry.Event] = []
         self._all_learnt = False
         self._work = (0, 0)
@@ -221,7 +220,7 @@ class RollbackPrecision(WrappingPrecision):
     def kept(self) -> Callable[[], None]:
         """Note what is known of the network; returns what goes back to that, as often as it is called."""
         nodes = {name: (node.state_dict(), node.last_low) for name, node in self.nodes.items()}
-        engine, retries, batches = self._engine, Counter(self._retries), self._batches
+        engine, batches = self._engine, self._batches
         counted = engine.run.high_in_a_row, engine.low_work, engine.work
 
         def back() -> None:
@@ -230,14 +229,14 @@ class RollbackPrecision(WrappingPrecision):
                 node.load_state_dict(state)
             engine.run.high_in_a_row, engine.low_work, engine.work = counted
             engine.retries = []
-            self._retries, self._batches = Counter(retries), batches
+            self._batches = batches
 
         return back
 
     def _batch_ended(self, trainer: pl.Trainer) -> None:
         """Log, and say when all have learnt."""
         if telemetry.due(trainer):
-            telemetry.log(trainer, self.measurements() | self._by_operation())
+            telemetry.log(trainer, {**self.measurements(), **self._by_operation()})
             self._work = self._engine.low_work, self._engine.work
         if not self._all_learnt and self.nodes and all(node.learning.done for node in self.nodes.values()):
             self._all_learnt = True
@@ -252,8 +251,8 @@ class RollbackPrecision(WrappingPrecision):
     def _note_retries(self) -> None:
         retries, self._engine.retries = self._engine.retries, []
         for retry in retries:
-            self._retries[retry.node, retry.sign] += 1
-            count = self._retries.total()
+            self._said += 1
+            count = self._said
             if count <= _LINES or count % 100 == 0:
                 _log.info("%s, %s in high bits again (retry %d): %s", retry.node, retry.role, count, retry.reason)
 
@@ -292,10 +291,11 @@ class RollbackPrecision(WrappingPrecision):
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
         low, work = self._engine.low_work - self._work[0], self._engine.work - self._work[1]
         values = {"precision/low_share": low / work} if work else {}
-        values |= {"precision/retries": float(self._retries.total())}
-        for (_, sign), count in self._retries.items():
-            tag = f"precision/retries_{sign.replace(' ', '_')}"
-            values[tag] = values.get(tag, 0.0) + count
+        statuses = [product.status for node in self.nodes.values() for product in node.products.values()]
+        values["precision/retries"] = float(sum(status.retries for status in statuses))
+        for place, sign in enumerate(SIGNS):
+            if count := sum(status.signs[place] for status in statuses):
+                values[f"precision/retries_{(sign or 'other').replace(' ', '_')}"] = float(count)
         return values | (self._guard.measurements() if self._guard is not None else {})
 
     def _by_operation(self) -> dict[str, float]:
@@ -323,7 +323,7 @@ class RollbackPrecision(WrappingPrecision):
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},
-            "retries": [[*key, count] for key, count in self._retries.items()], "all_learnt": self._all_learnt,
+            "all_learnt": self._all_learnt,
             "events": [[event.step, event.text] for event in self._events],
             "work": [self._engine.low_work, self._engine.work, *self._work], "inner": self.inner.state_dict(),
             "guard": self._guard.state_dict() if self._guard is not None else None,
@@ -338,7 +338,6 @@ class RollbackPrecision(WrappingPrecision):
             )
         self._batches = state_dict["batches"]
         self._engine.run.high_in_a_row = state_dict["high_in_a_row"]
-        self._retries = Counter({(name, sign): count for name, sign, count in state_dict["retries"]})
         self._all_learnt = state_dict["all_learnt"]
         self._events = [telemetry.Event(step, "precision", text) for step, text in state_dict["events"]]
         self._engine.low_work, self._engine.work, *logged = state_dict["work"]

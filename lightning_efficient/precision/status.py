@@ -13,7 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ReturnPolicy", "Run", "Status"]
+__all__ = ["SIGNS", "ReturnPolicy", "Run", "Status"]
+
+SIGNS = (
+    "not finite", "all sampled values are zero", "overflow", "underflow", "quantization error",
+    "shared exponent varies", "further apart", "computed exactly", "",
+)  # fmt: skip
+"""What a reason says, in few words; the last one: something else."""
 
 _DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
 _LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
@@ -51,6 +57,7 @@ class Status:
         low: Operations in low bits that showed no sign of failure.
         retries: Operations in low bits that did.
         reason: The last sign; empty if there was none.
+        signs: How often each of :data:`SIGNS` was that.
 
     Args:
         policy: Of all nodes.
@@ -60,6 +67,7 @@ class Status:
         self._policy = policy
         self.high = self.low = self.retries = 0
         self.reason = ""
+        self.signs = [0] * len(SIGNS)
         self._recent_low = self._recent_retries = 0.0
         self._wait = policy.return_after
         self._left = 0  # operations in high bits that this node, which failed too often, has still to wait for
@@ -107,6 +115,7 @@ class Status:
         self.high += 1
         self.retries += 1
         self.reason = reason
+        self.signs[next(place for place, sign in enumerate(SIGNS) if sign in reason)] += 1
         self._recent_low, self._recent_retries = self._recent_low * _DECAY, self._recent_retries * _DECAY + 1
         if self.retry_rate >= self._policy.retry_rate:
             again = self._good < self._wait and self.retries > 1
@@ -120,7 +129,7 @@ class Status:
         """What ranks agree on: the largest number of each."""
         return [
             self.high, -self._recent_low, self._recent_retries, self.retries, self.low, self._wait, self._left,
-            -self._good,
+            -self._good, *self.signs,
         ]  # fmt: skip
 
     def agree(self, values: list[float]) -> None:
@@ -129,13 +138,19 @@ class Status:
         self._recent_low, self._recent_retries = -low, retries
         self.high, (self.retries, self.low, self._wait, self._left) = int(high), map(int, counts[:4])
         self._good = int(-counts[4])
+        self.signs = list(map(int, counts[5:]))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
-        return {name.lstrip("_"): value for name, value in self.__dict__.items() if name != "_policy"}
+        return {
+            name.lstrip("_"): [*value] if isinstance(value, list) else value
+            for name, value in self.__dict__.items()
+            if name != "_policy"
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state_dict` returned."""
         for name in self.__dict__:
             if name != "_policy":
-                setattr(self, name, state[name.lstrip("_")])
+                value = state[name.lstrip("_")]
+                setattr(self, name, [*value] if isinstance(value, list) else value)

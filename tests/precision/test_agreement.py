@@ -65,8 +65,8 @@ def node() -> Node:
 def test_a_failure_on_one_rank_counts_on_all() -> None:
     ranks = Ranks()
     ranks.nodes = [{"a": node(), "b": node()}, {"a": node(), "b": node()}]
-    ranks.agree()  # that they have the same nodes
-    assert ranks.gathered == 1
+    ranks.agree()
+    assert ranks.gathered == 1  # they did not know that they have the same nodes
     for rank, run in enumerate(ranks.runs):
         for name, found in ranks.nodes[rank].items():
             found.begin(0)
@@ -94,8 +94,7 @@ def test_a_failure_on_one_rank_counts_on_all() -> None:
 def test_nodes_that_one_rank_has_not_are_left_to_the_other() -> None:
     ranks = Ranks()
     ranks.nodes = [{"a": node()}, {"a": node(), "b": node()}]
-    for _ in range(2):
-        ranks.agree()
+    ranks.agree()
     ranks.nodes[1]["b"].products["forward"].status.computed_low()
     ranks.nodes[1]["a"].products["forward"].status.computed_low()
     ranks.agree()
@@ -103,7 +102,6 @@ def test_nodes_that_one_rank_has_not_are_left_to_the_other() -> None:
     assert ranks.nodes[1]["b"].products["forward"].status.low == 1
     assert list(ranks.nodes[0]) == ["a"]
     ranks.nodes[0]["b"] = node()
-    ranks.agree()
     ranks.agree()
     assert ranks.nodes[0]["b"].state_dict() == ranks.nodes[1]["b"].state_dict()
 

@@ -89,8 +89,8 @@ def test_a_fault_is_seen_said_and_healed_p2_p3_p4(
         ours = run(precision, tmp_path / "low")
     assert ours.losses == pytest.approx(plain.losses, rel=5e-2)
     said = [record.getMessage() for record in caplog.records if "in high bits again" in record.getMessage()]
-    assert said
-    assert precision.measurements()["precision/retries"] == len(said)
+    assert len(said) == 20  # and no more: a line is said for each of twenty, then for every hundredth
+    assert precision.measurements()["precision/retries"] > 20
     assert any("result" in row["last reason"] for row in precision.precision_map())
 
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.precision import integers
-from lightning_efficient.precision.integers import LARGEST, largest_magnitude, multiply, to_integers
+from lightning_efficient.precision.integers import (
+    LARGEST,
+    largest_magnitude,
+    multiply,
+    to_integers,
+    with_shared_exponent,
+)
 from lightning_efficient.precision.signs import Measured, shared_exponent
 
 
@@ -91,6 +97,71 @@ def test_of_large_tensors_all_is_counted_in_c_and_a_sample_in_torch_p9(by: str) 
     assert measured.underflow == pytest.approx(exact, rel=1e-6 if by == "c" else 0.2)
     assert measured.error is not None
     assert measured.error < 1e-3
+
+
+@pytest.mark.parametrize("guess", [None, 5, 4, 6, -3, 140])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_guess_of_the_exponent_changes_nothing_p5(guess: int | None, dtype: torch.dtype) -> None:
+    values = (torch.randn((1 << 18) + 77, generator=torch.Generator().manual_seed(0)) / 2).to(dtype)
+    assert shared_exponent(float(values.abs().max()), 8) == 5
+    found = with_shared_exponent(values, guess=guess)
+    assert found is not None
+    expected = to_integers(values, 5)
+    assert found[0].exponent == 5
+    assert torch.equal(found[0].codes, expected[0].codes)
+    assert found[1] == expected[1]
+
+
+def test_a_right_guess_saves_a_pass_over_memory(by: str) -> None:
+    if by == "torch":
+        pytest.skip("it has no use for a guess")
+    library, passes = integers._library(), list[str]()
+
+    def counting(name: str, *arguments: object) -> float:
+        passes.append(name)
+        return getattr(library, name)(*arguments)
+
+    counted = mock.Mock(
+        largest=lambda *arguments: counting("largest", *arguments),
+        quantize=lambda *arguments: counting("quantize", *arguments),
+    )
+    with mock.patch.object(integers, "_library", return_value=counted):
+        for guess in (5, None, 4):
+            with_shared_exponent(torch.tensor([1.0, 3.0]), guess=guess)
+    assert passes == ["quantize", "largest", "quantize", "quantize", "quantize"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("guess", [None, 5])
+def test_what_is_not_finite_has_no_exponent_p2(bad: float, guess: int | None) -> None:
+    values = torch.ones(5000)
+    values[4500] = bad
+    assert with_shared_exponent(values, guess=guess) is None
+
+
+def test_zeros_and_nothing_have_any_exponent() -> None:
+    for values in (torch.zeros(70), torch.empty(0)):
+        found = with_shared_exponent(values, guess=3)
+        assert found is not None
+        assert found[1] == Measured(None, all_zero=True)
+        assert not found[0].codes.any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_results_of_16_bits_are_those_of_32_rounded(bias: bool) -> None:
+    one, other = torch.randn(64, 128), torch.randn(96, 128) * 1e-3
+    (a, qa), (b, qb) = encoded(one), encoded(other)
+    added = torch.randn(96) if bias else None
+    if added is not None:
+        added[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+    for exponent in (qa + qb, qa + qb - 130, qa + qb + 140):
+        exact = multiply(a, b.t(), exponent, added)
+        found = multiply(a, b.t(), exponent, added, torch.bfloat16)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found.nan_to_num(7e30), exact.to(torch.bfloat16).nan_to_num(7e30))
+        assert torch.equal(found.isnan(), exact.isnan())
+        again = multiply(b, a.t(), exponent, None, torch.bfloat16)
+        assert found.data_ptr() != again.data_ptr()
 
 
 @pytest.mark.parametrize("bias", [False, True])

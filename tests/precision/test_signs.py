@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, apart, shared_exponent
+from lightning_efficient.precision.status import ReturnPolicy
 
 HEALTHY = Measured(exponent=5)
 
@@ -104,3 +106,14 @@ def test_zero_has_no_exponent_and_infinity_is_refused() -> None:
     for bad in (math.inf, math.nan):
         with pytest.raises(ValueError, match="does not exist"):
             shared_exponent(bad, 8)
+
+
+def test_of_gradients_most_may_become_zero_late_in_training_p9() -> None:
+    node = Node("a layer", "linear", ReturnPolicy())
+    late = replace(HEALTHY, underflow=0.97, error=0.5)
+    assert node.sign_of_operands("grad_weight", late, HEALTHY) == ""
+    assert "input: underflow" in node.sign_of_operands("forward", late, HEALTHY)
+    assert "gradient: underflow" in node.sign_of_operands("grad_weight", replace(late, underflow=0.991), HEALTHY)
+    assert "gradient: quantization error" in node.sign_of_operands("grad_weight", replace(late, error=0.71), HEALTHY)
+    given = Node("a layer", "linear", ReturnPolicy(), Limits())
+    assert "gradient: underflow" in given.sign_of_operands("grad_weight", late, HEALTHY)

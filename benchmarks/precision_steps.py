@@ -1,0 +1,291 @@
+"""A whole training step in fp32, in bf16-mixed and in int8: how long it takes, and what of it is what.
+
+This machine's speed changes by the second, so two arms are only compared where they ran one right behind the other,
+each first by turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Table, spread
+from benchmarks.precision_training import Training, plain, rollback
+from lightning_efficient.demos import StdlibDataModule
+from lightning_efficient.demos.model import ByteTransformer
+from lightning_efficient.precision import engine, formats, integers, kinds, nodes
+
+__all__ = [
+    "ARMS", "BF16", "FP32", "OURS_IN_BF16", "OURS_IN_FP32", "PAIRS", "QUICK", "SIZE", "Size", "Steps", "Times",
+    "beside", "limit", "measured_products", "measured_steps",
+]  # fmt: skip
+
+CLIP = 1.0
+LEARNING = 3  # steps
+
+
+@dataclass(frozen=True)
+class Size:
+    """A byte language model, a batch, and how often it is measured."""
+
+    width: int
+    blocks: int
+    sequences: int
+    context: int
+    rounds: int
+
+    def __str__(self) -> str:
+        tokens = self.sequences * self.context
+        return f"{self.blocks} blocks of width {self.width}, {tokens:,} tokens"
+
+
+SIZE = Size(1024, 2, 4, 256, 7)
+QUICK = Size(128, 1, 1, 128, 2)
+
+FP32, BF16 = "fp32", "bf16-mixed"
+OURS_IN_FP32, OURS_IN_BF16 = f"int8, {FP32} around it", f"int8, {BF16} around it"
+ARMS: dict[str, Callable[[], Any]] = {
+    FP32: lambda: plain("fp32"),
+    BF16: lambda: plain("bf16"),
+    OURS_IN_FP32: lambda: rollback("fp32", pre_learning_steps=LEARNING),
+    OURS_IN_BF16: lambda: rollback("bf16", pre_learning_steps=LEARNING),
+    f"{OURS_IN_FP32}, unprotected": lambda: rollback("fp32", pre_learning_steps=LEARNING, protect=False),
+    f"{OURS_IN_BF16}, unprotected": lambda: rollback("bf16", pre_learning_steps=LEARNING, protect=False),
+}
+
+
+class Steps:
+    """One arm: its model and optimizer, on the standard library's sources."""
+
+    def __init__(self, size: Size, arm: str) -> None:
+        torch.manual_seed(0)
+        heads = max(1, size.width // 64)
+        model = ByteTransformer(layers=size.blocks, width=size.width, heads=heads, context=size.context)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.training = Training(model, optimizer, ARMS[arm](), CLIP)
+        data = StdlibDataModule(context=size.context, batch_size=size.sequences)
+        data.setup("fit")
+        self._batches = iter(data.train_dataloader())
+        for _ in range(LEARNING + 1):  # and one in low bits, in which buffers and kernels are made
+            self()
+
+    def __call__(self) -> None:
+        batch = next(self._batches)
+
+        def loss(model: nn.Module) -> Tensor:
+            logits = model(batch[:, :-1])
+            return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+        self.training.step(loss)
+
+
+@dataclass
+class Times:
+    """Of two arms that ran one right behind the other.
+
+    Attributes:
+        cpu: Ratios of the process's CPU time, one for each round.
+        wall: Of the time on the clock.
+    """
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Of CPU time, the median."""
+        return statistics.median(self.cpu)
+
+
+def beside(one: Callable[[], object], other: Callable[[], object], rounds: int, each: int = 1) -> Times:
+    """How much longer ``one`` takes than ``other``, ``each`` of them so many times in a round."""
+    found = Times()
+    for number in range(rounds):
+        seconds: dict[int, tuple[float, float]] = {}
+        for which in (0, 1) if number % 2 else (1, 0):
+            begin = time.process_time(), time.perf_counter()
+            for _ in range(each):
+                (one, other)[which]()
+            seconds[which] = time.process_time() - begin[0], time.perf_counter() - begin[1]
+        found.cpu.append(seconds[0][0] / seconds[1][0])
+        found.wall.append(seconds[0][1] / seconds[1][1])
+    return found
+
+
+PAIRS: tuple[tuple[str, str, int], ...] = (
+    (BF16, FP32, 1),
+    *(
+        (ours, other, times)
+        for ours in (OURS_IN_FP32, OURS_IN_BF16)
+        for other, times in ((FP32, 1), (BF16, 1), (f"{ours}, unprotected", 3))
+    ),
+)
+"""Arms that are compared, and how many times as many rounds it takes."""
+
+
+def measured_steps(size: Size, threads: int) -> tuple[list[Table], dict[str, dict[str, Any]]]:
+    """Tables of ratios and of parts, and all that was measured."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _measured_steps(size, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured_steps(size: Size, threads: int) -> tuple[list[Table], dict[str, dict[str, Any]]]:
+    steps = {arm: Steps(size, arm) for arm in ARMS}
+    rows, ratios = [], dict[str, Any]()
+    for one, other, times in PAIRS:
+        found = beside(steps[one], steps[other], times * size.rounds)
+        ratios[f"{one} / {other}"] = {"cpu": found.cpu, "wall": found.wall}
+        rows.append((one, other, spread(found.cpu), spread(found.wall)))
+        print(f"{size}  {threads} thread(s)  " + "  ".join(rows[-1]), flush=True)
+    where = f"{size}, {threads} thread{'s' if threads > 1 else ''}"
+    header = "", "beside", "CPU time", "time on the clock"
+    tables = [Table(f"A training step: {where}", header, rows)]
+    parts = {arm: _parts(steps[arm], size.rounds) for arm in ARMS}
+    names = list(dict.fromkeys(name for found in parts.values() for name in found))
+    lines = [
+        (name, *(f"{found[name] * 1e3:.1f}" if name in found else "-" for found in parts.values())) for name in names
+    ]
+    lines.append(("whole step", *(f"{sum(found.values()) * 1e3:.1f}" for found in parts.values())))
+    note = "Medians; columns are not of the same moment, so compare within one."
+    tables.append(Table(f"What a step is made of, CPU time in ms: {where}", ("", *parts), lines, note))
+    return tables, {"ratios": ratios, "parts": parts}
+
+
+class _Watch:
+    """CPU time by part: what runs within a part that runs within another counts for the inner one only."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._within: list[str] = []
+        self._since = 0.0
+
+    def _turn(self) -> None:
+        now = time.process_time()
+        if self._within:
+            self.seconds[self._within[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._turn()
+        self._within.append(name)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._within.pop()
+
+    def around(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+_PARTS: tuple[tuple[Any, str, str], ...] = (
+    (formats.SharedExponent, "encode", "quantize"),
+    (torch, "_int_mm", "products in int8"),
+    (integers, "_converted", "results from int32"),
+    (engine, "measured_result", "signs"),
+    (kinds.MatMul, "probe", "signs"),
+    (nodes.Node, "sign_of_operands", "signs"),
+    (nodes.Node, "sign_of_result", "signs"),
+    (engine._Call, "forward", "the rest of guarded products"),
+    (engine._Call, "backward", "the rest of guarded products"),
+)
+
+
+def _parts(step: Steps, rounds: int) -> dict[str, float]:
+    """Seconds of each part of a step."""
+    found: list[Counter[str]] = []
+    for _ in range(rounds):
+        watch = _Watch()
+        training = step.training
+        patches = [(owner, name, getattr(owner, name), part) for owner, name, part in _PARTS]
+        own = [
+            (training.optimizer, "step", training.optimizer.step, "optimizer"),
+            (nn.utils, "clip_grad_norm_", nn.utils.clip_grad_norm_, "clipping"),
+        ]
+        with contextlib.ExitStack() as stack:
+            for owner, name, function, part in [*patches, *own]:
+                stack.enter_context(mock.patch.object(owner, name, watch.around(function, part)))
+            with watch.part("all else"):
+                step()
+        found.append(watch.seconds)
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+def measured_products(size: Size, threads: int) -> tuple[Table, dict[str, Any]]:
+    """The products of a step alone, by torch's kernels: below that no step can be."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    width, tokens = size.width, size.sequences * size.context
+    rows, found = [], dict[str, Any]()
+    try:
+        for inside, outside, count in ((width, width, 4), (width, 4 * width, 1), (4 * width, width, 1)):
+            for role in ("forward", "grad-input", "grad-weight"):
+                floats = [torch.randn(*shape) for shape in ((tokens, inside), (outside, inside), (tokens, outside))]
+                run = {
+                    "fp32": _product(role, floats, torch.mm),
+                    "bf16": _product(role, [one.bfloat16() for one in floats], torch.mm),
+                    "int8": _product(role, [(one * 40).clamp(-127, 127).char() for one in floats], torch._int_mm),
+                }
+                times = {kind: beside(run[kind], run["fp32"], size.rounds, 2) for kind in ("bf16", "int8")}
+                seconds = _seconds(run["fp32"], size.rounds)
+                name = f"{inside} to {outside}, {role}"
+                found[name] = {
+                    "fp32_seconds": seconds, "in_a_step": count * size.blocks,
+                    **{kind: times[kind].ratio for kind in times},
+                }  # fmt: skip
+                work = 2 * tokens * inside * outside
+                rate = f"{work / seconds / 1e9:.0f}"
+                rows.append((name, rate, *(spread(times[kind].cpu) for kind in times)))
+    finally:
+        torch.set_num_threads(before)
+    total = {
+        kind: sum(one["fp32_seconds"] * one["in_a_step"] * one.get(kind, 1) for one in found.values())
+        for kind in ("fp32", "bf16", "int8")
+    }
+    found["all"] = total
+    rows.append(("all of a step", "", *(f"{total[kind] / total['fp32']:.3f}" for kind in ("bf16", "int8"))))
+    title = f"Products alone: {size}, {threads} thread{'s' if threads > 1 else ''}"
+    return Table(title, ("", "fp32 (GFLOP/s of CPU time)", "bf16 / fp32", "int8 / fp32"), rows), found
+
+
+def _product(role: str, tensors: list[Tensor], multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
+    x, weight, gradient = tensors
+    pairs = {
+        "forward": (x, weight.t()), "grad-input": (gradient, weight), "grad-weight": (gradient.t(), x)
+    }  # fmt: skip
+    one, other = pairs[role]
+    return lambda: multiply(one, other)
+
+
+def _seconds(run: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        run()
+        times.append(time.process_time() - begin)
+    return statistics.median(times)
+
+
+def limit(parts: dict[str, dict[str, float]], products: dict[str, Any]) -> float:
+    """A step in which nothing but the products became faster, as int8's kernels are, over that of fp32."""
+    whole = sum(parts[FP32].values())
+    return 1 - (products["all"]["fp32"] - products["all"]["int8"]) / whole

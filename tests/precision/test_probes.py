@@ -1,0 +1,97 @@
+"""A look at some numbers of a result against looking at all of them (P2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+
+from lightning_efficient.precision import probes
+from lightning_efficient.precision.probes import error_of_some, measured_result
+from lightning_efficient.precision.signs import Measured
+
+
+@pytest.fixture(autouse=True, params=["c", "torch"])
+def by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to look."""
+    if request.param == "torch":
+        with mock.patch.object(probes, "_library", return_value=None):
+            yield "torch"
+    elif probes._library() is None:
+        pytest.skip("needs a C compiler")
+    else:
+        yield "c"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (64, 199), (1024, 700)])
+def test_the_exponent_is_that_of_a_sample_p7(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    result = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
+    assert measured_result(result).exponent in (3, 4)
+    if result.numel() < 64 * 200:  # all of it
+        assert measured_result(result).exponent == 7 - math.frexp(float(result.abs().max()))[1]
+    assert measured_result(result.t()) == measured_result(result) or result.numel() > 64 * 200
+
+
+def test_zeros_nothing_and_what_is_not_finite_p2_p8() -> None:
+    assert measured_result(torch.zeros(70, 3)) == Measured(None, all_zero=True)
+    assert measured_result(torch.empty(0, 3)) == Measured(None, all_zero=True)
+    for bad in (math.nan, math.inf, -math.inf):
+        result = torch.ones(300, 300)
+        result[0, 5] = bad
+        assert measured_result(result) == Measured(None, finite=False)
+        assert not measured_result(torch.tensor([1.0, bad])).finite
+    assert measured_result(torch.full((4,), -1e-45)).exponent == 7 + 148, "denormal numbers"
+
+
+def test_of_a_large_result_few_numbers_are_looked_at() -> None:
+    result, seen = torch.zeros(1 << 22), []
+    for run in range(1 << 10):
+        result[64 * run : 64 * run + 64] = 1
+        if measured_result(result).exponent is not None:
+            seen.append(run)
+        result[64 * run : 64 * run + 64] = 0
+    assert seen[0] == 0
+    assert 2 <= len(seen) <= 10
+
+
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3, 2), (40, 600, 17), (16, 256, 16)])
+def test_a_right_result_has_no_error_and_a_wrong_one_has_its_own_p2(
+    shape: tuple[int, int, int], dtype: torch.dtype, bias: torch.dtype | None
+) -> None:
+    rows, terms, columns = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms)
+    added = torch.randn(columns).to(bias) if bias is not None else None
+    exact = x.float() @ weight.t() + (added.float() if added is not None else 0)
+    for at in (0, 5, 123_456_789):
+        assert error_of_some(x, weight, added, exact, at) == pytest.approx(0, abs=1e-5)
+        assert error_of_some(x, weight, added, exact * 1.5, at) == pytest.approx(0.5, rel=1e-4)
+        assert error_of_some(x, weight, added, exact.to(torch.bfloat16), at) == pytest.approx(0.002, abs=0.003)
+    found = error_of_some(x, weight, added, exact * math.nan, 0)
+    assert found is not None
+    assert math.isnan(found)
+
+
+def test_other_numbers_each_time_and_the_same_both_ways() -> None:
+    x, weight = torch.eye(64), torch.eye(64)
+    wrong = torch.eye(64) * 2
+    wrong[:32] = torch.eye(64)[:32]
+    errors = [error_of_some(x, weight, None, wrong, at) for at in range(4)]
+    with mock.patch.object(probes, "_library", return_value=None):
+        assert errors == pytest.approx([error_of_some(x, weight, None, wrong, at) for at in range(4)])
+    x[5] = 3
+    places = {at for at in range(64) if (error_of_some(x, weight, None, torch.eye(64), at) or 0) > 0.1}
+    assert len(places) == 16, "each row is looked at by one in four"
+
+
+def test_what_is_zero_tells_nothing_and_transposed_tensors_are_taken() -> None:
+    assert error_of_some(torch.zeros(4, 4), torch.ones(4, 4), None, torch.ones(4, 4), 0) is None
+    assert error_of_some(torch.ones(0, 4), torch.ones(4, 4), None, torch.ones(0, 4), 0) is None
+    x, weight = torch.randn(24, 20).t(), torch.randn(24, 30).t()
+    assert error_of_some(x, weight, None, x @ weight.t(), 3) == pytest.approx(0, abs=1e-5)
