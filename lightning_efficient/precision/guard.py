@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -278,7 +279,8 @@ class Guard:
         if self._trainer.world_size == 1:
             return number
         tensor = torch.tensor(number, device=self._trainer.strategy.root_device)
-        return int(self._trainer.strategy.reduce(tensor, reduce_op="max"))
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return int(tensor)
 
     # -- what is seen and saved ---------------------------------------------------------------------------------------
 

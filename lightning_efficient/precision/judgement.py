@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -80,7 +81,7 @@ class Judgement:
         loss = loss * trainer.accumulate_grad_batches
         found = judge(loss, torch.zeros_like(loss) if norm is None else norm, limits, scaled=self._scaler is not None)
         if trainer.world_size > 1:
-            found[0] = trainer.strategy.reduce(found[0].clone(), reduce_op="max")
+            torch.distributed.all_reduce(found[:1], op=torch.distributed.ReduceOp.MAX)
         verdict, value, size = found.tolist()  # the one wait for a device
         self._seen = value, size if norm is not None and (steps or not math.isfinite(size)) else None
         if verdict == OVERFLOW or (guarded and verdict > self.allowed):

@@ -190,7 +190,7 @@ class Snapshot:
 
 
 def _put_back(tensor: Tensor, copy: Tensor) -> Tensor:
-    local_part(tensor).copy_(copy)
+    local_part(tensor).copy_(copy, non_blocking=True)
     return tensor
 
 
@@ -200,8 +200,10 @@ def _copy(tensor: Tensor, spare: tuple[Tensor, Tensor] | None) -> Tensor:
     if spare is not None and (spare[1].shape, spare[1].dtype, spare[1].stride()) == (
         source.shape, source.dtype, source.stride(),
     ):  # fmt: skip
-        return spare[1].copy_(source)
-    return source.to("cpu", copy=True)
+        return spare[1].copy_(source, non_blocking=True)  # in the stream's order, as is the way back
+    pinned = source.device.type == "cuda"
+    copy = torch.empty_like(source, device="cpu", pin_memory=pinned)
+    return copy.copy_(source, non_blocking=pinned)
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterable[Tensor]:

@@ -41,7 +41,8 @@ class SpikeGuard:
         gradients: Whether the norm of the gradient is looked at, too, which takes one more reading of it. One that is
             as large in high bits is taken for what the batch gives, and nothing is left out for it: healthy runs have
             gradients of many times their usual size now and then.
-        snapshot_every: Optimizer steps between two snapshots of the guard's own.
+        snapshot_every: Optimizer steps between two snapshots of the guard's own, which copy weights and the optimizer's
+            state; there are none while those that a checkpoint IO keeps in memory are as new.
         snapshots: How many there are at most.
         memory_cap: Of all of them, in bytes or as ``"2GiB"``; None: as much as so many take.
         most_skipped: Batches in a row that are skipped at most: then the level of the loss is taken as another one.
@@ -53,7 +54,7 @@ class SpikeGuard:
     factor: float = 3.0
     window: int = 50
     gradients: bool = True
-    snapshot_every: int = 10
+    snapshot_every: int = 20
     snapshots: int = 2
     memory_cap: int | str | None = None
     most_skipped: int = 5

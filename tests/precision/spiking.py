@@ -124,6 +124,12 @@ class Result:
         }
 
     @property
+    def counted(self) -> list[dict[str, Any]]:
+        """By Lightning's loops."""
+        loop = self.trainer.fit_loop.epoch_loop
+        return [loop.batch_progress.state_dict(), loop.automatic_optimization.optim_progress.state_dict()]
+
+    @property
     def logged_of_model(self) -> list[tuple[int, dict[str, float]]]:
         """By step; without what the plugin says of itself."""
         own = [

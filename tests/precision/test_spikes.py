@@ -28,6 +28,7 @@ def assert_same(one: Result, other: Result) -> None:
     """Weights, buffers, optimizer, schedule, steps and logged values."""
     assert_same_tree(one.state, other.state, "state")
     assert_same_tree(one.logged_of_model, other.logged_of_model, "logged")
+    assert one.counted == other.counted
 
 
 @torch.no_grad()
