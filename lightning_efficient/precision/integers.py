@@ -127,7 +127,8 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
     """In C; with the largest magnitude."""
     codes = torch.empty(values.shape, dtype=torch.int8)
     values = _flat(values)
-    numel, (factor, again), library = values.numel(), _factors(exponent), _library_for(values)
+    numel, (factor, again), library = values.numel(), _factors(exponent), _library()
+    assert library is not None
     parts = -(-numel // _PART)
     counts, sums = torch.zeros(parts, 3, dtype=torch.int64), torch.zeros(parts, 2, dtype=torch.float64)
     table = noise_table(values.device) if key is not None else None
@@ -143,15 +144,15 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
 
     in_threads(work, parts)
     over, under, some = counts.sum(0).tolist()
-    before, after = sums.sum(0).tolist()
+    (before, after), largest = sums.sum(0).tolist(), _most(found)
     measured = Measured(
-        exponent if some else None,
+        exponent if largest else None,
         overflow=over / numel if numel else 0.0,
         underflow=under / some if some else 0.0,
-        all_zero=not some,
+        all_zero=not largest,
         error=quantization_error(before, after),
     )
-    return Integers(codes, exponent), measured, _most(found)
+    return Integers(codes, exponent), measured, largest
 
 
 def _most(found: Sequence[float]) -> float:

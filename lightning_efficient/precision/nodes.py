@@ -73,6 +73,7 @@ class Node:
         products: By role.
         tensors: Trackers by operand: input, weight, gradient.
         last_low: Whether the last forward product was in low bits.
+        last_exponents: By operand, whether it was healthy or not: a guess for the next, which is no state.
 
     Args:
         policy: When low bits are allowed again.
@@ -86,6 +87,7 @@ class Node:
         self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
         self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
         self.last_low = False
+        self.last_exponents: dict[str, int | None] = {}
 
     def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
         """A healthy product: what its tensors are like, the exponent of its result and the error of its probe."""
