@@ -275,9 +275,11 @@ class _Call:
 
     def _encoded(self, tensor: Tensor, which: str) -> Encoded:
         """With the exponent that it had the last time, if that is still right."""
-        guess = self.node.tensors[which].last
+        exponents = self.node.last_exponents
         encode = self.engine._encode if which == "gradient" else self.engine.encoded
-        return encode(tensor, which, guess)
+        found = encode(tensor, which, exponents.get(which))
+        exponents[which] = found.measured.exponent
+        return found
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

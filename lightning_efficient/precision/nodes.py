@@ -100,6 +100,7 @@ class Node:
         learning: How long that is, and whether low bits pay.
         last_low: Whether the last forward product was in low bits.
         work: Multiplications of one of its products, the last time.
+        last_exponents: By operand, whether it was healthy or not: a guess for the next, which is no state.
 
     Args:
         policy: When low bits are allowed again.
@@ -123,6 +124,7 @@ class Node:
         self.learning = learning or Learning()
         self.last_low = False
         self.work = 0
+        self.last_exponents: dict[str, int | None] = {}
 
     def begin(self, batch: int) -> None:
         """It is computed in ``batch``, maybe not for the first time."""
