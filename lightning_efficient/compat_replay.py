@@ -11,8 +11,17 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 
-__all__ = ["Batches", "counted", "intercept_batches", "logged", "step_with_what_is_there", "with_averages"]
+__all__ = [
+    "Batches",
+    "counted",
+    "intercept_batches",
+    "logged",
+    "searches_rate",
+    "step_with_what_is_there",
+    "with_averages",
+]
 
 RunBatch = Callable[[torch.optim.Optimizer, int, Mapping[str, Any]], dict[str, Any]]
 """Of an optimizer, the number of a batch in its epoch, and the arguments of ``training_step``: forward, backward, and
@@ -95,6 +104,11 @@ def logged(trainer: pl.Trainer) -> Callable[[], None]:
             one.__dict__.update(attributes)
 
     return undo
+
+
+def searches_rate(trainer: pl.Trainer) -> bool:
+    """Whether Lightning's search for a learning rate is going on, in which the loss is to run away."""
+    return any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def step_with_what_is_there(trainer: pl.Trainer, batch_idx: int) -> None:

@@ -14,7 +14,7 @@ ROLES |= {"autosave.py", "exact_resume.py", "outcomes.py"}  # parts of checkpoin
 ROLES |= {"wrapping.py"}  # of precision.py
 ROLES |= {"micro_batches.py", "split_step.py", "step_logs.py", "step_metrics.py"}
 ROLES |= {"loss_check.py", "recovery.py", "timed_steps.py"}  # of the offload strategy.py
-ROLES |= {"guard.py", "rollback.py"}  # of precision.py
+ROLES |= {"guard.py", "judgement.py", "reports.py", "rollback.py"}  # of precision.py
 TECHNIQUES = {"growth", "checkpointing", "activation_compression", "offload", "precision"}
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -15,8 +15,9 @@ class Incidents:
     """Of one run.
 
     Attributes:
-        counts: ``spikes``; of those ``healed`` in high bits, ``healed_from_snapshot``, ``skipped``; ``rollbacks`` to a
-            snapshot; ``scale_retries`` with a smaller loss scale.
+        counts: ``spikes``; of those ``healed`` in high bits, ``healed_from_snapshot``, ``skipped``, or ``confirmed``:
+            gradients that are as large in high bits; ``rollbacks`` to a snapshot; ``scale_retries`` with a smaller
+            loss scale.
         skipped: The last batches that were left out: ``epoch``, ``batch``, ``step`` and ``reason``.
         lines: The last incidents, each with the logged step and a sentence.
         skipped_in_a_row: Batches.

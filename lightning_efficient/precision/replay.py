@@ -61,7 +61,7 @@ class KeptStep:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._parameters = list(module.parameters())
         self._buffers, self._metrics = WatchedTensors(buffer_slots(module)), _Metrics(module)
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_efficient.core.torch_internals import tensor_version
 from lightning_efficient.precision.replay import Snapshot
 from lightning_efficient.precision.spikes import SpikeGuard
 
@@ -28,6 +29,7 @@ class KeptBatch:
         random: Of all generators.
         options: Of the optimizers' groups.
         count: Lets the loops have counted as they had when it came.
+        tensors: Of it, and how often they had been changed in place.
         skipped: Whether it took no part in training.
         stepped: Whether the optimizer stepped nevertheless, with what batches before it had left.
         replayed: Whether its part was computed in high bits, from a snapshot.
@@ -40,9 +42,14 @@ class KeptBatch:
     random: dict[str, Any]
     options: list[list[dict[str, Any]]]
     count: Callable[[], None]
+    tensors: list[tuple[Tensor, int]]
     skipped: bool = False
     stepped: bool = False
     replayed: bool = False
+
+    def changed(self) -> bool:
+        """Whether it is not what it was: ``training_step`` has changed it, or a loader that uses memory again."""
+        return any(tensor_version(tensor) != version for tensor, version in self.tensors)
 
 
 class Ring:
@@ -50,6 +57,7 @@ class Ring:
 
     Attributes:
         snapshots: Oldest first.
+        needed_bytes: Of one, when the last was due.
 
     Args:
         settings: How many, and how often.
@@ -59,17 +67,20 @@ class Ring:
         self.snapshots: deque[Snapshot] = deque()
         self._settings = settings
         self._batches: deque[KeptBatch] = deque()
-        self._nbytes = 0
+        self.needed_bytes = 0
 
     @property
     def nbytes(self) -> int:
         """Of all snapshots."""
-        return self._nbytes * len(self.snapshots)
+        return self.needed_bytes * len(self.snapshots)
 
     @property
-    def most_nbytes(self) -> int:
-        """Of as many as there will be."""
-        return self._nbytes * self._most()
+    def most(self) -> int:
+        """Snapshots that there is memory for."""
+        most = self._settings.snapshots
+        while most and most * self.needed_bytes > self._settings.cap_bytes:
+            most -= 1
+        return most
 
     def forget(self) -> None:
         """Nothing of this can be gone back to any more."""
@@ -98,10 +109,9 @@ class Ring:
 
     def since(self, step: int) -> list[KeptBatch]:
         """The batches from this optimizer step on, the current one left out; empty if not all of them are there."""
-        all_there = [n for n, batch in enumerate(self._batches) if batch.step == step and batch.begins]
-        if not all_there:
-            return []
-        return list(self._batches)[all_there[0] : -1]
+        first = [n for n, batch in enumerate(self._batches) if batch.step == step and batch.begins]
+        batches = list(self._batches)[first[0] : -1] if first else []
+        return [] if any(batch.changed() for batch in batches if not batch.skipped) else batches
 
     def discard_after(self, step: int) -> None:
         """Forget the snapshots of later steps: the training went back."""
@@ -115,20 +125,13 @@ class Ring:
         return not known or step - max(known) >= self._settings.snapshot_every
 
     def _take(self, step: int, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
-        self._nbytes = Snapshot.nbytes(modules, optimizers)
-        most = self._most()
+        self.needed_bytes = Snapshot.nbytes(modules, optimizers)
+        most = self.most
         within = None
         while len(self.snapshots) > max(most - 1, 0):
             within = self.snapshots.popleft()
         if most:
             self.snapshots.append(Snapshot(step, modules, optimizers, within))
-
-    def _most(self) -> int:
-        """Snapshots that there is memory for."""
-        most = self._settings.snapshots
-        while most and most * self._nbytes > self._settings.cap_bytes:
-            most -= 1
-        return most
 
     def _trim(self, elsewhere: int | None) -> None:
         """Batches before which there is no snapshot; and those for which one has to go back too far."""

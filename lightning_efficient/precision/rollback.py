@@ -10,17 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_efficient import compat_replay
 from lightning_efficient.coordination import KeptState, SnapshotSource, find
 from lightning_efficient.core.random_state import restore_random_state
-from lightning_efficient.core.torch_internals import tensor_version
 from lightning_efficient.precision.replay import KeptStep, set_group_options
 from lightning_efficient.precision.ring import KeptBatch, Ring
 from lightning_efficient.precision.spikes import SpikeGuard
 
 __all__ = ["Kept", "Rollback"]
+
+_NEVER = 1 << 60  # a step
 
 
 @dataclass
@@ -32,18 +33,12 @@ class Kept:
         step: What the pass changes.
         logs: Undoes what it logs.
         bits: Goes back to what was known of the network.
-        tensors: Of the batch, and how often they had been changed.
     """
 
     batch: KeptBatch
     step: KeptStep
     logs: Callable[[], None]
     bits: Callable[[], None]
-    tensors: list[tuple[Tensor, int]]
-
-    def changed(self) -> bool:
-        """Whether the batch is not what it was."""
-        return any(tensor_version(tensor) != version for tensor, version in self.tensors)
 
     def back(self) -> None:
         """As before the batch."""
@@ -59,10 +54,11 @@ class Rollback:
     Args:
         trainer: That trains.
         settings: How far back one can go.
+        agree: The largest of the integers that the ranks give.
     """
 
-    def __init__(self, trainer: pl.Trainer, settings: SpikeGuard) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: pl.Trainer, settings: SpikeGuard, agree: Callable[[int], int]) -> None:
+        self._trainer, self._agree = trainer, agree
         self.ring = Ring(settings)
         # Of several ranks only one would have the snapshots of a checkpoint IO.
         self._source = find(trainer, SnapshotSource) if trainer.world_size == 1 else None
@@ -123,11 +119,10 @@ class Rollback:
         elsewhere = self._elsewhere()
         if elsewhere is not None:
             choices.append((elsewhere.step, lambda: self._load(elsewhere)))
-        for step, restore in sorted(choices, key=lambda choice: choice[0]):
-            batches = self.ring.since(step)
-            if any(not batch.replayed for batch in batches):
-                return step, restore, batches
-        return None
+        found = {step: (step, restore, self.ring.since(step)) for step, restore in choices}
+        able = [step for step, _, batches in found.values() if any(not batch.replayed for batch in batches)]
+        step = self._agree(min(able, default=_NEVER))
+        return found[step] if not self._agree(int(step not in able)) else None
 
     def _elsewhere(self) -> KeptState | None:
         return self._source.last_good() if self._source is not None else None

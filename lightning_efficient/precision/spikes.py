@@ -20,11 +20,11 @@ from torch import Tensor
 
 from lightning_efficient.core.units import parse_bytes
 
-__all__ = ["HEALTHY", "NOT_FINITE", "OVERFLOW", "SPIKE", "Level", "SpikeGuard", "judge"]
+__all__ = ["HEALTHY", "NOT_FINITE", "OVERFLOW", "SPIKE", "STEEP", "Level", "SpikeGuard", "judge"]
 
-HEALTHY, OVERFLOW, SPIKE, NOT_FINITE = range(4)
+HEALTHY, OVERFLOW, STEEP, SPIKE, NOT_FINITE = range(5)
 """Verdicts; among ranks the largest counts. Overflow: the loss is finite, and gradients that a scaler has multiplied
-are not."""
+are not. Steep: the norm of the gradient is a spike, and the loss is none."""
 
 _SCATTERS = 10.0
 _NORMAL = 1.4826  # standard deviations of a normal distribution in a median of absolute deviations
@@ -38,7 +38,9 @@ class SpikeGuard:
         factor: A loss beyond so many times the median is a spike (of a median that is not positive: so many times its
             magnitude, less one, above it).
         window: Steps of which the median is; there are no spikes before half of them are known.
-        gradients: Whether the norm of the gradient is looked at, too: that takes one more reading of it.
+        gradients: Whether the norm of the gradient is looked at, too, which takes one more reading of it. One that is
+            as large in high bits is taken for what the batch gives, and nothing is left out for it: healthy runs have
+            gradients of many times their usual size now and then.
         snapshot_every: Optimizer steps between two snapshots of the guard's own.
         snapshots: How many there are at most.
         memory_cap: Of all of them, in bytes or as ``"2GiB"``; None: as much as so many take.
@@ -157,7 +159,6 @@ def judge(loss: Tensor, norm: Tensor, limits: tuple[float, float], *, scaled: bo
         ``[3]``: the verdict, the loss and the norm; float64.
     """
     loss, norm = loss.detach().reshape(()).double(), norm.detach().reshape(()).double()
-    spike = (loss > limits[0]) | (norm > limits[1])
-    verdict = torch.where(spike, SPIKE, HEALTHY)
+    verdict = torch.where(loss > limits[0], SPIKE, torch.where(norm > limits[1], STEEP, HEALTHY))
     verdict = torch.where(norm.isfinite(), verdict, OVERFLOW if scaled else NOT_FINITE)
     return torch.stack([torch.where(loss.isfinite(), verdict, NOT_FINITE).double(), loss, norm])

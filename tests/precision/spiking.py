@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from lightning_efficient.precision.precision import RollbackPrecision
 from tests.helpers.fitting import ListLogger, make_trainer
 
-__all__ = ["Batches", "Net", "Result", "guarded", "train"]
+__all__ = ["AtBatch", "Batches", "Net", "Result", "guarded", "train"]
 
 GUARD = {"factor": 3.0, "window": 6, "snapshot_every": 3}
 
@@ -86,6 +86,22 @@ class Net(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class AtBatch(Callback):
+    """Does something when a batch begins.
+
+    Args:
+        at: Which.
+        action: Gets the module.
+    """
+
+    def __init__(self, at: int, action: Any) -> None:
+        self.at, self.action = at, action
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            self.action(pl_module)
 
 
 @dataclass

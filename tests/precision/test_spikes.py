@@ -11,37 +11,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_efficient.checkpointing import AsyncCheckpointIO
 from lightning_efficient.offload import OffloadStrategy
 from lightning_efficient.precision.precision import RollbackPrecision
-from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, SPIKE, Level, SpikeGuard, judge
-from tests.helpers.fitting import assert_same_tree
-from tests.precision.spiking import GUARD, Batches, Net, Result, guarded, train
+from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, SPIKE, STEEP, Level, SpikeGuard, judge
+from tests.helpers.fitting import assert_same_tree, fit, make_trainer
+from tests.precision.spiking import GUARD, AtBatch, Batches, Net, Result, guarded, train
+from tests.technique_settings import named
 
 
 def assert_same(one: Result, other: Result) -> None:
     """Weights, buffers, optimizer, schedule, steps and logged values."""
     assert_same_tree(one.state, other.state, "state")
     assert_same_tree(one.logged_of_model, other.logged_of_model, "logged")
-
-
-class AtBatch(Callback):
-    """Does something when a batch begins.
-
-    Args:
-        at: Which.
-        action: Gets the module.
-    """
-
-    def __init__(self, at: int, action: Any) -> None:
-        self.at, self.action = at, action
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.at:
-            self.action(pl_module)
 
 
 @torch.no_grad()
@@ -83,7 +69,7 @@ def test_what_a_spike_is() -> None:
     ("loss", "norm", "scaled", "verdict"),
     [
         (3.0, 2.0, False, HEALTHY), (math.nextafter(3.0, 4), 2.0, False, SPIKE),
-        (1.0, math.nextafter(2.0, 3), True, SPIKE),
+        (1.0, math.nextafter(2.0, 3), True, STEEP),
         (math.nan, 0.0, True, NOT_FINITE), (-math.inf, 0.0, False, NOT_FINITE), (1.0, math.inf, False, NOT_FINITE),
         (1.0, math.nan, True, OVERFLOW),
     ],
@@ -139,6 +125,16 @@ def test_a_guard_changes_nothing_in_a_healthy_run() -> None:
     assert "update_lr_schedulers" not in loop.__dict__
 
 
+def test_a_search_for_a_rate_is_left_alone(tmp_path: Path) -> None:
+    plugin = guarded(spike_guard=GUARD)
+    trainer = make_trainer(plugins=[plugin], max_epochs=1, max_steps=-1, default_root_dir=tmp_path)
+    module = Net(plain=True)
+    module.lr = 0.0
+    found = Tuner(trainer).lr_find(module, Batches(60).loader(), min_lr=1e-3, max_lr=1e6, num_training=60)
+    assert max(found.results["loss"]) > 4 * min(found.results["loss"])
+    assert not plugin._guard.incidents.counts
+
+
 # -- (a) the same batch in high bits ----------------------------------------------------------------------------------
 
 
@@ -187,6 +183,17 @@ def test_a_spike_of_few_bits_heals_in_high_ones_as_if_nothing_had_been(accumulat
     assert_same_tree(one.plugin.state_dict()["nodes"], plugin.state_dict()["nodes"], "nodes")
 
 
+def test_a_gradient_that_is_as_large_in_high_bits_is_right() -> None:
+    class Steep(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss, weight = super().training_step(batch, batch_idx), self.net[0].weight
+            return loss + 1e3 * (weight - weight.detach()).sum() if batch_idx == 9 else loss
+
+    one, other = train(guarded(), module=Steep()), train(guarded(spike_guard=None), module=Steep())
+    assert one.counts == {"spikes": 1, "confirmed": 1}
+    assert_same(one, other)
+
+
 def test_few_bits_that_cause_spikes_again_and_again_wait() -> None:
     module = Net(plain=True)
     result = train(low(module, tuple(range(6, 16))), module=module)
@@ -200,8 +207,9 @@ def test_few_bits_that_cause_spikes_again_and_again_wait() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_damaged_weights_heal_from_a_snapshot(accumulate: int) -> None:
     averages = [EMAWeightAveraging(decay=0.5), EMAWeightAveraging(decay=0.5)]
-    one = train(guarded(), averages[0], AtBatch(13, damage), accumulate_grad_batches=accumulate)
-    other = train(guarded(), averages[1], accumulate_grad_batches=accumulate)
+    more = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    one = train(guarded(), averages[0], AtBatch(13, damage), **more)
+    other = train(guarded(), averages[1], **more)
     assert one.counts == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
     assert_same(one, other)  # the weights at the end are the averages
     assert one.module.hooks == other.module.hooks
@@ -215,9 +223,23 @@ def test_over_the_end_of_an_epoch() -> None:
             if trainer.current_epoch == 1:
                 super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    epochs = {"max_epochs": 2, "data": None}
-    one = train(guarded(), InSecondEpoch(1, damage), **(epochs | {"data": Batches(9)}))
-    other = train(guarded(), **(epochs | {"data": Batches(9)}))
+    class Warm(Net):
+        """Its learning rate is set by the number of the step, in the step."""
+
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            self.seen.append((epoch, batch_idx, self.trainer.global_step))
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (1 + self.trainer.global_step)
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def go(*callbacks: Callback) -> Result:
+        module = Warm()
+        module.seen = []
+        return train(guarded(), *callbacks, data=Batches(9), module=module, max_epochs=2)
+
+    one, other = go(InSecondEpoch(1, damage)), go()
+    assert set(one.module.seen) == set(other.module.seen)  # the same, some of them again
+    assert len(one.module.seen) > len(other.module.seen)
     assert one.counts["healed_from_snapshot"] == 1
     assert_same(one, other)
 
@@ -328,3 +350,24 @@ def test_a_mask_is_not_to_blame() -> None:
     module.net.insert(1, Masked())
     with pytest.raises(FloatingPointError, match=r"log in 'net\.1'"):
         train(guarded(), module=module)
+
+
+def test_a_network_that_grows_goes_back_to_what_it_has_grown_to() -> None:
+    def damage_block(module: Any) -> None:
+        with torch.no_grad():
+            module.model.blocks[0].attention.output.weight.fill_(math.nan)
+
+    class AfterSwitch(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == max(setting.switches) + 3:
+                damage_block(pl_module)
+
+    def go(plugin: RollbackPrecision, *after: Callback) -> Any:
+        return fit(setting, build=setting.build() | {"plugins": [plugin]}, after=after)
+
+    setting = named("stack")
+    guard = {"window": 6, "snapshot_every": 2}
+    one, other = go(guarded(spike_guard=guard), AfterSwitch()), go(guarded(spike_guard=None))
+    assert one.trainer.precision_plugin.measurements()["precision/healed_from_snapshot"] == 1
+    assert_same_tree(one.weights, other.weights, "weights")
+    assert_same_tree(one.optimizers, other.optimizers, "optimizers")

@@ -9,11 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 
 from lightning_efficient.precision.precision import RollbackPrecision
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.ranks import run_on_two_ranks
-from tests.precision.spiking import Batches, Net, guarded, train
+from tests.precision.spiking import AtBatch, Batches, Net, guarded, train
 
 
 def test_resumed_bit_for_bit_with_all_that_was_seen(tmp_path: Path) -> None:
@@ -88,9 +90,17 @@ def on_rank(rank: int, accumulate: int) -> dict[str, Any]:
         data = Batches(bad=bad if rank == 1 else {}, without=without, rank=rank)
         return train(guarded(), data=data, module=Net(plain=True), **more)
 
+    def damage(module: Any) -> None:
+        if rank == 1:
+            module.net[0].weight.data.mul_(1e4)
+
+    healed = train(guarded(), AtBatch(11, damage), data=Batches(rank=rank), module=Net(plain=True), **more)
     bad = go({9: 1000.0})
     without = go({}, (8, 9)[-1 if accumulate == 1 else 0 :])
-    return {"bad": bad.state, "without": without.state, "counts": bad.counts, "reason": bad.plugin.skipped_batches()}
+    return {
+        "bad": bad.state, "without": without.state, "counts": bad.counts, "reason": bad.plugin.skipped_batches(),
+        "healed": healed.state, "whole": go({}).state, "healed counts": healed.counts,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -101,3 +111,41 @@ def test_ranks_agree_on_a_spike_of_one(accumulate: int, tmp_path: Path) -> None:
     assert_same_tree(one["bad"], other["bad"], "ranks")
     assert_same_tree(one["bad"], one["without"], "as if it had not been there")
     assert "loss" in other["reason"][0]["reason"]
+    assert one["healed counts"] == other["healed counts"] == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
+    assert_same_tree(one["healed"], other["healed"], "ranks")
+    assert_same_tree(one["healed"], one["whole"], "healed")
+
+
+class Sharded(Net):
+    """Its parameters are spread over the ranks."""
+
+    def configure_model(self) -> None:
+        for layer in (self.net[0], self.net[-1], self):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def damage_on_one(module: Any) -> None:
+    if module.global_rank == 1:
+        module.net[0].weight._local_tensor.data.mul_(1e4)
+
+
+def on_sharded_rank(rank: int) -> dict[str, Any]:
+    def go(*callbacks: Any, bad: dict[int, float] | None = None, **more: Any) -> Any:
+        return train(
+            guarded(**more), *callbacks, data=Batches(bad=bad if rank else {}, rank=rank), module=Sharded(plain=True),
+            devices=2, strategy=ModelParallelStrategy(save_distributed_checkpoint=False), use_distributed_sampler=False,
+        )  # fmt: skip
+
+    def weights(result: Any) -> dict[str, Any]:
+        return {name: p.detach().to_local().clone() for name, p in result.module.named_parameters()}
+
+    one, other = go(AtBatch(10, damage_on_one)), go(spike_guard=None)
+    skipped = go(bad={9: 1000.0})
+    return {"one": weights(one), "other": weights(other), "counts": one.counts, "skipped": skipped.counts}
+
+
+def test_shards_go_back_too(tmp_path: Path) -> None:
+    for result in run_on_two_ranks(on_sharded_rank, tmp_path):
+        assert result["counts"] == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
+        assert result["skipped"]["skipped"] == 1
+        assert_same_tree(result["one"], result["other"], "weights")
