@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,7 @@ __all__ = [
     "backward_within_modes",
     "bytes_of",
     "compiled_entry",
+    "computes_nothing",
     "counting",
     "first_step_post_hook",
     "forward_is_compiled",
@@ -56,6 +58,7 @@ __all__ = [
     "tensor_version",
     "typed_storage_parts",
     "unhooked_step",
+    "within_transform",
     "without_mode",
     "without_torch_function",
     "written_out_attention",
@@ -331,6 +334,17 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def within_transform() -> bool:
+    """Whether a transform of ``torch.func`` is going on; a graph is made for one or the other."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def computes_nothing(tensor: Tensor) -> bool:
+    """Whether it only stands for one, of which a compiler wants to know what becomes of it."""
+    return isinstance(tensor, FakeTensor) or bool(getattr(tensor, "is_meta", False))
+
+
 def tensor_version(tensor: Tensor) -> int:
     """Grows with each change in place; that of an inference tensor, which none can change, is -1."""
     return -1 if tensor.is_inference() else tensor._version
@@ -351,7 +365,7 @@ def shares_version(tensor: Tensor, other: Tensor) -> bool:
             torch._C._autograd._unsafe_set_version_counter((tensor,), (before,))
 
 
-def _without_dispatch(function: FunctionType) -> FunctionType:
+def _without_dispatch(function: Any) -> FunctionType:
     """A Python function of torch that does not hand its call to a mode, but calls the functions that it is made of."""
     names = function.__globals__ | {"has_torch_function": lambda arguments: False}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)

@@ -155,7 +155,8 @@ class RollbackPrecision(Precision):
     def precision_map(self) -> list[dict[str, Any]]:
         """Of each product of each operation: its bits now, its counters, and the last reason to compute it again.
 
-        What multiplies matrices and is not covered has a row with ``"bits": "high, not covered"``.
+        What multiplies matrices and is not covered has a row with ``"bits": "high, not covered"``, how often it was
+        called under ``"high"`` (in what is compiled: in how many graphs it is), and why it is not as its last reason.
         """
         rows: list[dict[str, Any]] = [
             {
@@ -168,7 +169,7 @@ class RollbackPrecision(Precision):
         ]  # fmt: skip
         rows += [
             {"operation": name, "product": "all", "bits": "high, not covered", "low": 0, "high": count, "retries": 0,
-             "last reason": ""}
+             "last reason": self._operations.reasons[name]}
             for name, count in sorted(self._operations.skipped.items())
         ]  # fmt: skip
         return rows
