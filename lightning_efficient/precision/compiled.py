@@ -31,6 +31,8 @@ from lightning_efficient.precision.status import ReturnPolicy
 
 __all__ = ["Nodes", "begin", "pending", "traced"]
 
+# By functions that check less than torch.library.custom_op: those checks take as long as all of the rest.
+_LIBRARY = torch.library.Library("lightning_efficient", "DEF")
 _ARGUMENTS = "str kind, int[] arguments"
 _FORWARD = (
     f"(Tensor x, Tensor weight, Tensor? bias, {_ARGUMENTS}, ScalarType result_type, str base, int parameters, int site)"
@@ -156,26 +158,26 @@ def _skipped(name: str, reason: str) -> bool:
 # When it runs
 
 
-@torch.library.custom_op("lightning_efficient::low_product", mutates_args=(), schema=_FORWARD)
-def low_product(
+def _low_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, arguments: Sequence[int], result_type: torch.dtype,
     base: str, parameters: int, site: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and the token by which backward finds the call."""
     nodes = _active() if _active is not None else None
     with without_torch_function(), torch.autocast(x.device.type, enabled=False):
-        call, node = _plain(kind, tuple(arguments), result_type), None
+        node = None
         if nodes is not None and x.numel() and weight.numel():
             x, weight, name = _known(nodes, x, weight, parameters)
             node = nodes.in_graph(name, base, site, again=in_backward())
-            if node is not None:
-                call = Call(nodes.engine, node, kind_of(kind, tuple(arguments)))
+        if nodes is None or node is None:
+            call = _plain(kind, tuple(arguments), result_type)
+        else:
+            call = Call(nodes.engine, node, kind_of(kind, tuple(arguments)))
         result = call.forward(x, weight, bias, result_type).contiguous()
         return result, _token(call, node)
 
 
-@low_product.register_fake
-def _(
+def _low_product_shape(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, arguments: Sequence[int], result_type: torch.dtype,
     base: str, parameters: int, site: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -184,8 +186,7 @@ def _(
     return x.new_empty(result.shape, dtype=result_type), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("lightning_efficient::low_product_backward", mutates_args=(), schema=_BACKWARD)
-def low_product_backward(
+def _low_product_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, token: Tensor, kind: str, arguments: Sequence[int], bias: bool,
     needed: Sequence[bool], parameters: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -200,8 +201,7 @@ def low_product_backward(
         return one, two, three
 
 
-@low_product_backward.register_fake
-def _(
+def _low_product_backward_shape(
     gradient: Tensor, x: Tensor, weight: Tensor, token: Tensor, kind: str, arguments: Sequence[int], bias: bool,
     needed: Sequence[bool], parameters: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -229,7 +229,24 @@ def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
     return one, two, three.to(ctx.bias) if three is not None else None, None, None, None, None, None, None
 
 
-low_product.register_autograd(_backward, setup_context=_setup)
+def _backward_of_backward(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(
+        "Products in few bits are differentiable once: exclude operations whose gradients' gradients you need "
+        "(RollbackPrecision(exclude=[...])), and compile them outside of what is trained with it."
+    )
+
+
+for _name, _schema, _function, _shape in (
+    ("low_product", _FORWARD, _low_product, _low_product_shape),
+    ("low_product_backward", _BACKWARD, _low_product_backward, _low_product_backward_shape),
+):
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe))
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_LIBRARY.ns}::{_name}", _shape, lib=_LIBRARY)
+torch.library.register_autograd(f"{_LIBRARY.ns}::low_product", _backward, setup_context=_setup, lib=_LIBRARY)
+torch.library.register_autograd(f"{_LIBRARY.ns}::low_product_backward", _backward_of_backward, lib=_LIBRARY)
+low_product = torch.ops.lightning_efficient.low_product.default
+low_product_backward = torch.ops.lightning_efficient.low_product_backward.default
 
 
 def _known(nodes: Nodes, x: Tensor, weight: Tensor, parameters: int) -> tuple[Tensor, Tensor, str]:
