@@ -33,7 +33,6 @@ _CONVOLUTIONS = {
     for transposed in ("", "_transpose")
 }
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"))
-_ELSEWHERE = "its result is to be written elsewhere"
 
 
 class Product(NamedTuple):
@@ -91,14 +90,14 @@ def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> P
     Returns:
         The product; or why a product of matrices stays in high bits; or None, as it is none.
     """
+    if "out" in kwargs:
+        return None  # torch has no gradients for these
     if name == "linear":
         x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs)
         return Product("linear", (), x, weight, bias, "linear")
     if name in _CONVOLUTIONS:
         return _convolution(name, args, kwargs)
     if name in _PRODUCTS:
-        if "out" in kwargs:
-            return _ELSEWHERE
         x, weight = _arguments(("input", "other" if name == "matmul" else "mat2"), args, kwargs)
         if name == "__rmatmul__":
             x, weight = weight, x
@@ -109,8 +108,8 @@ def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> P
         return Product("matmul", (), x, weight, None, "matmul")
     if name == "addmm":
         bias, x, weight = _arguments(("input", "mat1", "mat2"), args, kwargs)
-        if len(args) > 3 or any(key in kwargs for key in ("alpha", "beta", "out")):
-            return _ELSEWHERE if "out" in kwargs else "it has factors"
+        if len(args) > 3 or "alpha" in kwargs or "beta" in kwargs:
+            return "it has factors"
         if not isinstance(bias, Tensor) or bias.dim() != 1 or bias.shape[0] != weight.shape[-1]:
             return "what is added is not a bias"
         return Product("matmul", (), x, weight, bias, "matmul")

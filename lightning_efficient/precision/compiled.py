@@ -231,8 +231,8 @@ def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
 
 def _backward_of_backward(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(
-        "Products in few bits are differentiable once: exclude operations whose gradients' gradients you need "
-        "(RollbackPrecision(exclude=[...])), and compile them outside of what is trained with it."
+        "Products in few bits are differentiable once, as is what torch.compile takes. Leave operations whose "
+        "gradients have gradients out of both: RollbackPrecision(exclude=[...]), torch.compiler.disable."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from torch import Tensor, nn
 
@@ -23,9 +23,9 @@ class Names:
         self._strangers: set[int] = set()
         self._walked = False
         self._places: Counter[str] = Counter()
-        self._of_site: dict[int, list[str]] = {}
+        self._of_site: dict[Hashable, list[str]] = {}
 
-    def begin(self, module: nn.Module) -> None:
+    def begin(self, module: nn.Module | None) -> None:
         """A step begins."""
         self._module, self._walked = module, False
         self._strangers.clear()
@@ -77,17 +77,19 @@ class Names:
             if type(parameter) is nn.Parameter:
                 self._in_memory[parameter.data_ptr()] = entry
 
-    def numbered(self, base: str) -> str:
-        """Of the next operation without a parameter."""
-        self._places[base] += 1
-        return f"{base}#{self._places[base]}"
+    def numbered(self, base: str, site: Hashable, *, again: bool) -> str:
+        """Of an operation without a parameter.
 
-    def at_site(self, base: str, site: int, *, again: bool) -> str:
-        """Likewise of one at a place in a graph; ``again``: of that which was there last and is computed again."""
-        names = self._of_site.setdefault(site, [])
+        Args:
+            base: What comes before the number.
+            site: Where it is in a graph; without a graph, what it looks like.
+            again: Whether it is not the next one, but the last of that site, computed again.
+        """
+        names = self._of_site.setdefault((base, site), [])
         if again and names:  # graphs are gone through backwards, each call of one after those that came later
             return names.pop() if len(names) > 1 else names[0]
-        names.append(self.numbered(base))
+        self._places[base] += 1
+        names.append(f"{base}#{self._places[base]}")
         return names[-1]
 
 

@@ -16,6 +16,7 @@ from lightning_efficient.core.torch_internals import (
     backward_within_modes,
     computes_nothing,
     grad_within_modes,
+    in_backward,
     written_out_attention,
 )
 from lightning_efficient.precision import compiled
@@ -64,8 +65,8 @@ class Operations(TorchFunctionMode):
         self._nodes: dict[str, Node] = {}
         self._names = Names()
 
-    def begin(self, module: nn.Module) -> None:
-        """A step begins."""
+    def begin(self, module: nn.Module | None) -> None:
+        """A step begins; ``module``: whose parameters have names."""
         self._names.begin(module)
         compiled.begin(self)
 
@@ -84,8 +85,9 @@ class Operations(TorchFunctionMode):
                 return _WITHIN[func](*args, **kwargs)
         name = name_of(func)
         found = product_of(name, args, kwargs)
-        if found is None or (isinstance(func, OpOverload) and not torch.is_grad_enabled()):
-            return func(*args, **kwargs)  # graphs call the overloads of what is not covered, and do without gradients
+        graph = isinstance(func, OpOverload) or isinstance(found, str)
+        if found is None or (graph and not torch.is_grad_enabled()):
+            return func(*args, **kwargs)  # so do graphs call what is not covered, for which it was counted already
         if isinstance(found, Product):
             result = self._product(found)
             if result is not None:
@@ -103,7 +105,9 @@ class Operations(TorchFunctionMode):
         if reason:
             self.skip(name or found.base, reason)
             return None
-        node = self._node(name or self._names.numbered(found.base), found.base)
+        if not name:
+            name = self._names.numbered(found.base, (x.shape, weight.shape), again=in_backward())
+        node = self._node(name, found.base)
         if node is None:
             return None
         return product(self.engine, node, kind_of(found.kind, found.arguments), x, weight, found.bias)
@@ -122,6 +126,13 @@ class Operations(TorchFunctionMode):
         self.skipped[name] += 1
         self.reasons[name] = reason
 
+    def skip_scripted(self, module: nn.Module) -> None:
+        """Count the parts that TorchScript runs, of which Python hears nothing."""
+        parts = [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+        for name in parts:
+            if not any(name.startswith(f"{other}.") for other in parts):
+                self.skip(name, "it is a module of TorchScript")
+
     # For graphs
 
     def parameter(self, tensor: Tensor) -> tuple[Tensor, str]:
@@ -130,4 +141,4 @@ class Operations(TorchFunctionMode):
 
     def in_graph(self, name: str, base: str, site: int, *, again: bool) -> Node | None:
         """The node of a product in a graph, or None if it takes no part."""
-        return self._node(name or self._names.at_site(base, site, again=again), base)
+        return self._node(name or self._names.numbered(base, site, again=again), base)

@@ -104,6 +104,8 @@ class RollbackPrecision(Precision):
         self._module = module if isinstance(module, pl.LightningModule) else None
         if self._module is not None and isinstance(self.inner, MixedPrecision):
             self.inner.device = self._module.device.type
+        if self._module is not None:
+            self._operations.skip_scripted(self._module)
         connected: tuple[nn.Module, list[Optimizer], list[Any]]
         connected = self.inner.connect(model, optimizers, lr_schedulers)
         return connected
@@ -115,8 +117,7 @@ class RollbackPrecision(Precision):
         engine.learning = self._batches < self._pre_learning_steps
         engine.begin(derive_seed(self._seed, self._batches))
         self._batches += 1
-        if self._module is not None:
-            self._operations.begin(self._module)
+        self._operations.begin(self._module)
         with self.inner.train_step_context(), self._operations:
             yield
 

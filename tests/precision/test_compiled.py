@@ -145,7 +145,7 @@ def test_one_graph_serves_all_layers_of_a_kind_each_with_its_name() -> None:
     assert_same(eager, graph)
 
 
-@pytest.mark.parametrize("where", ["inside", "around"])
+@pytest.mark.parametrize("where", ["inside", "around", "no graph"])
 def test_what_checkpointing_computes_again_is_as_before(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it has no parameter, by which it would be known again."""
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_what_checkpointing_computes_again_is_as_before(where: str, monkeypatch:
     if where == "around":
         for layer in module:
             layer.compile(backend="aot_eager", fullgraph=True)
-    usual = run(module, torch.compile(lambda x: module(x).square().mean(), backend="aot_eager"), steps=4)
+    usual = run(module, lambda x: module(x).square().mean(), steps=4)
     bits, losses, gradients = run(module, call, steps=4)
     assert_same(usual, (bits, losses, gradients))
     assert len(bits.nodes) == 12, "there is none that is only computed again"
@@ -205,6 +205,9 @@ def test_what_forward_keeps_is_gone_where_backward_never_comes() -> None:
         with torch.no_grad():
             function(x)
     assert compiled.pending() == 1
+    assert graphs() == 2, "one of them without gradients"
+    LowBits(module).step(lambda: function(x).sum())
+    assert graphs() == 2, "another plugin needs none of its own"
     del kept
     gc.collect()
     assert compiled.pending() == 0
