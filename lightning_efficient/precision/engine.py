@@ -30,7 +30,7 @@ from lightning_efficient.precision.nodes import Node, Role
 from lightning_efficient.precision.probes import measured_result
 from lightning_efficient.precision.status import Run
 
-__all__ = ["Engine", "Retry", "product"]
+__all__ = ["Call", "Engine", "Retry", "product"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Engine:
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of an operation, whose backward is to come."""
 
     engine: Engine
@@ -291,7 +291,7 @@ class _Product(torch.autograd.Function):
     """Three products, each guarded."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.call, ctx.bias = call, bias.dtype if bias is not None else None
         ctx.save_for_backward(x, weight)
         kind = x.device.type
@@ -311,4 +311,4 @@ class _Product(torch.autograd.Function):
 
 def product(engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """An operation in few bits wherever that is healthy; differentiable once."""
-    return _Product.apply(_Call(engine, node, kind), x, weight, bias)
+    return _Product.apply(Call(engine, node, kind), x, weight, bias)

@@ -15,7 +15,8 @@ _COLUMNS = ("operation", "product", "bits", "low", "high", "retries", "last reas
 class PrecisionMap(list[dict[str, Any]]):
     """Rows with ``operation``, ``product``, ``bits``, ``low``, ``high``, ``retries`` and ``last reason``.
 
-    ``low`` and ``high`` count products. Printed, and at the end of a cell of a notebook, it is a table.
+    ``low`` and ``high`` count products; of what is not covered calls, and in what is compiled the graphs that have some,
+    with the reason why it is not. Printed, and at the end of a cell of a notebook, it is a table.
     """
 
     def __str__(self) -> str:
@@ -27,8 +28,10 @@ class PrecisionMap(list[dict[str, Any]]):
     __repr__ = __str__
 
 
-def precision_map(nodes: Mapping[str, Node], low: str, skipped: Mapping[str, int]) -> PrecisionMap:
-    """Of ``nodes``, whose low format is ``low``, and of what is not covered: how often that was called."""
+def precision_map(
+    nodes: Mapping[str, Node], low: str, skipped: Mapping[str, int], reasons: Mapping[str, str]
+) -> PrecisionMap:
+    """Of ``nodes``, whose low format is ``low``, and of what is not covered: how often that was called, and why."""
     rows = PrecisionMap(
         {
             "operation": name, "product": role.replace("_", "-"), "bits": _bits(node, role, low),
@@ -41,7 +44,7 @@ def precision_map(nodes: Mapping[str, Node], low: str, skipped: Mapping[str, int
     for name, count in sorted(skipped.items()):
         rows.append(
             {"operation": name, "product": "all", "bits": "high, not covered", "low": 0, "high": count, "retries": 0,
-             "last reason": ""}
+             "last reason": reasons[name]}
         )  # fmt: skip
     return rows
 

@@ -153,6 +153,8 @@ class RollbackPrecision(WrappingPrecision):
             if self._known is not None:
                 self._begin_anew()
             self._known = weakref.ref(self._module)
+        if self._module is not None:
+            self._operations.skip_scripted(self._module)
         if trainer is not None:
             if isinstance(self.inner, MixedPrecision):
                 self.inner.device = trainer.strategy.root_device.type
@@ -169,8 +171,7 @@ class RollbackPrecision(WrappingPrecision):
         rank = self._module.global_rank if self._module is not None else 0
         self._engine.begin(derive_seed(self._seed, self._batches, rank), self._batches)
         self._batches += 1
-        if self._module is not None:
-            self._operations.begin(self._module)
+        self._operations.begin(self._module)
         with self.inner.train_step_context(), self._operations:
             yield
 
@@ -285,7 +286,8 @@ class RollbackPrecision(WrappingPrecision):
 
     def precision_map(self) -> PrecisionMap:
         """Of each product of each operation: its bits now, its counters, and the last reason to compute it again."""
-        return precision_map(self.nodes, self._low.name, self._operations.skipped)
+        operations = self._operations
+        return precision_map(self.nodes, self._low.name, operations.skipped, operations.reasons)
 
     def measurements(self) -> Mapping[str, float]:
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
