@@ -59,8 +59,8 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (kinds.MatMul, "probe", "signs"),
     (nodes.Node, "sign_of_operands", "signs"),
     (nodes.Node, "sign_of_result", "signs"),
-    (engine._Call, "forward", "the rest of guarded products"),
-    (engine._Call, "backward", "the rest of guarded products"),
+    (engine.Call, "forward", "the rest of guarded products"),
+    (engine.Call, "backward", "the rest of guarded products"),
     (nn.utils, "clip_grad_norm_", "clipping"),
 )
 

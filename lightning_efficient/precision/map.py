@@ -15,7 +15,7 @@ _COLUMNS = ("operation", "product", "bits", "low", "high", "retries", "last reas
 class PrecisionMap(list[dict[str, Any]]):
     """Rows with ``operation``, ``product``, ``bits``, ``low``, ``high``, ``retries`` and ``last reason``.
 
-    ``low`` and ``high`` count products; of what is not covered calls, and in what is compiled the graphs that have some,
+    ``low`` and ``high`` count products; of what is not covered calls, in what is compiled the graphs that have some,
     with the reason why it is not. Printed, and at the end of a cell of a notebook, it is a table.
     """
 
