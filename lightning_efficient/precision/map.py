@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_efficient.precision.nodes import ROLES, Node, Role
+from lightning_efficient.precision.nodes import OPERANDS, ROLES, Node, Role
 
 __all__ = ["PrecisionMap", "precision_map"]
 
@@ -54,4 +54,6 @@ def _bits(node: Node, role: Role, low: str) -> str:
         return "high, learning"
     if node.learning.low_pays is False:
         return "high, low would take longer"
+    if any(not bits.few for bits in (node.bits.get(which) for which in OPERANDS[role]) if bits is not None):
+        return f"bf16, {low} errs too much"
     return "high, held" if node.products[role].status.held else low

@@ -21,13 +21,23 @@ from lightning_efficient.precision.status import ReturnPolicy
 class LowBits:
     """An engine, its nodes, and steps."""
 
-    def __init__(self, module: nn.Module, low: str = "int8", *, protect: bool = True, return_after: int = 20) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        low: str = "int8",
+        *,
+        protect: bool = True,
+        return_after: int = 20,
+        adaptive: bool = False,
+    ) -> None:
         self.module, self.nodes = module, dict[str, Node]()
-        self.engine = Engine(format_named(low), torch.float32, stochastic=False, protect=protect, seed=0)
+        self.engine = Engine(
+            format_named(low), torch.float32, stochastic=False, protect=protect, seed=0, adaptive=adaptive
+        )
         policy = ReturnPolicy(return_after)
 
         def make(name: str, kind: str) -> Node:
-            return self.nodes.setdefault(name, Node(name, kind, policy))
+            return self.nodes.setdefault(name, Node(name, kind, policy, adaptive=adaptive))
 
         self.operations = Operations(self.engine, make, lambda name: True)
         self.number = 0
