@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from benchmarks.activation_losses import Difference
 from benchmarks.harness import Options, Result, Table
 from benchmarks.precision_faults import HARMLESS, Outcome, measured_faults, ratios
@@ -38,6 +40,7 @@ def run(options: Options) -> Result:
     """All of it; about half an hour on two cores."""
     if options.device == "cuda":
         return run_on_gpu()
+    torch.set_num_threads(options.threads)  # of what is not timed
     tables: list[Table] = []
     raw: dict[str, Any] = {}
     figures: dict[str, float | str] = {}

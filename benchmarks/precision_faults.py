@@ -45,7 +45,7 @@ class Plan:
     steps: int
 
 
-PLAN = Plan(pre_learning=50, begin=150, end=230, steps=340)
+PLAN = Plan(pre_learning=50, begin=200, end=290, steps=400)
 QUICK = Plan(pre_learning=4, begin=8, end=12, steps=20)
 
 Fault = Callable[[DigitsMlp, int], AbstractContextManager[Any]]

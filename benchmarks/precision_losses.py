@@ -84,7 +84,9 @@ class Healthy:
     retries: Sequence[float] = ()
 
 
-def trained(task: Task, arguments: dict[str, Any] | None, seed: int, steps: int) -> tuple[float, Counts | None]:
+def trained(
+    task: Task, arguments: dict[str, Any] | None, seed: int, steps: int, validation_batches: int | float = 1.0
+) -> tuple[float, Counts | None]:
     """The final loss, and what was counted in main learning; with all random choices as ``seed`` says."""
     pl.seed_everything(seed, verbose=False)
     model: pl.LightningModule
@@ -103,6 +105,7 @@ def trained(task: Task, arguments: dict[str, Any] | None, seed: int, steps: int)
         devices=1,
         max_steps=steps,
         max_epochs=-1,
+        limit_val_batches=validation_batches,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
         val_check_interval=steps,
@@ -119,7 +122,7 @@ def trained(task: Task, arguments: dict[str, Any] | None, seed: int, steps: int)
 
 def measured_health(options: Options) -> tuple[list[Table], dict[str, dict[str, Healthy]]]:
     """A table for each task, and what was found by task and arm."""
-    steps = 8 if options.quick else 300
+    steps, validation_batches = (8, 1) if options.quick else (300, 1.0)
     tasks = [task for task in TASKS if task == "byte language model" or digits_loaders(0) is not None]
     found: dict[str, dict[str, Healthy]] = {}
     tables = []
@@ -130,7 +133,7 @@ def measured_health(options: Options) -> tuple[list[Table], dict[str, dict[str, 
     for task in tasks:
         found[task], rows = {}, []
         for name, arguments in HEALTHY_ARMS.items():
-            runs = [trained(task, arguments, seed, steps) for seed in options.seeds]
+            runs = [trained(task, arguments, seed, steps, validation_batches) for seed in options.seeds]
             counts = [count for _, count in runs if count is not None]
             healthy = Healthy(
                 [loss for loss, _ in runs],

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -20,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Table, spread
+from benchmarks.precision_parts import parts_of
 from benchmarks.precision_training import Training, plain, rollback
 from lightning_efficient.demos import StdlibDataModule
 from lightning_efficient.demos.model import ByteTransformer
-from lightning_efficient.precision import engine, formats, integers, kinds, nodes
+from lightning_efficient.precision import integers
 
 __all__ = [
     "ARMS", "BF16", "FP32", "OURS_IN_BF16", "OURS_IN_FP32", "PAIRS", "QUICK", "SIZE", "Size", "Steps", "Times",
@@ -54,13 +54,14 @@ QUICK = Size(128, 1, 1, 128, 2)
 
 FP32, BF16 = "fp32", "bf16-mixed"
 OURS_IN_FP32, OURS_IN_BF16 = f"int8, {FP32} around it", f"int8, {BF16} around it"
+_UNPROTECTED = ", unprotected"
 ARMS: dict[str, Callable[[], Any]] = {
     FP32: lambda: plain("fp32"),
     BF16: lambda: plain("bf16"),
     OURS_IN_FP32: lambda: rollback("fp32", pre_learning_steps=LEARNING),
     OURS_IN_BF16: lambda: rollback("bf16", pre_learning_steps=LEARNING),
-    f"{OURS_IN_FP32}, unprotected": lambda: rollback("fp32", pre_learning_steps=LEARNING, protect=False),
-    f"{OURS_IN_BF16}, unprotected": lambda: rollback("bf16", pre_learning_steps=LEARNING, protect=False),
+    OURS_IN_FP32 + _UNPROTECTED: lambda: rollback("fp32", pre_learning_steps=LEARNING, protect=False),
+    OURS_IN_BF16 + _UNPROTECTED: lambda: rollback("bf16", pre_learning_steps=LEARNING, protect=False),
 }
 
 
@@ -76,6 +77,7 @@ class Steps:
         data = StdlibDataModule(context=size.context, batch_size=size.sequences)
         data.setup("fit")
         self._batches = iter(data.train_dataloader())
+        self._protected = not arm.endswith(_UNPROTECTED)
         for _ in range(LEARNING + 1):  # and one in low bits, in which buffers and kernels are made
             self()
 
@@ -86,7 +88,28 @@ class Steps:
             logits = model(batch[:, :-1])
             return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-        self.training.step(loss)
+        with contextlib.nullcontext() if self._protected else _without_statistics():
+            self.training.step(loss)
+
+
+class _Unmeasured:
+    """The library for integers, but that quantizing counts nothing: who looks for no signs has no use for that."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def quantize(self, *arguments: Any) -> float:
+        *others, _, _ = arguments
+        return self._library.quantize(*others, None, None)
+
+
+def _without_statistics() -> contextlib.AbstractContextManager[Any]:
+    library = integers._library()
+    unmeasured = _Unmeasured(library) if library is not None else None
+    return mock.patch.object(integers, "_library", return_value=unmeasured)
 
 
 @dataclass
@@ -127,7 +150,7 @@ PAIRS: tuple[tuple[str, str, int], ...] = (
     *(
         (ours, other, times)
         for ours in (OURS_IN_FP32, OURS_IN_BF16)
-        for other, times in ((FP32, 1), (BF16, 1), (f"{ours}, unprotected", 3))
+        for other, times in ((FP32, 1), (BF16, 1), (ours + _UNPROTECTED, 3))
     ),
 )
 """Arms that are compared, and how many times as many rounds it takes."""
@@ -154,7 +177,7 @@ def _measured_steps(size: Size, threads: int) -> tuple[list[Table], dict[str, di
     where = f"{size}, {threads} thread{'s' if threads > 1 else ''}"
     header = "", "beside", "CPU time", "time on the clock"
     tables = [Table(f"A training step: {where}", header, rows)]
-    parts = {arm: _parts(steps[arm], size.rounds) for arm in ARMS}
+    parts = {arm: parts_of(steps[arm], steps[arm].training.optimizer, size.rounds) for arm in ARMS}
     names = list(dict.fromkeys(name for found in parts.values() for name in found))
     lines = [
         (name, *(f"{found[name] * 1e3:.1f}" if name in found else "-" for found in parts.values())) for name in names
@@ -163,71 +186,6 @@ def _measured_steps(size: Size, threads: int) -> tuple[list[Table], dict[str, di
     note = "Medians; columns are not of the same moment, so compare within one."
     tables.append(Table(f"What a step is made of, CPU time in ms: {where}", ("", *parts), lines, note))
     return tables, {"ratios": ratios, "parts": parts}
-
-
-class _Watch:
-    """CPU time by part: what runs within a part that runs within another counts for the inner one only."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._within: list[str] = []
-        self._since = 0.0
-
-    def _turn(self) -> None:
-        now = time.process_time()
-        if self._within:
-            self.seconds[self._within[-1]] += now - self._since
-        self._since = now
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self._turn()
-        self._within.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._within.pop()
-
-    def around(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return timed
-
-
-_PARTS: tuple[tuple[Any, str, str], ...] = (
-    (formats.SharedExponent, "encode", "quantize"),
-    (torch, "_int_mm", "products in int8"),
-    (integers, "_converted", "results from int32"),
-    (engine, "measured_result", "signs"),
-    (kinds.MatMul, "probe", "signs"),
-    (nodes.Node, "sign_of_operands", "signs"),
-    (nodes.Node, "sign_of_result", "signs"),
-    (engine._Call, "forward", "the rest of guarded products"),
-    (engine._Call, "backward", "the rest of guarded products"),
-)
-
-
-def _parts(step: Steps, rounds: int) -> dict[str, float]:
-    """Seconds of each part of a step."""
-    found: list[Counter[str]] = []
-    for _ in range(rounds):
-        watch = _Watch()
-        training = step.training
-        patches = [(owner, name, getattr(owner, name), part) for owner, name, part in _PARTS]
-        own = [
-            (training.optimizer, "step", training.optimizer.step, "optimizer"),
-            (nn.utils, "clip_grad_norm_", nn.utils.clip_grad_norm_, "clipping"),
-        ]
-        with contextlib.ExitStack() as stack:
-            for owner, name, function, part in [*patches, *own]:
-                stack.enter_context(mock.patch.object(owner, name, watch.around(function, part)))
-            with watch.part("all else"):
-                step()
-        found.append(watch.seconds)
-    return {name: statistics.median(one[name] for one in found) for name in found[0]}
 
 
 def measured_products(size: Size, threads: int) -> tuple[Table, dict[str, Any]]:
@@ -285,7 +243,7 @@ def _seconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def limit(parts: dict[str, dict[str, float]], products: dict[str, Any]) -> float:
+def limit(parts: Mapping[str, Mapping[str, float]], products: Mapping[str, Any]) -> float:
     """A step in which nothing but the products became faster, as int8's kernels are, over that of fp32."""
     whole = sum(parts[FP32].values())
     return 1 - (products["all"]["fp32"] - products["all"]["int8"]) / whole

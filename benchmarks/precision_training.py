@@ -90,7 +90,5 @@ def plain(kind: Literal["bf16", "fp32"]) -> Precision:
 
 
 def rollback(high: Literal["bf16", "fp32"], *, protect: bool = True, **arguments: Any) -> RollbackPrecision:
-    """The plugin; without ``protect`` no sign is looked for, which only benchmarks can ask for."""
-    plugin = RollbackPrecision(high=high, **arguments)
-    plugin._engine._protect = protect
-    return plugin
+    """The plugin."""
+    return RollbackPrecision(high=high, protect=protect, **arguments)

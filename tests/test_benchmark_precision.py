@@ -9,12 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import precision, precision_steps
+from benchmarks import precision
 from benchmarks.harness import Options, Table
 from benchmarks.precision_faults import FAULTS, HARMLESS, Outcome, Plan, ratios, run_with_fault
 from benchmarks.precision_gpu import ARMS as GPU_ARMS
 from benchmarks.precision_gpu import BASE, measure
 from benchmarks.precision_losses import CLAIMED, HEALTHY_ARMS, DigitsMlp, Healthy, trained
+from benchmarks.precision_parts import PARTS, Watch
 from benchmarks.precision_steps import (
     ARMS,
     FP32,
@@ -61,7 +62,7 @@ def test_two_arms_run_one_behind_the_other_each_first_by_turns(clock: Callable[[
 
 
 def test_a_part_within_another_counts_for_itself_only(clock: Callable[[float], None]) -> None:
-    watch = precision_steps._Watch()
+    watch = Watch()
 
     def product(seconds: float) -> str:
         clock(seconds)
@@ -82,10 +83,10 @@ def test_all_arms_step_and_all_parts_are_seen() -> None:
     assert list(found["ratios"]) == [f"{one} / {other}" for one, other, _ in PAIRS]
     assert list(found["parts"]) == list(ARMS)
     for arm, parts in found["parts"].items():
-        expected = {"all else", "optimizer", "clipping"}
-        if arm.startswith("int8"):
-            expected |= {part for _, _, part in precision_steps._PARTS}
-        if arm.endswith("unprotected"):
+        expected = {"all else", "optimizer", *(part for _, _, part in PARTS)}
+        if not arm.startswith("int8"):
+            expected = {"all else", "optimizer", "clipping"}
+        elif arm.endswith("unprotected"):
             expected.remove("signs")
         assert set(parts) == expected, arm
     assert len(tables[0].rows) == len(PAIRS)

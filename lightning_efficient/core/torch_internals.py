@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,7 @@ __all__ = [
     "backward_within_modes",
     "bytes_of",
     "compiled_entry",
+    "computes_nothing",
     "counting",
     "first_step_post_hook",
     "forward_is_compiled",
@@ -56,6 +58,7 @@ __all__ = [
     "tensor_version",
     "typed_storage_parts",
     "unhooked_step",
+    "within_transform",
     "without_mode",
     "without_torch_function",
     "written_out_attention",
@@ -329,6 +332,17 @@ def spread_over_ranks(local: Tensor, how: Any) -> Tensor:
 def in_backward() -> bool:
     """Whether this thread is going through a graph backwards."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def within_transform() -> bool:
+    """Whether a transform of ``torch.func`` is going on; a graph is made for one or the other."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def computes_nothing(tensor: Tensor) -> bool:
+    """Whether it only stands for one, of which a compiler wants to know what becomes of it."""
+    return isinstance(tensor, FakeTensor) or bool(getattr(tensor, "is_meta", False))
 
 
 def tensor_version(tensor: Tensor) -> int:

@@ -19,7 +19,6 @@ from lightning_efficient.precision.status import Run
 
 __all__ = ["Agreement"]
 
-_NONE = -math.inf
 _FAR = 1e9  # beyond any count of products
 
 
@@ -29,14 +28,17 @@ class Agreement:
     Which nodes there are may differ for a while, as when branches are taken by data; names are gathered then.
 
     Args:
+        like: Any node.
         reduce: float64 numbers ``[n]`` to the largest of each, on all ranks at once.
         gather: Names to those of all ranks.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor], gather: Callable[[list[str]], list[list[str]]]) -> None:
+    def __init__(
+        self, like: Node, reduce: Callable[[Tensor], Tensor], gather: Callable[[list[str]], list[list[str]]]
+    ) -> None:
         self._reduce, self._gather = reduce, gather
         self._names: list[str] = []
-        self._length = len(Node.agreed_by_none())
+        self._length = len(like.agreed())
 
     def __call__(self, nodes: Mapping[str, Node], run: Run) -> None:
         """Of each number of ``nodes`` and ``run`` take the most careful of all ranks; to be called by all."""
@@ -50,7 +52,7 @@ class Agreement:
         numbers = [digest, -digest, _FAR - run.high_in_a_row if run.high_in_a_row else 0.0]
         for name in self._names:
             node = nodes.get(name)
-            numbers += node.agreed() if node is not None else Node.agreed_by_none()
+            numbers += node.agreed() if node is not None else [-math.inf] * self._length
         reduced = self._reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
         run.high_in_a_row = int(_FAR - reduced[2]) if reduced[2] else 0
         for place, name in enumerate(self._names):

@@ -30,7 +30,7 @@ from lightning_efficient.precision.nodes import Node, Role
 from lightning_efficient.precision.probes import measured_result
 from lightning_efficient.precision.status import Run
 
-__all__ = ["Engine", "Retry", "product"]
+__all__ = ["Call", "Engine", "Retry", "product"]
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,13 @@ class Engine:
         stochastic: Whether numbers are rounded up or down at random.
         protect: Whether signs of failure are looked for.
         seed: Of the rounding.
+        adaptive: Whether products of tensors for which few bits are not enough are in bfloat16 for a while.
     """
 
-    def __init__(self, low: Format, high: torch.dtype, *, stochastic: bool, protect: bool, seed: int) -> None:
-        self.low, self.high = low, high
+    def __init__(
+        self, low: Format, high: torch.dtype, *, stochastic: bool, protect: bool, seed: int, adaptive: bool = False
+    ) -> None:
+        self.low, self.high, self.adaptive = low, high, adaptive
         self.learning = self.force_high = False
         self.run = Run()
         self.retries: list[Retry] = []
@@ -114,13 +117,13 @@ class Engine:
         role: Role,
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
-        high: Callable[[], Tensor],
+        high: Callable[[torch.dtype], Tensor],
         probe: Callable[[Tensor], float | None],
     ) -> Tensor:
         """One product."""
         self.work += node.work
         if self.force_high or node.learning.low_pays is False:
-            return high()
+            return high(self.high)
         status, run = node.products[role].status, self.run
         if self.learning or not node.learning.done:
             result = self._learn(node, role, operands, low, high, probe)
@@ -128,8 +131,14 @@ class Engine:
             return result
         if not status.allows_low(run):
             status.computed_high(run)
-            return high()
+            return high(self.high)
+        if self.adaptive and node.needs_more(role, self.batch):
+            status.computed_high(run)
+            return high(torch.bfloat16)
         one, other = operands()
+        if self.adaptive and node.look(role, one.measured, other.measured, self.batch):
+            status.computed_high(run)
+            return high(torch.bfloat16)
         reason = self._sign(node, role, one, other)
         if not reason:
             result = low(one, other)
@@ -143,7 +152,7 @@ class Engine:
                 status.computed_low()
                 self.low_work += node.work
                 return result
-        result = high()
+        result = high(self.high)
         status.failed(reason, run)
         self.retries.append(Retry(node.name, role, reason))
         return result
@@ -154,14 +163,14 @@ class Engine:
         role: Role,
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
-        high: Callable[[], Tensor],
+        high: Callable[[torch.dtype], Tensor],
         probe: Callable[[Tensor], float | None],
     ) -> Tensor:
         """One product in high bits, whose numbers are taken for healthy."""
         start = time.perf_counter()
         one, other = operands()
         encoded = time.perf_counter()
-        result = high()
+        result = high(self.high)
         computed = time.perf_counter()
         if not (one.measured.finite and other.measured.finite):
             return result
@@ -179,7 +188,7 @@ class Engine:
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of an operation, whose backward is to come."""
 
     engine: Engine
@@ -206,8 +215,8 @@ class _Call:
                 found = kind.forward(a, b, bias.to(a.dtype) if bias is not None else None)
             return found.to(result_type)
 
-        def high() -> Tensor:
-            parts = [part.to(engine.high) if part is not None else None for part in (x, weight, bias)]
+        def high(dtype: torch.dtype) -> Tensor:
+            parts = [part.to(dtype) if part is not None else None for part in (x, weight, bias)]
             return kind.forward(*parts).to(result_type)  # type: ignore[arg-type]
 
         def probe(result: Tensor) -> float | None:
@@ -215,7 +224,7 @@ class _Call:
             return kind.probe(x, weight, bias, result, engine._count)
 
         if again:
-            result = low(*operands()) if self.node.last_low else high()
+            result = low(*operands()) if self.node.last_low else high(engine.high)
         else:
             before = self.node.products["forward"].status.low
             result = engine.compute(self.node, "forward", operands, low, high, probe)
@@ -266,8 +275,8 @@ class _Call:
                 return function(*_alike(one.decoded(), two.decoded()), shapes)
             return function(*_alike(one.values, two.decoded()), shapes).float().mul_(math.ldexp(1.0, -one.shift))
 
-        def high() -> Tensor:
-            return function(gradient.to(self.engine.high), other.to(self.engine.high), shapes)
+        def high(dtype: torch.dtype) -> Tensor:
+            return function(gradient.to(dtype), other.to(dtype), shapes)
 
         return self.engine.compute(
             self.node, role, lambda: (gradient_low(), other_low()), low, high, lambda result: None
@@ -275,9 +284,11 @@ class _Call:
 
     def _encoded(self, tensor: Tensor, which: str) -> Encoded:
         """With the exponent that it had the last time, if that is still right."""
-        guess = self.node.tensors[which].last
+        exponents = self.node.last_exponents
         encode = self.engine._encode if which == "gradient" else self.engine.encoded
-        return encode(tensor, which, guess)
+        found = encode(tensor, which, exponents.get(which))
+        exponents[which] = found.measured.exponent
+        return found
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +300,7 @@ class _Product(torch.autograd.Function):
     """Three products, each guarded."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.call, ctx.bias = call, bias.dtype if bias is not None else None
         ctx.save_for_backward(x, weight)
         kind = x.device.type
@@ -309,4 +320,4 @@ class _Product(torch.autograd.Function):
 
 def product(engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """An operation in few bits wherever that is healthy; differentiable once."""
-    return _Product.apply(_Call(engine, node, kind), x, weight, bias)
+    return _Product.apply(Call(engine, node, kind), x, weight, bias)

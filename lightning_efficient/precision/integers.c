@@ -70,7 +70,7 @@ static inline int8_t coded(float number) {
 
    Returns what `largest` does, so that who guessed the factor sees whether it was right. Each loop has little to do,
    on what is in the first cache: compilers make vectors of such, and of one loop for all of it they do not.
-   counts: beyond the largest code, of those that are not zero those that become zero, not zero.
+   counts: beyond the largest code, of those that are not zero those that become zero, not zero; null: nothing is.
    sums: of the magnitudes, in codes' units, before and after. */
 float quantize(const void *values, int type, int64_t start, int64_t end, float factor, float again, const float *noise,
                int8_t *codes, int64_t *counts, double *sums) {
@@ -92,6 +92,7 @@ float quantize(const void *values, int type, int64_t start, int64_t end, float f
 #pragma omp simd
             for (int64_t i = 0; i < count; i++) out[i] = coded(rounded(x[i] * factor * again, 0, i));
         }
+        if (!counts) continue;
 #pragma omp simd reduction(+ : before, none)
         for (int64_t i = 0; i < count; i++) {
             before += fabsf(x[i] * factor * again);

@@ -144,15 +144,15 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
 
     in_threads(work, parts)
     over, under, some = counts.sum(0).tolist()
-    before, after = sums.sum(0).tolist()
+    (before, after), largest = sums.sum(0).tolist(), _most(found)
     measured = Measured(
-        exponent if some else None,
+        exponent if largest else None,
         overflow=over / numel if numel else 0.0,
         underflow=under / some if some else 0.0,
-        all_zero=not some,
+        all_zero=not largest,
         error=quantization_error(before, after),
     )
-    return Integers(codes, exponent), measured, _most(found)
+    return Integers(codes, exponent), measured, largest
 
 
 def _most(found: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_efficient.precision.nodes import ROLES, Node, Role
+from lightning_efficient.precision.nodes import OPERANDS, ROLES, Node, Role
 
 __all__ = ["PrecisionMap", "precision_map"]
 
@@ -15,7 +15,8 @@ _COLUMNS = ("operation", "product", "bits", "low", "high", "retries", "last reas
 class PrecisionMap(list[dict[str, Any]]):
     """Rows with ``operation``, ``product``, ``bits``, ``low``, ``high``, ``retries`` and ``last reason``.
 
-    ``low`` and ``high`` count products. Printed, and at the end of a cell of a notebook, it is a table.
+    ``low`` and ``high`` count products; of what is not covered calls, in what is compiled the graphs that have some,
+    with the reason why it is not. Printed, and at the end of a cell of a notebook, it is a table.
     """
 
     def __str__(self) -> str:
@@ -27,8 +28,10 @@ class PrecisionMap(list[dict[str, Any]]):
     __repr__ = __str__
 
 
-def precision_map(nodes: Mapping[str, Node], low: str, skipped: Mapping[str, int]) -> PrecisionMap:
-    """Of ``nodes``, whose low format is ``low``, and of what is not covered: how often that was called."""
+def precision_map(
+    nodes: Mapping[str, Node], low: str, skipped: Mapping[str, int], reasons: Mapping[str, str]
+) -> PrecisionMap:
+    """Of ``nodes``, whose low format is ``low``, and of what is not covered: how often that was called, and why."""
     rows = PrecisionMap(
         {
             "operation": name, "product": role.replace("_", "-"), "bits": _bits(node, role, low),
@@ -41,7 +44,7 @@ def precision_map(nodes: Mapping[str, Node], low: str, skipped: Mapping[str, int
     for name, count in sorted(skipped.items()):
         rows.append(
             {"operation": name, "product": "all", "bits": "high, not covered", "low": 0, "high": count, "retries": 0,
-             "last reason": ""}
+             "last reason": reasons[name]}
         )  # fmt: skip
     return rows
 
@@ -51,4 +54,6 @@ def _bits(node: Node, role: Role, low: str) -> str:
         return "high, learning"
     if node.learning.low_pays is False:
         return "high, low would take longer"
+    if any(not bits.few for bits in (node.bits.get(which) for which in OPERANDS[role]) if bits is not None):
+        return f"bf16, {low} errs too much"
     return "high, held" if node.products[role].status.held else low

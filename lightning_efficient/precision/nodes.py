@@ -6,11 +6,11 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
+from lightning_efficient.precision.bits import AdaptiveBits
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.signs import (
     HISTORY,
@@ -97,14 +97,17 @@ class Node:
         kind: Of the operation.
         products: By role.
         tensors: Trackers by operand: input, weight, gradient.
+        bits: By operand, whether few are enough; empty: nobody asks.
         learning: How long that is, and whether low bits pay.
         last_low: Whether the last forward product was in low bits.
         work: Multiplications of one of its products, the last time.
+        last_exponents: By operand, whether it was healthy or not: a guess for the next, which is no state.
 
     Args:
         policy: When low bits are allowed again.
         limits: Given, rather than learnt.
         learning: None: nothing is learnt.
+        adaptive: Whether the error of few bits says which tensors need more, rather than that something has failed.
     """
 
     def __init__(
@@ -114,15 +117,19 @@ class Node:
         policy: ReturnPolicy,
         limits: Limits | None = None,
         learning: Learning | None = None,
+        *,
+        adaptive: bool = False,
     ) -> None:
         self.name, self.kind = name, kind
         self.products = {role: Product(Status(policy)) for role in ROLES}
         self._learns = limits is None
         self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
         self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
+        self.bits = {which: AdaptiveBits() for which in self.tensors} if adaptive else {}
         self.learning = learning or Learning()
         self.last_low = False
         self.work = 0
+        self.last_exponents: dict[str, int | None] = {}
 
     def begin(self, batch: int) -> None:
         """It is computed in ``batch``, maybe not for the first time."""
@@ -147,11 +154,25 @@ class Node:
         if self._learns and error is not None:
             product.error = max(product.error, 2 * error)
 
+    def needs_more(self, role: Role, batch: int) -> bool:
+        """Whether few bits are not enough for an operand, and that is not to be looked at again in ``batch``."""
+        return any(not bits.few and batch < bits.due for bits in self._bits_of(role))
+
+    def look(self, role: Role, one: Measured, other: Measured, batch: int) -> bool:
+        """Look at the errors that few bits make in ``batch``, where that is due; whether they are too large."""
+        for bits, measured in zip(self._bits_of(role), (one, other), strict=True):
+            if batch >= bits.due:
+                bits.look(batch, measured.error, measured.exponent)
+        return any(not bits.few for bits in self._bits_of(role))
+
+    def _bits_of(self, role: Role) -> list[AdaptiveBits]:
+        return [self.bits[which] for which in OPERANDS[role]] if self.bits else []
+
     def sign_of_operands(self, role: Role, one: Measured, other: Measured) -> str:
         """The first sign of failure that the operands of a product show; empty if none."""
         product = self.products[role]
         for which, measured in zip(OPERANDS[role], (one, other), strict=True):
-            if sign := self.tensors[which].sign(measured):
+            if sign := self.tensors[which].sign(replace(measured, error=None) if self.bits else measured):
                 return f"{which}: {sign}"
         if sign := apart((one.exponent, other.exponent), product.usual, product.allowed):
             return sign
@@ -174,12 +195,6 @@ class Node:
         """What ranks agree on: the largest number of each."""
         return [value for part in self._parts() for value in part.agreed()]
 
-    @classmethod
-    @cache
-    def agreed_by_none(cls) -> list[float]:
-        """What a rank that has not this node says."""
-        return [-math.inf] * len(cls("", "", ReturnPolicy()).agreed())
-
     def agree(self, values: list[float]) -> None:
         """What :meth:`agreed` returned, the largest of all ranks."""
         parts = self._parts()
@@ -187,8 +202,8 @@ class Node:
         for part, own in zip(parts, _split(values, *lengths[:-1]), strict=True):
             part.agree(own)
 
-    def _parts(self) -> list[Learning | Product | Tracker]:
-        return [self.learning, *self.products.values(), *self.tensors.values()]
+    def _parts(self) -> list[Learning | Product | Tracker | AdaptiveBits]:
+        return [self.learning, *self.products.values(), *self.tensors.values(), *self.bits.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
@@ -196,6 +211,7 @@ class Node:
             "kind": self.kind,
             "learning": self.learning.state_dict(),
             "products": {role: product.state_dict() for role, product in self.products.items()},
+            "bits": {which: bits.state_dict() for which, bits in self.bits.items()},
             "tensors": {which: tracker.state_dict() for which, tracker in self.tensors.items()},
         }
 
@@ -204,6 +220,9 @@ class Node:
         self.learning.load_state_dict(state["learning"])
         for role, product in self.products.items():
             product.load_state_dict(state["products"][role])
+        for which, bits in self.bits.items():
+            if which in state["bits"]:
+                bits.load_state_dict(state["bits"][which])
         for which, tracker in self.tensors.items():
             tracker.load_state_dict(state["tensors"][which])
 

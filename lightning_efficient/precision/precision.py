@@ -77,8 +77,11 @@ class RollbackPrecision(WrappingPrecision):
         only_if_faster: Leave operations alone for which few bits took longer than many, with all that guards them, as
             they learnt. Formats that are emulated, which take longer always, are not asked. As times differ from run
             to run, the choice may; it is kept in the checkpoint.
+        adaptive_bits: Products of tensors for which few bits make too large an error (3 % of the mean magnitude) are in
+            bfloat16 until that is looked at again; without it such an error is a sign of failure.
         stochastic_rounding: Up or down at random, rather than to nearest.
         seed: Of that.
+        protect: False: no sign is looked for, to see what becomes of it. Not for training.
 
     Raises:
         ValueError: If an argument is none of those.
@@ -97,8 +100,10 @@ class RollbackPrecision(WrappingPrecision):
         spike_guard: dict[str, Any] | None = None,
         exclude: Sequence[str] = (),
         only_if_faster: bool = True,
+        adaptive_bits: bool = False,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        protect: bool = True,
     ) -> None:
         if high not in _HIGH:
             raise ValueError(f"high={high!r}: it can be {' or '.join(map(repr, _HIGH))}.")
@@ -116,7 +121,9 @@ class RollbackPrecision(WrappingPrecision):
         self._timed = only_if_faster and not self._low.emulated
         self._exclude, self._seed = tuple(exclude), seed
         self.nodes: dict[str, Node] = {}
-        self._engine = Engine(self._low, _HIGH[high], stochastic=stochastic_rounding, protect=True, seed=seed)
+        self._engine = Engine(
+            self._low, _HIGH[high], stochastic=stochastic_rounding, protect=protect, seed=seed, adaptive=adaptive_bits
+        )
         self._operations = Operations(
             self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high]
         )
@@ -153,12 +160,14 @@ class RollbackPrecision(WrappingPrecision):
             if self._known is not None:
                 self._begin_anew()
             self._known = weakref.ref(self._module)
+        if self._module is not None:
+            self._operations.skip_scripted(self._module)
         if trainer is not None:
             if isinstance(self.inner, MixedPrecision):
                 self.inner.device = trainer.strategy.root_device.type
             if self._lifecycle not in trainer.callbacks:  # type: ignore[attr-defined]
                 trainer.callbacks.insert(0, self._lifecycle)  # type: ignore[attr-defined]
-            self._agreement = _agreement(trainer) if trainer.world_size > 1 else None
+            self._agreement = _agreement(trainer, self._new("", "")) if trainer.world_size > 1 else None
             if self._guard is not None and trainer.state.fn == TrainerFn.FITTING:
                 self._guard.attach(trainer)
         return super().connect(model, optimizers, lr_schedulers)
@@ -169,8 +178,7 @@ class RollbackPrecision(WrappingPrecision):
         rank = self._module.global_rank if self._module is not None else 0
         self._engine.begin(derive_seed(self._seed, self._batches, rank), self._batches)
         self._batches += 1
-        if self._module is not None:
-            self._operations.begin(self._module)
+        self._operations.begin(self._module)
         with self.inner.train_step_context(), self._operations:
             yield
 
@@ -278,14 +286,15 @@ class RollbackPrecision(WrappingPrecision):
 
     def _new(self, name: str, kind: str) -> Node:
         learning = Learning(self._learn_until, timed=self._timed)
-        return Node(name, kind, self._policy, self._limits, learning)
+        return Node(name, kind, self._policy, self._limits, learning, adaptive=self._engine.adaptive)
 
     def _takes_part(self, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._exclude)
 
     def precision_map(self) -> PrecisionMap:
         """Of each product of each operation: its bits now, its counters, and the last reason to compute it again."""
-        return precision_map(self.nodes, self._low.name, self._operations.skipped)
+        operations = self._operations
+        return precision_map(self.nodes, self._low.name, operations.skipped, operations.reasons)
 
     def measurements(self) -> Mapping[str, float]:
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
@@ -363,7 +372,7 @@ class _Lifecycle(pl.Callback):
         self._plugin._batch_ended(trainer)
 
 
-def _agreement(trainer: pl.Trainer) -> Agreement:
+def _agreement(trainer: pl.Trainer, like: Node) -> Agreement:
     def reduce(numbers: Tensor) -> Tensor:
         reduced: Tensor = trainer.strategy.reduce(numbers.to(trainer.strategy.root_device), reduce_op="max")
         return reduced
@@ -373,7 +382,7 @@ def _agreement(trainer: pl.Trainer) -> Agreement:
         torch.distributed.all_gather_object(gathered, names)
         return gathered
 
-    return Agreement(reduce, gather)
+    return Agreement(like, reduce, gather)
 
 
 def _plain_high(inner: Precision) -> torch.dtype | None:

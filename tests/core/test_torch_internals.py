@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -19,6 +20,7 @@ from lightning_efficient.core.torch_internals import (
     WeakStorage,
     bytes_of,
     compiled_entry,
+    computes_nothing,
     first_step_post_hook,
     forward_is_compiled,
     global_step_hooks,
@@ -41,6 +43,7 @@ from lightning_efficient.core.torch_internals import (
     tensor_version,
     typed_storage_parts,
     unhooked_step,
+    within_transform,
     without_mode,
     without_torch_function,
 )
@@ -366,3 +369,20 @@ def test_a_tensor_that_is_spread_over_ranks_is_taken_apart_and_put_together(tmp_
     assert local_part(whole) is whole
     assert spread_of(whole) is None
     assert spread_over_ranks(whole, None) is whole
+
+
+def test_transforms_of_functions_are_known() -> None:
+    def function(x: Tensor) -> Tensor:
+        assert within_transform()
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(2, 2))
+    assert not within_transform()
+
+
+def test_tensors_that_only_stand_for_one_are_known() -> None:
+    with FakeTensorMode():
+        assert computes_nothing(torch.ones(2))
+    assert computes_nothing(torch.ones(2, device="meta"))
+    assert not computes_nothing(torch.ones(2))

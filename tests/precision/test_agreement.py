@@ -22,7 +22,7 @@ class Ranks:
         self.nodes: list[dict[str, Node]] = [{}, {}]
         self.runs = [Run(), Run()]
         self.gathered = 0
-        self.agreements = [Agreement(self.reduce(rank), self.gather(rank)) for rank in range(2)]
+        self.agreements = [Agreement(node(), self.reduce(rank), self.gather(rank)) for rank in range(2)]
 
     def meet(self, rank: int, value: object) -> list:
         self.said[rank] = value
@@ -111,7 +111,7 @@ def test_the_numbers_are_the_largest_of_each() -> None:
         return numbers
 
     known = {"a": node()}
-    agreement = Agreement(same, lambda names: [names])
+    agreement = Agreement(node(), same, lambda names: [names])
     run = Run()
     known["a"].products["grad_input"].status.failed("made up", run)
     known["a"].tensors["weight"].learn(Measured(-3))

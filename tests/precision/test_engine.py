@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_efficient.precision import kinds
 from lightning_efficient.precision.engine import Engine
-from lightning_efficient.precision.formats import format_named
+from lightning_efficient.precision.formats import Encoded, SharedExponent, format_named
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.status import ReturnPolicy
@@ -21,13 +21,23 @@ from lightning_efficient.precision.status import ReturnPolicy
 class LowBits:
     """An engine, its nodes, and steps."""
 
-    def __init__(self, module: nn.Module, low: str = "int8", *, protect: bool = True, return_after: int = 20) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        low: str = "int8",
+        *,
+        protect: bool = True,
+        return_after: int = 20,
+        adaptive: bool = False,
+    ) -> None:
         self.module, self.nodes = module, dict[str, Node]()
-        self.engine = Engine(format_named(low), torch.float32, stochastic=False, protect=protect, seed=0)
+        self.engine = Engine(
+            format_named(low), torch.float32, stochastic=False, protect=protect, seed=0, adaptive=adaptive
+        )
         policy = ReturnPolicy(return_after)
 
         def make(name: str, kind: str) -> Node:
-            return self.nodes.setdefault(name, Node(name, kind, policy))
+            return self.nodes.setdefault(name, Node(name, kind, policy, adaptive=adaptive))
 
         self.operations = Operations(self.engine, make, lambda name: True)
         self.number = 0
@@ -247,3 +257,35 @@ def test_small_gradients_are_kept_in_fp16_p11() -> None:
     assert not bits.engine.retries
     for name, gradient in gradients.items():
         assert float((near[name] - gradient).norm() / gradient.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("protect", [True, False])
+def test_the_last_exponent_is_the_next_guess_and_changes_no_result(
+    protect: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(24, 32), torch.randn(64, 24)
+    bits, blind = LowBits(module, protect=protect), LowBits(module, protect=protect)
+    guesses: list[int | None] = []
+    true = SharedExponent.encode
+
+    def encode(self: SharedExponent, values: Tensor, *, guess: int | None = None, **rest: object) -> Encoded:
+        guesses.append(guess)
+        return true(self, values, guess=guess, **rest)  # type: ignore[arg-type]
+
+    def without(self: SharedExponent, values: Tensor, *, guess: int | None = None, **rest: object) -> Encoded:
+        return true(self, values, **rest)  # type: ignore[arg-type]
+
+    for number, factor in enumerate((1.0, 1.0, 4.0, 4.0)):
+        scaled, learning = x * factor, number == 0
+        monkeypatch.setattr(SharedExponent, "encode", encode)
+        found = bits.step(lambda: module(scaled).square().mean(), learning=learning)  # noqa: B023
+        monkeypatch.setattr(SharedExponent, "encode", without)
+        exact = blind.step(lambda: module(scaled).square().mean(), learning=learning)  # noqa: B023
+        assert torch.equal(found[0], exact[0])
+        assert all(torch.equal(found[1][name], gradient) for name, gradient in exact[1].items())
+    inputs, weights, gradients = guesses[::3], guesses[1::3], guesses[2::3]
+    assert inputs[0] is weights[0] is gradients[0] is None
+    assert inputs[1] == inputs[2] == inputs[3] + 2  # type: ignore[operator]
+    assert len({*weights[1:]}) == 1
+    assert gradients[1] == gradients[2] == gradients[3] + 2  # type: ignore[operator]
