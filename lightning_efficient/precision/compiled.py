@@ -15,7 +15,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.core.torch_internals import in_backward, without_torch_function
-from lightning_efficient.precision.calls import Product, kind_of, name_of, product_of, unfit
+from lightning_efficient.precision.calls import Product, kind_of, product_of, unfit
 from lightning_efficient.precision.engine import Call, Engine
 from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.nodes import Node
@@ -32,7 +31,7 @@ from lightning_efficient.precision.status import ReturnPolicy
 __all__ = ["Nodes", "begin", "pending", "traced"]
 
 # By functions that check less than torch.library.custom_op: those checks take as long as all of the rest.
-_LIBRARY = torch.library.Library("lightning_efficient", "DEF")
+_LIBRARY = torch.library.Library("lightning_efficient", "FRAGMENT")
 _ARGUMENTS = "str kind, int[] arguments"
 _FORWARD = (
     f"(Tensor x, Tensor weight, Tensor? bias, {_ARGUMENTS}, ScalarType result_type, str base, int parameters, int site)"
@@ -43,6 +42,7 @@ _BACKWARD = (
     " -> (Tensor, Tensor, Tensor)"
 )
 _WEIGHT, _INPUT = 1, 2  # which of the tensors are parameters
+_METHODS = ("unflatten", "dim_order")  # a compiler traces them as functions, which it cannot, but not as methods
 _CHECKPOINTED = "tag_activation_checkpoint"  # what a compiler makes of torch.utils.checkpoint
 
 
@@ -94,10 +94,9 @@ def pending() -> int:
 
 
 def traced(
-    mode: TorchFunctionMode, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    mode: TorchFunctionMode, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """A call of a function of torch in a graph that is being made; products become :func:`low_product`."""
-    name = name_of(function)
     if name == _CHECKPOINTED:
         with mode:
             pass  # to enter it is noted as a change: outside of the part, for within it none may be
@@ -110,8 +109,8 @@ def traced(
         _skipped(name, reason)
     elif found is not None:
         _skipped(name, found)
-    if args and _is_python_method(name) and function is getattr(Tensor, name):
-        return getattr(args[0], name)(*args[1:], **kwargs)  # as a function it would be traced, up to its super()
+    if name in _METHODS:
+        return getattr(args[0], name)(*args[1:], **kwargs)
     return function(*args, **kwargs)
 
 
@@ -132,12 +131,6 @@ def _in_graph(found: Product) -> Tensor:
         x, weight, found.bias, found.kind, found.arguments, result_type, found.base, parameters, _site()
     )
     return found.finish(result) if found.finish is not None else result  # type: ignore[no-any-return]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _is_python_method(name: str) -> bool:
-    """Whether tensors have a method of this name that is not in C."""
-    return isinstance(vars(Tensor).get(name), FunctionType)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]

@@ -33,6 +33,7 @@ def _backward(tensor: Tensor, gradient: Any = None, retain_graph: Any = None, cr
     backward_within_modes(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
+_ATTENTION = "multi_head_attention_forward"
 _WITHIN: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: written_out_attention,
     Tensor.backward: _backward,
@@ -87,13 +88,12 @@ class Operations(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_dynamo_compiling() and func is not F.multi_head_attention_forward:
-            return compiled.traced(self, func, args, kwargs)
+        kwargs, name = kwargs or {}, name_of(func)
+        if torch.compiler.is_dynamo_compiling() and name != _ATTENTION:
+            return compiled.traced(self, name, func, args, kwargs)
         if func in _WITHIN:
             with self:
                 return _WITHIN[func](*args, **kwargs)
-        name = name_of(func)
         found = product_of(name, args, kwargs)
         graph = isinstance(func, OpOverload) or isinstance(found, str)
         if found is None or (graph and not torch.is_grad_enabled()):
