@@ -299,7 +299,7 @@ def test_the_operations_keep_what_torch_asks_of_them() -> None:
 def test_a_trainer_has_the_same_map_whether_compiled_or_not(what: str, tmp_path: Path) -> None:
     maps, losses = [], []
     for backend in (None, "aot_eager"):
-        plugin = RollbackPrecision(high="fp32", pre_learning_steps=2)
+        plugin = RollbackPrecision(high="fp32", pre_learning_steps=2, only_if_faster=False)
         module = demo_model(SilentModel, layers=2)
         if backend is not None and what == "network":
             module.model = torch.compile(module.model, backend=backend)
