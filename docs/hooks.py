@@ -13,6 +13,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "lightning_efficient/growth/README.md": "techniques/growth.md",
     "lightning_efficient/offload/README.md": "techniques/offload.md",
+    "lightning_efficient/precision/README.md": "techniques/precision.md",
     "lightning_efficient/monitoring/README.md": "techniques/monitoring.md",
     "docs/architecture.md": "architecture.md",
     "docs/growth-recipe.md": "growth-recipe.md",

@@ -1,6 +1,6 @@
 """How long an operation stays in high bits at first, and whether low ones pay for it at all; both by measurement.
 
-(Pre-learning in many bits is Fujitsu's; what is learnt then lies in :mod:`lightning_efficient.precision.signs`.)
+(What is learnt then, for the limits of signs, is in :mod:`~lightning_efficient.precision.signs`.)
 """
 
 from __future__ import annotations
