@@ -32,6 +32,7 @@ OUTLIER = 2.0**12
 JUMP = 2.0**10
 DRIFT = 1.12  # times as large each step
 SPOILT = -(2.0**12)
+WORST = 1000.0  # and more
 _SILENT = 0  # channel of the first hidden layer whose outgoing weights are and stay zero
 
 
@@ -228,7 +229,7 @@ def measured_faults(options: Options) -> tuple[list[Table], dict[str, dict[str, 
     note = (
         f"MLP on digits, SGD; the fault is there in steps {plan.begin} to {plan.end} of {plan.steps}, and the loss is "
         "the mean from its beginning to the end of the run, over that of fp32 under the same fault where it touches "
-        "fp32. Shares and steps are those of the protected runs."
+        "fp32. Shares and steps are those of the protected runs. 1000: or more."
     )
     return [Table(f"Faults, {len(options.seeds)} seeds", header, rows, note)], found
 
@@ -243,7 +244,7 @@ def _columns(found: dict[str, list[Outcome]]) -> tuple[str, ...]:
     shares = ", ".join(f"{statistics.fmean(one.low[place] for one in protected):.2f}" for place in range(3))
     return (
         spread([one.loss for one in found["fp32"]], 4),
-        spread(ratios(found, "unprotected"), 2),
+        spread([min(ratio, WORST) for ratio in ratios(found, "unprotected")], 2),
         spread(ratios(found, "protected")),
         shares,
         f"{statistics.fmean(one.retries for one in protected):.1f}",

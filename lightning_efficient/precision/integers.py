@@ -37,7 +37,8 @@ _PART = TABLE  # elements that are a thread's work at a time; their noise is rea
 _ROWS = 1 << 16  # elements of a result, likewise
 _MOST_TERMS = ((1 << 31) - 1) // (LARGEST * LARGEST)  # of a sum in 32 bits that cannot overflow
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_LONG, _FLOAT, _POINTER, _INT = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+_LONG, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
     "largest": (_POINTER, _INT, _LONG, _LONG),
     "quantize": (_POINTER, _INT, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER, _POINTER, _POINTER, _POINTER),
@@ -126,11 +127,11 @@ def to_integers(values: Tensor, exponent: int, *, key: int | None = None) -> tup
 def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Measured, float]:
     """In C; with the largest magnitude."""
     codes = torch.empty(values.shape, dtype=torch.int8)
-    values = _flat(values)
+    values = values.contiguous()
     numel, (factor, again) = values.numel(), _factors(exponent)
     library: Any = _library()
     parts = -(-numel // _PART)
-    counts, sums = torch.zeros(parts, 3, dtype=torch.int64), torch.zeros(parts, 2, dtype=torch.float64)
+    counts, sums = (_LONG * (3 * parts))(), (_DOUBLE * (2 * parts))()  # no tensors: they would cost more than the rest
     table = noise_table(values.device) if key is not None else None
     found: list[float] = []
 
@@ -139,12 +140,12 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
             noise = table[noise_at(key or 0, part) :].data_ptr() if table is not None else None
             found.append(library.quantize(
                 values.data_ptr(), _TYPES[values.dtype], part * _PART, min((part + 1) * _PART, numel), factor, again,
-                noise, codes.data_ptr(), counts.data_ptr() + part * 3 * 8, sums.data_ptr() + part * 2 * 8,
+                noise, codes.data_ptr(), ctypes.addressof(counts) + part * 3 * 8, ctypes.addressof(sums) + part * 2 * 8,
             ))  # fmt: skip
 
     in_threads(work, parts)
-    over, under, some = counts.sum(0).tolist()
-    (before, after), largest = sums.sum(0).tolist(), _most(found)
+    over, under, some = (sum(counts[which::3]) for which in range(3))
+    before, after, largest = sum(sums[::2]), sum(sums[1::2]), _most(found)
     measured = Measured(
         exponent if largest else None,
         overflow=over / numel if numel else 0.0,
