@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, apart
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
-__all__ = ["ROLES", "Node", "Role"]
+__all__ = ["OPERANDS", "ROLES", "Node", "Product", "Role"]
 
 Role = Literal["forward", "grad_input", "grad_weight"]
 ROLES: tuple[Role, ...] = ("forward", "grad_input", "grad_weight")
@@ -70,9 +70,12 @@ class Node:
     Attributes:
         name: Of its weight's module, or of the operation and its place among those without a weight.
         kind: Of the operation.
+        policy: When low bits are allowed again.
+        learns: Whether limits are learnt, rather than given.
         products: By role.
         tensors: Trackers by operand: input, weight, gradient.
         last_low: Whether the last forward product was in low bits.
+        why_high: Why products stay in high bits for which ``low_pays`` is False; empty: that is all.
 
     Args:
         policy: When low bits are allowed again.
@@ -80,24 +83,31 @@ class Node:
     """
 
     def __init__(self, name: str, kind: str, policy: ReturnPolicy, limits: Limits | None = None) -> None:
-        self.name, self.kind = name, kind
+        self.name, self.kind, self.policy = name, kind, policy
         self.products = {role: Product(Status(policy)) for role in ROLES}
-        self._learns = limits is None
+        self.learns = limits is None
         self.tensors = {which: Tracker(limits) for which in ("input", "weight", "gradient")}
         self.last_low = False
+        self.why_high = ""
+
+    def stay_high(self, why: str) -> None:
+        """None of its products will be in low bits."""
+        self.why_high = why
+        for product in self.products.values():
+            product.low_pays = False
 
     def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
         """A healthy product: what its tensors are like, the exponent of its result and the error of its probe."""
         product = self.products[role]
         for which, measured in zip(OPERANDS[role], (one, other), strict=True):
-            self.tensors[which].learn(measured, fixed=not self._learns)
-        product.result.learn(Measured(result), fixed=not self._learns)
+            self.tensors[which].learn(measured, fixed=not self.learns)
+        product.result.learn(Measured(result), fixed=not self.learns)
         if one.exponent is not None and other.exponent is not None:
             distance = one.exponent - other.exponent
-            if self._learns and product.distances:
+            if self.learns and product.distances:
                 product.allowed = max(product.allowed, abs(distance - product.usual) + _APART_MARGIN)
             product.distances.append(distance)
-        if self._learns and error is not None:
+        if self.learns and error is not None:
             product.error = max(product.error, 2 * error)
 
     def sign_of_operands(self, role: Role, one: Measured, other: Measured) -> str:

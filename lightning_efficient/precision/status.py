@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Run", "ReturnPolicy", "Status"]
+__all__ = ["DECAY", "LONGEST", "ReturnPolicy", "Run", "Status"]
 
-_DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
-_LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
+DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
+LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Status:
         """One in low bits, without a sign of failure."""
         self.low += 1
         self._good += 1
-        self._recent_low, self._recent_retries = self._recent_low * _DECAY + 1, self._recent_retries * _DECAY
+        self._recent_low, self._recent_retries = self._recent_low * DECAY + 1, self._recent_retries * DECAY
         if self._good >= self._wait:
             self._wait = self._policy.return_after
 
@@ -107,10 +107,10 @@ class Status:
         self.high += 1
         self.retries += 1
         self.reason = reason
-        self._recent_low, self._recent_retries = self._recent_low * _DECAY, self._recent_retries * _DECAY + 1
+        self._recent_low, self._recent_retries = self._recent_low * DECAY, self._recent_retries * DECAY + 1
         if self.retry_rate >= self._policy.retry_rate:
             again = self._good < self._wait and self.retries > 1
-            longest = _LONGEST * self._policy.return_after
+            longest = LONGEST * self._policy.return_after
             self._wait = min(2 * self._wait, longest) if again else self._policy.return_after
             self._left = self._wait
         self._good = 0
