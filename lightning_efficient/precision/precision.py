@@ -157,6 +157,7 @@ class RollbackPrecision(Precision):
 
         What multiplies matrices and is not covered has a row with ``"bits": "high, not covered"``.
         """
+        self._engine.refresh()
         rows: list[dict[str, Any]] = [
             {
                 "operation": name, "product": role, "bits": self._bits(node, role),
@@ -176,13 +177,14 @@ class RollbackPrecision(Precision):
     def _bits(self, node: Node, role: str) -> str:
         product = node.products[role]  # type: ignore[index]
         if product.low_pays is False:
-            return "high, low would take longer"
+            return f"high, {node.why_high or 'low would take longer'}"
         if self._engine.learning:
             return "high, learning"
         return "high" if product.status.held else self._low.name
 
     def state_dict(self) -> dict[str, Any]:
         """Of all nodes."""
+        self._engine.refresh(wait=True)
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},
