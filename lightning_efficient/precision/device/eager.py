@@ -15,7 +15,7 @@ __all__ = ["again", "decide", "encode", "finish", "look", "measure"]
 
 
 def measure(values: Tensor, measured: Tensor, slot: int) -> None:
-    """See ``kernels/encode.py``."""
+    """See ``kernels/codes.py``."""
     measured[slot, 0] = torch.maximum(measured[slot, 0], _largest(values))
 
 
@@ -23,7 +23,7 @@ def encode(
     values: Tensor, form: Form, measured: Tensor, slot: int, rows: Tensor, columns: Tensor, scale: Tensor,
     noise: Noise | None,
 ) -> None:  # fmt: skip
-    """See ``kernels/encode.py``."""
+    """See ``kernels/codes.py``."""
     largest = measured[slot, 0]
     exponent = _shared(largest, form.least)
     if form is not INT8:

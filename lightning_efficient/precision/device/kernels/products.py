@@ -100,7 +100,7 @@ def again(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dt
             a.shape[1], *a.stride(), *b.stride(), TYPE=type_of(out), A=type_of(a), B=type_of(b),
             BIAS=type_of(bias) if bias is not None else -1, HALF=half, CORES=on_gpu, HEIGHT=height, WIDTH=width,
             TERMS=terms, GROUP=8, FLAG=FLAG, ROW=WIDTH, num_warps=8 if on_gpu and half else 4,
-            num_stages=3 if on_gpu else 1,
+            num_stages=3 if on_gpu else 1, enable_fp_fusion=True,
         )  # fmt: skip
 
 

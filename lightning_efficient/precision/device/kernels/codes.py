@@ -27,8 +27,9 @@ def measure(values: Tensor, measured: Tensor, slot: int) -> None:
     numel = values.numel()
     with device_of(values):
         _measure[-(-numel // (_SPAN * _SPANS)),](
-            raw(values), measured, slot, numel, TYPE=type_of(values), SPAN=_SPAN, SPANS=_SPANS, SLOT=SLOT, num_warps=8
-        )
+            raw(values), measured, slot, numel, TYPE=type_of(values), SPAN=_SPAN, SPANS=_SPANS, SLOT=SLOT, num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def encode(
