@@ -182,7 +182,7 @@ def measurements(draw: random.Random, step: int) -> Iterator[tuple[list[list[int
     """Slots of two operands and a result, and probes: mostly healthy, with faults of all kinds."""
     for role in draw.sample(ROLES, k=3):
         fault = draw.choice(["nan", "zero", "over", "under", "error", "jump", "probe", "result", "none", "swap"])
-        fault = fault if draw.random() < (0.35 if step % 40 > 4 else 0.05) else "none"
+        fault = fault if draw.random() < (0.35 if step % 40 > 3 else 0.05) else "none"
         slots = []
         for at in range(2):
             numel, size = 4096, math.ldexp(draw.uniform(0.5, 1), draw.choice([-1, 0, 0, 0, 1]))
@@ -207,7 +207,7 @@ def measurements(draw: random.Random, step: int) -> Iterator[tuple[list[list[int
 
 def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
     """Random products, with faults: the same decisions, reasons and state as the rules in Python give."""
-    for seed, fixed, protect, steps in ((0, False, True, 16), (1, True, True, 5), (2, False, False, 5)):
+    for seed, fixed, protect, steps in ((0, False, True, 10), (1, True, True, 4), (2, False, False, 4)):
         draw = random.Random(seed)
         policy = ReturnPolicy(return_after=2, retry_rate=0.05)
         limits = Limits(overflow=0.02, underflow=0.03) if fixed else None
@@ -243,12 +243,12 @@ def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
                     reasons.add(int(one[row, rows.REASON]) % rows.OPERAND)
         if protect and not fixed:
             assert flags == {1.0, 10.0, 11.0}
-            assert len(reasons) > (6 if times > 1 else 3), reasons
+            assert len(reasons) > (4 if times > 1 else 1), reasons
 
 
 def networks_train_as_with_the_immediate_engine(device: str) -> None:
     """Forward and backward, in health and with faults: the same retries, counters and exponents."""
-    assert compare(kernels(), device=device, faults=("outlier", "gradient jump"), between=1, healthy=1, learning=2) > 15
+    assert compare(kernels(), device=device, faults=("gradient jump",), between=1, healthy=1, learning=2) > 8
 
 
 CHECKS: dict[str, Callable[[str], None]] = {

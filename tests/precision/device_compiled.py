@@ -7,7 +7,6 @@ program: a line of JSON that says what went wrong in which.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ from lightning_efficient.precision.device.forms import E4M3, E5M2, INT8, SLOT, F
 from lightning_efficient.precision.device.kernels import codes as encoding
 from lightning_efficient.precision.device.probes import PLACES
 from lightning_efficient.precision.device.verdict import Seen
-from lightning_efficient.precision.nodes import ROLES
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -39,18 +37,21 @@ KINDS = (torch.float32, torch.bfloat16, torch.float16)
 
 def compiled(kernel: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     """As a launch with these arguments would compile it."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
+    signature = dict[str, str]()
+    constants, attributes = dict[tuple[int, ...], Any](), dict[tuple[int, ...], Any]()
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
     for place, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        if parameter.is_constexpr or (value == 1 if isinstance(value, int) and not parameter.do_not_specialize else False):
+        special = not (parameter.is_constexpr or parameter.do_not_specialize)
+        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
         else:
             signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-    source = ASTSource(kernel, signature, constants)
+    source = ASTSource(kernel, signature, constants, attributes)
     triton.compile(source, target=TARGET, options={name: given[name] for name in OPTIONS if name in given})
 
 
@@ -69,12 +70,15 @@ def caught() -> Iterator[None]:
 
         return take
 
-    places = [f"lightning_efficient.precision.device.kernels.{name}.device_of" for name in ("codes", "products", "decisions")]
+    names = ("codes", "products", "decisions")
+    places = [f"lightning_efficient.precision.device.kernels.{name}.device_of" for name in names]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "__getitem__", launch))
         for place in places:
-            stack.enter_context(mock.patch(place, lambda tensor: contextlib.nullcontext()))
-        stack.enter_context(mock.patch.object(encoding, "noise_table", lambda device: torch.empty(1 << 19, device=device)))
+            stack.enter_context(mock.patch(place, return_value=contextlib.nullcontext()))
+        stack.enter_context(
+            mock.patch.object(encoding, "noise_table", lambda device: torch.empty(1 << 19, device=device))
+        )
         stack.enter_context(FakeTensorMode())
         yield
 
@@ -89,7 +93,7 @@ def slots() -> torch.Tensor:
 
 def codes() -> None:
     forms: tuple[Form, ...] = (INT8, E4M3, E5M2)
-    for form, dtype in itertools.product(forms, KINDS):
+    for form, dtype in zip(forms, KINDS, strict=True):
         kernels.measure(empty(300, 200, dtype=dtype), slots(), 3)
         rows_, columns = empty(304, 208, dtype=form.dtype), empty(208, 304, dtype=form.dtype)
         noise = Noise(empty(1, dtype=torch.int64), 4) if dtype == torch.bfloat16 else None
@@ -97,7 +101,7 @@ def codes() -> None:
 
 
 def sums_and_looks() -> None:
-    for dtype in KINDS:
+    for dtype in KINDS[:2]:
         out, bias = empty(300, 200, dtype=dtype), empty(200, dtype=dtype)
         kernels.finish(empty(304, 208, dtype=torch.int32), out, bias, slots(), 2, 3)
         kernels.finish(empty(304, 208, dtype=torch.int32), out, None, slots(), 2, 3)
@@ -107,16 +111,21 @@ def sums_and_looks() -> None:
 
 
 def high_bits() -> None:
-    for high, dtype in itertools.product((torch.bfloat16, torch.float32), KINDS[:2]):
-        out, bias = empty(300, 200, dtype=dtype), empty(200)
-        for a, b in (
-            (empty(300, 96, dtype=dtype), empty(200, 96)), (empty(96, 300, dtype=dtype).t(), empty(96, 200).t()),
-        ):  # fmt: skip
-            kernels.again(out, a, b, bias, high, empty(9, rows.WIDTH, dtype=torch.float64), 4)
+    table, bias = empty(9, rows.WIDTH, dtype=torch.float64), empty(200)
+    for high, dtype in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+        out = empty(300, 200, dtype=dtype)
+        kernels.again(out, empty(300, 96, dtype=dtype), empty(200, 96), bias, high, table, 4)
+        kernels.again(out, empty(96, 300, dtype=dtype).t(), empty(96, 200, dtype=dtype).t(), None, high, table, 4)
 
 
 def decisions() -> None:
-    for role, learning, fixed, protect in itertools.product(ROLES[:2], (False, True), (False, True), (False, True)):
+    for learning, fixed, protect in (
+        (True, False, True),
+        (True, True, True),
+        (False, False, True),
+        (False, False, False),
+    ):
+        role = "grad_input" if fixed else "forward"
         seen = Seen(1, role, (1, 2, 3), (60000, 50000), 16 if role == "forward" else 0, learning, fixed, protect)
         kernels.decide(empty(9, rows.WIDTH, dtype=torch.float64), slots(), empty(PLACES, 2), seen)
 

@@ -29,8 +29,13 @@ def wrong() -> dict[str, str]:
 
 def interpreted(*arguments: str) -> dict[str, str]:
     """What goes wrong, in another process, for Triton asks once, when it is imported, whether to interpret."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "tests.precision.device_checks", *arguments]
+    return run("tests.precision.device_checks", *arguments, interpret="1")
+
+
+def run(program: str, *arguments: str, interpret: str) -> dict[str, str]:
+    """The line that a program ends with."""
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -45,7 +50,13 @@ def test_in_the_interpreter_kernels_give_what_the_eager_code_gives_p3(check: str
 @pytest.mark.slow
 @with_triton
 def test_hundreds_of_products_are_decided_by_the_kernel_as_by_the_rules_p2_p4_p10() -> None:
-    assert interpreted("10") == {}
+    assert interpreted("4") == {}
+
+
+@pytest.mark.slow
+@with_triton
+def test_the_compiler_takes_the_kernels_for_a_gpu_without_one() -> None:
+    assert run("tests.precision.device_compiled", interpret="0") == {}
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from lightning_efficient.precision.device.kernels.numbers import as_float, devic
 __all__ = ["encode", "measure"]
 
 _SPAN, _SPANS = 4096, 4
-_ROWS, _COLUMNS = 64, 128
+_ROWS, _COLUMNS = 32, 128
 _FORMS = {"int8": 0, "e4m3": 1, "e5m2": 2}
 
 
@@ -91,7 +91,7 @@ def _mixed(key, counter):
 def _noise(seed, table, count, row, column, C, inside, TABLE: tl.constexpr):
     """``noise_at``: a piece of so many numbers has its own place in the table; a row of a tile is in two at most."""
     key = _mixed(tl.load(seed), count.to(tl.int64))
-    flat = row * C + column
+    flat = row.to(tl.int64) * C + column
     first = tl.min(flat, 1)[:, None] // TABLE
     before = (_mixed(key, first) & (TABLE - 1)).to(tl.int64)
     behind = (_mixed(key, first + 1) & (TABLE - 1)).to(tl.int64)
@@ -117,21 +117,24 @@ def _float8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
     return code | ((bits >> 24) & 0x80), tl.where(is_small, exact, back)
 
 
-@triton.jit(do_not_specialize=["slot", "count", "R", "C", "high", "wide", "across"])
+@triton.jit(do_not_specialize=["slot", "count", "R", "across"])
 def _encode(
     values, seed, table, measured, rows, columns, scale, slot, count, R, C, high, wide, across,
     FORM: tl.constexpr, LEAST: tl.constexpr, FRACTION: tl.constexpr, NOISE: tl.constexpr, TYPE: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TABLE: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // across).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
-    column = (tl.program_id(0) % across).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    first_row = (tl.program_id(0) // across) * HEIGHT
+    first_column = (tl.program_id(0) % across) * WIDTH
+    down, right = tl.arange(0, HEIGHT)[:, None], tl.arange(0, WIDTH)[None, :]
+    row, column = first_row + down, first_column + right
     inside = (row < R) & (column < C)
     seen = measured + slot * SLOT
     largest = tl.load(seen).to(tl.int32)
     exponent = shared(largest, LEAST)
     if FORM != 0:
         exponent = tl.minimum(exponent, 126)  # so that the scale, which is a factor of its own, is a number
-    x = as_float(tl.load(values + row * C + column, mask=inside, other=0), TYPE)
+    # Only where a tile begins may take 64 bits to say.
+    x = as_float(tl.load(values + first_row.to(tl.int64) * C + (down * C + column), mask=inside, other=0), TYPE)
     x = tl.where(largest < 0x7F800000, x, 0.0)
     scaled = times_power(x, exponent)
     if FORM == 0:
@@ -150,11 +153,12 @@ def _encode(
             codes, after = _float8(scaled, 2, 15)
         beyond = tl.zeros([HEIGHT, WIDTH], tl.int32)
     codes = codes.to(tl.int8)
-    tl.store(rows + row * wide + column, codes, mask=(row < high) & (column < wide))
-    flipped = tl.trans(codes)
-    across_row = tl.trans(row.broadcast_to([HEIGHT, WIDTH]))
-    across_column = tl.trans(column.broadcast_to([HEIGHT, WIDTH]))
-    tl.store(columns + across_column * high + across_row, flipped, mask=(across_row < high) & (across_column < wide))
+    place = rows + first_row.to(tl.int64) * wide
+    tl.store(place + (down * wide + column), codes, mask=(row < high) & (column < wide))
+    place = columns + first_column.to(tl.int64) * high
+    down, right = tl.arange(0, WIDTH)[:, None], tl.arange(0, HEIGHT)[None, :]
+    there = (first_row + right < high) & (first_column + down < wide)
+    tl.store(place + (down * high + first_row + right), tl.trans(codes), mask=there)
     some = (x != 0).to(tl.int32)
     lost = some * (after == 0).to(tl.int32)
     one = (1 << FRACTION) * 1.0

@@ -104,7 +104,7 @@ def again(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dt
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["one", "other", "M", "N"])
+@triton.jit(do_not_specialize=["one", "other", "M"])
 def _finish(
     sums, out, bias, measured, one, other, M, N, stride, LEAST: tl.constexpr, TYPE: tl.constexpr,
     BIAS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
@@ -183,15 +183,20 @@ def _again(
     together = GROUP * across
     first = tl.program_id(0) // together * GROUP
     size = tl.minimum(down - first, GROUP)
-    rows = (first + tl.program_id(0) % together % size).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
-    columns = (tl.program_id(0) % together // size).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    first_row = (first + tl.program_id(0) % together % size) * HEIGHT
+    first_column = (tl.program_id(0) % together // size) * WIDTH
+    down, right, terms = tl.arange(0, HEIGHT), tl.arange(0, WIDTH), tl.arange(0, TERMS)
+    rows, columns = first_row + down, first_column + right
+    # Only where a tile begins may take 64 bits to say.
+    a += first_row.to(tl.int64) * a_row
+    b += first_column.to(tl.int64) * b_row
+    a_tile, b_tile = down[:, None] * a_row + terms[None, :] * a_term, right[None, :] * b_row + terms[:, None] * b_term
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)
     for begin in range(0, K, TERMS):
-        terms = (begin + tl.arange(0, TERMS)).to(tl.int64)
-        inside = (rows < M)[:, None] & (terms < K)[None, :]
-        x = tl.load(a + rows[:, None] * a_row + terms[None, :] * a_term, mask=inside, other=0)
-        inside = (terms < K)[:, None] & (columns < N)[None, :]
-        y = tl.load(b + columns[None, :] * b_row + terms[:, None] * b_term, mask=inside, other=0)
+        x = tl.load(a + a_tile, mask=(rows < M)[:, None] & (terms < K - begin)[None, :], other=0)
+        y = tl.load(b + b_tile, mask=(terms < K - begin)[:, None] & (columns < N)[None, :], other=0)
+        a += TERMS * a_term
+        b += TERMS * b_term
         total = tl.dot(_high(x, A, HALF, CORES), _high(y, B, HALF, CORES), total, input_precision="ieee")
     if BIAS >= 0:
         added = as_float(tl.load(bias + columns, mask=columns < N, other=0), BIAS)
@@ -201,4 +206,5 @@ def _again(
     if HALF:
         total = as_float(as_bfloat16(total), 1)  # as a result in high bits is, before it takes the type of the result
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(out + rows[:, None] * N + columns[None, :], as_type(total, TYPE), mask=inside)
+    out += first_row.to(tl.int64) * N
+    tl.store(out + (down[:, None] * N + columns[None, :]), as_type(total, TYPE), mask=inside)
