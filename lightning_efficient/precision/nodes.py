@@ -35,6 +35,7 @@ class Product:
         allowed: By how much that may be off.
         error: Beyond which relative error of a probe it has failed.
         low_pays: Whether low bits take less time; None: not known yet.
+        known_wait: On a GPU: for how many products the host will leave out the low one, without asking the device.
     """
 
     status: Status
@@ -43,6 +44,7 @@ class Product:
     allowed: float = _LEAST_APART
     error: float = 0.25
     low_pays: bool | None = None
+    known_wait: int = 0
 
     @property
     def usual(self) -> float:
@@ -54,6 +56,7 @@ class Product:
         return {
             "status": self.status.state_dict(), "result": self.result.state_dict(), "distances": list(self.distances),
             "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
+            "known_wait": self.known_wait,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -62,6 +65,7 @@ class Product:
         self.result.load_state_dict(state["result"])
         self.distances = deque(state["distances"], maxlen=HISTORY)
         self.allowed, self.error, self.low_pays = state["allowed"], state["error"], state["low_pays"]
+        self.known_wait = state.get("known_wait", 0)
 
 
 class Node:

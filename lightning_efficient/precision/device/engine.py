@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,9 @@ class DeviceEngine:
         self._by_host: set[Node] = set()  # whose last forward product was in high bits without asking the device
         self._copies = Copies()
         self._known: Copy | None = None
-        self._left: dict[int, int] = {}  # what is known of how long products wait, by row
+        self._left: dict[int, int] = {}  # how long products waited when that was known, by row
+        self._loaded: dict[int, int] = {}  # the same, of nodes that go on from a checkpoint: their first copy
+        self._before: Mapping[int, int] = {}  # decisions until then, likewise
         self._told: dict[int, int] = {}  # retries, likewise
 
     @property
@@ -95,7 +98,13 @@ class DeviceEngine:
         """A step begins: weights may have changed, and what the device knew a step ago has arrived."""
         self.codes.begin(seed)
         if self._first and not in_a_graph(self.device):
-            self._read(self._copies.take(self._used(), self._launched))
+            copy = self._copies.take(self._used(), self._launched)
+            if copy is None:
+                self._left = self._loaded
+            else:
+                self._known, self._before = copy, copy.launched
+                self._left = _waiting(copy)
+                self._tell(copy.table)
 
     def compute(self, node: Node, product: Product) -> Tensor:
         """One product ``[M, N]``; what is decided of it is in the table, and the result is right by then."""
@@ -162,26 +171,40 @@ class DeviceEngine:
                 self._grow(node)
             self._table[first : first + ROWS] = store_node(node).to(self.device)
             for role in ROLES:
-                status = node.products[role].status
-                self._told[product_row(first, role)] = status.retries
+                row, product = product_row(first, role), node.products[role]
+                self._told[row] = product.status.retries
+                self._left[row] = product.known_wait
+                self._loaded[row] = product.status.state_dict()["left"]
         return first
 
     def refresh(self, *, wait: bool = False) -> None:
-        """Bring all nodes up to date with what the host knows; ``wait``: with what the device has done until now."""
+        """Bring all nodes up to date with what the host knows; ``wait``: with what the device has done until now.
+
+        To have waited changes no result: what the host leaves to itself still follows from what it knew before.
+        """
         if wait and self._first:
-            self._read(self._copies.now(self._used(), self._launched))
-        if self._known is None:
+            table = self._used().cpu()
+            self._tell(table)
+        elif self._known is not None:
+            table = self._known.table
+        else:
             return
+        copy = self._copies.under_way
+        left = _waiting(copy) if copy is not None else self._left
+        before = copy.launched if copy is not None else self._before
         for node, first in self._first.items():
-            if first + ROWS <= self._known.table.shape[0]:
-                load_node(self._known.table[first : first + ROWS], node)
+            if first + ROWS > table.shape[0]:
+                continue
+            load_node(table[first : first + ROWS], node)
+            for role in ROLES if wait else ():
+                row = product_row(first, role)
+                since = self._launched.get(row, 0) - before.get(row, 0)
+                node.products[role].known_wait = max(0, left.get(row, 0) - since)
 
     def _is_held(self, row: int) -> bool:
         """Whether the device will certainly say that this product is to wait, in high bits."""
-        if self._known is None or in_a_graph(self.device):
-            return False
-        since = self._launched.get(row, 0) - self._known.launched.get(row, 0)
-        return self._left.get(row, 0) > since
+        since = self._launched.get(row, 0) - self._before.get(row, 0)
+        return self._left.get(row, 0) > since and not in_a_graph(self.device)
 
     def _look(self, product: Product, looked_at: Tensor, slot: int, result: Tensor) -> None:
         at = self.codes.next() if product.role == "forward" else None
@@ -200,26 +223,18 @@ class DeviceEngine:
         row = seen.rows[2]
         self._launched[row] = self._launched.get(row, 0) + 1
 
-    def _read(self, copy: Copy | None) -> None:
-        """What a copy says: who has to wait, and what was computed again since the last one."""
-        if copy is None:
-            return
-        self._known = copy
-        self.host.run.high_in_a_row = int(copy.table[0, IN_A_ROW])
-        left, retries = copy.table[:, LEFT].tolist(), copy.table[:, RETRIES].tolist()
-        self._left.clear()
+    def _tell(self, table: Tensor) -> None:
+        """What was computed again since the last time, and where the pass through the graph stands."""
+        self.host.run.high_in_a_row = int(table[0, IN_A_ROW])
+        retries = table[:, RETRIES].tolist()
         for node, first in self._first.items():
             for role in ROLES:
                 row = product_row(first, role)
-                if row >= len(left):
-                    continue
-                if left[row] > 0:
-                    self._left[row] = int(left[row])
-                if retries[row] > self._told[row]:
-                    reason = reason_of(copy.table[row].tolist(), role)
-                    for _ in range(int(retries[row]) - self._told[row]):
-                        self.host.retries.append(Retry(node.name, role, reason))
-                    self._told[row] = int(retries[row])
+                new = int(retries[row]) - self._told[row] if row < len(retries) else 0
+                if new > 0:
+                    retry = Retry(node.name, role, reason_of(table[row].tolist(), role))
+                    self.host.retries += [retry] * new
+                    self._told[row] += new
 
     def _used(self) -> Tensor:
         return self._table[: 1 + ROWS * len(self._first)]
@@ -232,3 +247,10 @@ class DeviceEngine:
         else:
             table[0] = run_row(node.policy, self.host.run).to(self.device)
         self._table = table
+
+
+def _waiting(copy: Copy) -> dict[int, int]:
+    """Products that have to wait, by row, and how long."""
+    left = copy.table[:, LEFT]
+    rows = left.nonzero().flatten().tolist()
+    return {row: int(left[row]) for row in rows}
