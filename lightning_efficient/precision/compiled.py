@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_efficient.core.torch_internals import in_backward, without_torch_function
 from lightning_efficient.precision.calls import Product, kind_of, product_of, unfit
+from lightning_efficient.precision.device.call import DeviceCall
 from lightning_efficient.precision.engine import Call, Engine
 from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.nodes import Node
@@ -72,7 +73,7 @@ class Nodes(Protocol):
 
 
 _active: weakref.ref[Nodes] | None = None
-_calls: dict[int, tuple[weakref.ref[Tensor], Call]] = {}
+_calls: dict[int, tuple[weakref.ref[Tensor], Call | DeviceCall]] = {}
 """Those that wait for backward, by number, with what they live as long as."""
 _call_numbers, _node_numbers, _sites = itertools.count(1), itertools.count(1), itertools.count(1)
 _numbers: weakref.WeakKeyDictionary[Node, int] = weakref.WeakKeyDictionary()
@@ -163,9 +164,9 @@ def _low_product(
             x, weight, name = _known(nodes, x, weight, parameters)
             node = nodes.in_graph(name, base, site, again=in_backward())
         if nodes is None or node is None:
-            call = _plain(kind, tuple(arguments), result_type)
+            call: Call | DeviceCall = _plain(kind, tuple(arguments), result_type)
         else:
-            call = Call(nodes.engine, node, kind_of(kind, tuple(arguments)))
+            call = nodes.engine.call(node, kind_of(kind, tuple(arguments)), x, weight)
         result = call.forward(x, weight, bias, result_type).contiguous()
         return result, _token(call, node)
 
@@ -186,9 +187,9 @@ def _low_product_backward(
     """Of input, weight and bias; what is not needed is empty."""
     nodes = _active() if _active is not None else None
     with without_torch_function(), torch.autocast(x.device.type, enabled=False):
-        call = _call(token, nodes, kind, tuple(arguments), gradient.dtype)
         if nodes is not None:
             x, weight, _ = _known(nodes, x, weight, parameters)
+        call = _call(token, nodes, kind, tuple(arguments), x, weight)
         found = call.backward(x, weight, bias, gradient, (needed[0], needed[1], needed[2]))
         one, two, three = (part.contiguous() if part is not None else gradient.new_empty(0) for part in found)
         return one, two, three
@@ -251,8 +252,8 @@ def _known(nodes: Nodes, x: Tensor, weight: Tensor, parameters: int) -> tuple[Te
     return x, weight, name or other
 
 
-def _token(call: Call, node: Node | None) -> Tensor:
-    number = next(_call_numbers) if call.input_low is not None else 0
+def _token(call: Call | DeviceCall, node: Node | None) -> Tensor:
+    number = next(_call_numbers) if call.left is not None else 0
     token = torch.tensor((number, _number(node) if node is not None else 0))
     if number:
         _calls[number] = weakref.ref(token, lambda gone: _calls.pop(number, None)), call
@@ -267,15 +268,17 @@ def _number(node: Node) -> int:
     return number
 
 
-def _call(token: Tensor, nodes: Nodes | None, kind: str, arguments: tuple[int, ...], result_type: torch.dtype) -> Call:
+def _call(
+    token: Tensor, nodes: Nodes | None, kind: str, arguments: tuple[int, ...], x: Tensor, weight: Tensor
+) -> Call | DeviceCall:
     """That of forward; or one of its node, if what forward left is gone, as where saved tensors are kept elsewhere."""
     number, of_node = token.tolist()
     if number in _calls:
         return _calls[number][1]
     node = _nodes.get(of_node)
     if node is None or nodes is None:
-        return _plain(kind, arguments, result_type)
-    return Call(nodes.engine, node, kind_of(kind, arguments))
+        return _plain(kind, arguments, x.dtype)
+    return nodes.engine.call(node, kind_of(kind, arguments), x, weight)
 
 
 @cache

@@ -24,28 +24,18 @@ from lightning_efficient.core.torch_internals import (
     tensor_version,
     without_torch_function,
 )
+from lightning_efficient.precision.device import kernels_on
+from lightning_efficient.precision.device.call import DeviceCall, has_kernels
+from lightning_efficient.precision.device.engine import DeviceEngine
+from lightning_efficient.precision.device.gate import Gate
 from lightning_efficient.precision.formats import Encoded, Format
 from lightning_efficient.precision.kinds import Kind, Shapes
 from lightning_efficient.precision.nodes import Node, Role
 from lightning_efficient.precision.probes import measured_result
+from lightning_efficient.precision.retry import Retry
 from lightning_efficient.precision.status import Run
 
 __all__ = ["Call", "Engine", "Retry", "product"]
-
-
-@dataclass(frozen=True)
-class Retry:
-    """A product that was computed again in high bits.
-
-    Attributes:
-        node: Its name.
-        role: Which of the three.
-        reason: The sign of failure.
-    """
-
-    node: str
-    role: Role
-    reason: str
 
 
 class Engine:
@@ -58,6 +48,7 @@ class Engine:
         retries: Since they were taken.
         low_work: Multiplications in low bits.
         work: All.
+        on_devices: Engines for tensors there; None: there are no kernels, and each product is waited for.
 
     Args:
         low: Format of few bits.
@@ -81,12 +72,48 @@ class Engine:
         self._count = 0  # of products, for noise and for which results are computed again exactly
         self._weights: dict[int, tuple[weakref.ref[Tensor], int, Encoded]] = {}
         self._last: tuple[weakref.ref[Tensor], int, Encoded] | None = None
+        self.on_devices: dict[torch.device, DeviceEngine | None] = {}
 
     def begin(self, seed: int, batch: int = 0) -> None:
         """A step begins: weights may have changed."""
         self._seed, self._count, self.batch = seed, 0, batch
         self._weights.clear()
         self._last = None
+        for other in self.on_devices.values():
+            if other is not None:
+                other.begin(seed)
+
+    def call(self, node: Node, kind: Kind, x: Tensor, weight: Tensor) -> Call | DeviceCall:
+        """Who computes an operation: where the tensors' device has kernels, someone who does not wait for it."""
+        if x.device not in self.on_devices:
+            self.on_devices[x.device] = self._on(x.device)
+        other = self.on_devices[x.device]
+        if other is None:
+            return Call(self, node, kind)
+        if has_kernels(kind, x, weight):
+            return DeviceCall(other, node, kind)
+        node.stay_high("no kernels in few bits for it on this device")
+        return Call(self, node, kind)
+
+    def _on(self, device: torch.device) -> DeviceEngine | None:
+        kernels = kernels_on(device, self.low)
+        if kernels is None or self.adaptive:
+            return None
+        return DeviceEngine(
+            self, device, kernels, stochastic=self._stochastic, protect=self._protect, seed=self._seed, gate=Gate()
+        )
+
+    def refresh(self, *, wait: bool = False) -> None:
+        """Bring all nodes up to date; ``wait``: with what devices have done until now, not until a step ago."""
+        for other in self.on_devices.values():
+            if other is not None:
+                other.refresh(wait=wait)
+
+    def put_back(self) -> None:
+        """Nodes are other than they were: so they are on devices."""
+        for other in self.on_devices.values():
+            if other is not None:
+                other.put_back()
 
     def encoded(self, tensor: Tensor, which: str, guess: int | None = None) -> Encoded:
         """``tensor`` in few bits; made once for all products of a step that it is in."""
@@ -122,7 +149,7 @@ class Engine:
     ) -> Tensor:
         """One product."""
         self.work += node.work
-        if self.force_high or node.learning.low_pays is False:
+        if self.force_high or node.stays_high(role):
             return high(self.high)
         status, run = node.products[role].status, self.run
         if self.learning or not node.learning.done:
@@ -195,6 +222,11 @@ class Call:
     node: Node
     kind: Kind
     input_low: Encoded | None = None
+
+    @property
+    def left(self) -> Encoded | None:
+        """What forward leaves for backward."""
+        return self.input_low
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, result_type: torch.dtype) -> Tensor:
         engine, kind, shapes = self.engine, self.kind, (x.shape, weight.shape)
@@ -300,7 +332,7 @@ class _Product(torch.autograd.Function):
     """Three products, each guarded."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call | DeviceCall, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.call, ctx.bias = call, bias.dtype if bias is not None else None
         ctx.save_for_backward(x, weight)
         kind = x.device.type
@@ -320,4 +352,4 @@ class _Product(torch.autograd.Function):
 
 def product(engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """An operation in few bits wherever that is healthy; differentiable once."""
-    return _Product.apply(Call(engine, node, kind), x, weight, bias)
+    return _Product.apply(engine.call(node, kind, x, weight), x, weight, bias)

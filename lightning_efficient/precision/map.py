@@ -52,8 +52,8 @@ def precision_map(
 def _bits(node: Node, role: Role, low: str) -> str:
     if not node.learning.done:
         return "high, learning"
-    if node.learning.low_pays is False:
-        return "high, low would take longer"
+    if node.stays_high(role):
+        return f"high, {node.why_high or 'low would take longer'}"
     if any(not bits.few for bits in (node.bits.get(which) for which in OPERANDS[role]) if bits is not None):
         return f"bf16, {low} errs too much"
     return "high, held" if node.products[role].status.held else low

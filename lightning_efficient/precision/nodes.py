@@ -23,7 +23,7 @@ from lightning_efficient.precision.signs import (
 )
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
-__all__ = ["ROLES", "Node", "Role"]
+__all__ = ["OPERANDS", "ROLES", "Node", "Product", "Role"]
 
 Role = Literal["forward", "grad_input", "grad_weight"]
 ROLES: tuple[Role, ...] = ("forward", "grad_input", "grad_weight")
@@ -46,6 +46,8 @@ class Product:
         distances: Between the exponents of its operands, the last ones.
         allowed: By how much that may be off.
         error: Beyond which relative error of a probe it has failed.
+        low_pays: On a GPU, whether low bits take less time; None: not known yet.
+        known_wait: On a GPU: for how many products the host will leave out the low one, without asking the device.
     """
 
     status: Status
@@ -53,6 +55,8 @@ class Product:
     distances: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY))
     allowed: float = _LEAST_APART
     error: float = 0.25
+    low_pays: bool | None = None
+    known_wait: int = 0
 
     @property
     def usual(self) -> float:
@@ -63,22 +67,25 @@ class Product:
         """What ranks agree on: the largest number of each."""
         return [
             *self.status.agreed(), *self.result.agreed(), *aligned(self.distances), self.allowed, self.error,
+            -1.0 if self.low_pays is None else float(not self.low_pays), self.known_wait,
         ]  # fmt: skip
 
     def agree(self, values: list[float]) -> None:
         """What :meth:`agreed` returned, the largest of all ranks."""
-        status, result, distances, (self.allowed, self.error) = _split(
+        status, result, distances, (self.allowed, self.error, slow, wait) = _split(
             values, len(self.status.agreed()), len(self.result.agreed()), HISTORY
         )
         self.status.agree(status)
         self.result.agree(result)
         self.distances = deque((int(value) for value in distances if value > -math.inf), maxlen=HISTORY)
+        self.low_pays, self.known_wait = None if slow < 0 else not slow, int(wait)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and text."""
         return {
             "status": self.status.state_dict(), "result": self.result.state_dict(), "distances": list(self.distances),
-            "allowed": self.allowed, "error": self.error,
+            "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
+            "known_wait": self.known_wait,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +93,8 @@ class Product:
         self.status.load_state_dict(state["status"])
         self.result.load_state_dict(state["result"])
         self.distances = deque(state["distances"], maxlen=HISTORY)
-        self.allowed, self.error = state["allowed"], state["error"]
+        self.allowed, self.error, self.low_pays = state["allowed"], state["error"], state["low_pays"]
+        self.known_wait = state["known_wait"]
 
 
 class Node:
@@ -95,6 +103,8 @@ class Node:
     Attributes:
         name: Of its weight's module, or of the operation and its place among those without a weight.
         kind: Of the operation.
+        policy: When low bits are allowed again.
+        learns: Whether limits are learnt, rather than given.
         products: By role.
         tensors: Trackers by operand: input, weight, gradient.
         bits: By operand, whether few are enough; empty: nobody asks.
@@ -102,6 +112,7 @@ class Node:
         last_low: Whether the last forward product was in low bits.
         work: Multiplications of one of its products, the last time.
         last_exponents: By operand, whether it was healthy or not: a guess for the next, which is no state.
+        why_high: Why products stay in high bits for which ``low_pays`` is False; empty: that is all.
 
     Args:
         policy: When low bits are allowed again.
@@ -120,9 +131,9 @@ class Node:
         *,
         adaptive: bool = False,
     ) -> None:
-        self.name, self.kind = name, kind
+        self.name, self.kind, self.policy = name, kind, policy
         self.products = {role: Product(Status(policy)) for role in ROLES}
-        self._learns = limits is None
+        self.learns = limits is None
         self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
         self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
         self.bits = {which: AdaptiveBits() for which in self.tensors} if adaptive else {}
@@ -130,6 +141,7 @@ class Node:
         self.last_low = False
         self.work = 0
         self.last_exponents: dict[str, int | None] = {}
+        self.why_high = ""
 
     def begin(self, batch: int) -> None:
         """It is computed in ``batch``, maybe not for the first time."""
@@ -140,18 +152,28 @@ class Node:
         products = (value for p in self.products.values() for value in (p.allowed, p.error, *p.result.limits.agreed()))
         return (*products, *(value for tracker in self.tensors.values() for value in tracker.limits.agreed()))
 
+    def stays_high(self, role: Role) -> bool:
+        """Whether low bits do not pay for a product, or cannot be."""
+        return self.learning.low_pays is False or self.products[role].low_pays is False
+
+    def stay_high(self, why: str) -> None:
+        """None of its products will be in low bits."""
+        self.why_high = why
+        for product in self.products.values():
+            product.low_pays = False
+
     def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
         """A healthy product: what its tensors are like, the exponent of its result and the error of its probe."""
         product = self.products[role]
         for which, measured in zip(OPERANDS[role], (one, other), strict=True):
-            self.tensors[which].learn(measured, fixed=not self._learns)
-        product.result.learn(Measured(result), fixed=not self._learns)
+            self.tensors[which].learn(measured, fixed=not self.learns)
+        product.result.learn(Measured(result), fixed=not self.learns)
         if one.exponent is not None and other.exponent is not None:
             distance = one.exponent - other.exponent
-            if self._learns and product.distances:
+            if self.learns and product.distances:
                 product.allowed = max(product.allowed, abs(distance - product.usual) + _APART_MARGIN)
             product.distances.append(distance)
-        if self._learns and error is not None:
+        if self.learns and error is not None:
             product.error = max(product.error, 2 * error)
 
     def needs_more(self, role: Role, batch: int) -> bool:

@@ -27,7 +27,7 @@ from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
-from lightning_efficient.precision.nodes import Node
+from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.signs import Limits
 from lightning_efficient.precision.spikes import SpikeGuard
@@ -209,7 +209,9 @@ class RollbackPrecision(WrappingPrecision):
         """The step; behind it ranks agree."""
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
         if self._agreement is not None:
+            self._engine.refresh(wait=True)
             self._agreement(self.nodes, self._engine.run)
+            self._engine.put_back()
         return result
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
@@ -227,6 +229,7 @@ class RollbackPrecision(WrappingPrecision):
 
     def kept(self) -> Callable[[], None]:
         """Note what is known of the network; returns what goes back to that, as often as it is called."""
+        self._engine.refresh(wait=True)
         nodes = {name: (node.state_dict(), node.last_low) for name, node in self.nodes.items()}
         engine, batches = self._engine, self._batches
         counted = engine.run.high_in_a_row, engine.low_work, engine.work
@@ -237,6 +240,7 @@ class RollbackPrecision(WrappingPrecision):
                 node.load_state_dict(state)
             engine.run.high_in_a_row, engine.low_work, engine.work = counted
             engine.retries = []
+            engine.put_back()
             self._batches = batches
 
         return back
@@ -248,7 +252,7 @@ class RollbackPrecision(WrappingPrecision):
             self._work = self._engine.low_work, self._engine.work
         if not self._all_learnt and self.nodes and all(node.learning.done for node in self.nodes.values()):
             self._all_learnt = True
-            slow = [name for name, node in self.nodes.items() if node.learning.low_pays is False]
+            slow = [name for name, node in self.nodes.items() if all(map(node.stays_high, ROLES))]
             text = f"{len(self.nodes) - len(slow)} of {len(self.nodes)} operations train in {self._low.name}"
             if slow:
                 text += f"; for {len(slow)} it would take longer than high bits: {', '.join(slow[:5])}"
@@ -294,6 +298,7 @@ class RollbackPrecision(WrappingPrecision):
     def precision_map(self) -> PrecisionMap:
         """Of each product of each operation: its bits now, its counters, and the last reason to compute it again."""
         operations = self._operations
+        self._engine.refresh()
         return precision_map(self.nodes, self._low.name, operations.skipped, operations.reasons)
 
     def measurements(self) -> Mapping[str, float]:
@@ -329,6 +334,7 @@ class RollbackPrecision(WrappingPrecision):
 
     def state_dict(self) -> dict[str, Any]:
         """Of all nodes."""
+        self._engine.refresh(wait=True)
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},

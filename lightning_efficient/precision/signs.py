@@ -18,8 +18,13 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "ERROR_MARGIN",
+    "EXPONENT_MARGIN",
     "HISTORY",
     "OF_GRADIENTS",
+    "PART",
+    "RATIO_MARGIN",
+    "RUN",
     "Limits",
     "Measured",
     "Tracker",
@@ -33,11 +38,11 @@ __all__ = [
 HISTORY = 8
 """Operations whose shared exponents are remembered."""
 
-_RUN = 64  # neighbours that are sampled together: single elements would cost a line of the cache each
-_PART = 100  # of all elements one in so many is sampled
-_RATIO_MARGIN = 16.0  # by which the odds of a ratio may exceed those that were seen
-_ERROR_MARGIN = 4.0
-_EXPONENT_MARGIN = 3  # powers of two
+RUN = 64  # neighbours that are sampled together: single elements would cost a line of the cache each
+PART = 100  # of all elements one in so many is sampled
+RATIO_MARGIN = 16.0  # by which the odds of a ratio may exceed those that were seen
+ERROR_MARGIN = 4.0
+EXPONENT_MARGIN = 3  # powers of two
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ class Limits:
         """A measurement in health."""
         self.overflow = max(self.overflow, _beyond(measured.overflow))
         self.underflow = max(self.underflow, _beyond(measured.underflow))
-        self.error = max(self.error, _ERROR_MARGIN * (measured.error or 0.0))
-        self.exponent_range = max(self.exponent_range, exponent_range + _EXPONENT_MARGIN)
+        self.error = max(self.error, ERROR_MARGIN * (measured.error or 0.0))
+        self.exponent_range = max(self.exponent_range, exponent_range + EXPONENT_MARGIN)
 
     def agreed(self) -> list[float]:
         """What ranks agree on: the largest number of each."""
@@ -106,7 +111,7 @@ float32, 97 % of them, with which a third of the sum of magnitudes went: an erro
 
 def _beyond(ratio: float) -> float:
     """A ratio whose odds are several times as high; never one."""
-    return _RATIO_MARGIN * ratio / (1 + (_RATIO_MARGIN - 1) * ratio) if ratio < 1 else 1.0
+    return RATIO_MARGIN * ratio / (1 + (RATIO_MARGIN - 1) * ratio) if ratio < 1 else 1.0
 
 
 class Tracker:
@@ -188,10 +193,10 @@ def aligned(history: Iterable[float]) -> list[float]:
 
 def sample(values: Tensor) -> Tensor:
     """Runs of neighbours, evenly spread: about a hundredth of ``values`` ``[n]``, and all of them if they are few."""
-    runs = values.numel() // _RUN
-    if runs < 2 * _PART:
+    runs = values.numel() // RUN
+    if runs < 2 * PART:
         return values
-    return values[: runs * _RUN].view(runs, _RUN)[::_PART]
+    return values[: runs * RUN].view(runs, RUN)[::PART]
 
 
 def quantization_error(before: float, after: float) -> float | None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SIGNS", "ReturnPolicy", "Run", "Status"]
+__all__ = ["DECAY", "LONGEST", "SIGNS", "ReturnPolicy", "Run", "Status"]
 
 SIGNS = (
     "not finite", "all sampled values are zero", "overflow", "underflow", "quantization error",
@@ -21,8 +21,8 @@ SIGNS = (
 )  # fmt: skip
 """What a reason says, in few words; the last one: something else."""
 
-_DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
-_LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
+DECAY = 0.98  # of the counters, for each operation: about fifty of them are remembered
+LONGEST = 2  # times ``return_after``: so that what has healed comes back within some tens of steps
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Status:
         """One in low bits, without a sign of failure."""
         self.low += 1
         self._good += 1
-        self._recent_low, self._recent_retries = self._recent_low * _DECAY + 1, self._recent_retries * _DECAY
+        self._recent_low, self._recent_retries = self._recent_low * DECAY + 1, self._recent_retries * DECAY
         if self._good >= self._wait:
             self._wait = self._policy.return_after
 
@@ -115,15 +115,19 @@ class Status:
         self.high += 1
         self.retries += 1
         self.reason = reason
-        self.signs[next(place for place, sign in enumerate(SIGNS) if sign in reason)] += 1
-        self._recent_low, self._recent_retries = self._recent_low * _DECAY, self._recent_retries * _DECAY + 1
+        self.saw(reason)
+        self._recent_low, self._recent_retries = self._recent_low * DECAY, self._recent_retries * DECAY + 1
         if self.retry_rate >= self._policy.retry_rate:
             again = self._good < self._wait and self.retries > 1
-            longest = _LONGEST * self._policy.return_after
+            longest = LONGEST * self._policy.return_after
             self._wait = min(2 * self._wait, longest) if again else self._policy.return_after
             self._left = self._wait
         self._good = 0
         run.high_in_a_row = 1
+
+    def saw(self, reason: str, times: int = 1) -> None:
+        """Count a sign of failure."""
+        self.signs[next(place for place, sign in enumerate(SIGNS) if sign in reason)] += times
 
     def agreed(self) -> list[float]:
         """What ranks agree on: the largest number of each."""
