@@ -66,6 +66,27 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+LOW_BITS = """
+trainer:
+  plugins:
+    - class_path: lightning_efficient.RollbackPrecision
+      init_args:
+        low: int8
+        high: bf16
+        pre_learning_steps: 50
+        return_after: 20
+        retry_rate: 0.05
+        spike_guard: {factor: 3.0, window: 50}
+"""
+
+
+def test_low_bits_with_a_guard_are_written_in_yaml(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(LOW_BITS)
+    main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={config}", *SMALL, "--trainer.max_steps=2"])
+    assert "RollbackPrecision" in next(tmp_path.rglob("efficiency_report.md")).read_text()
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_runs(overlay: Path, tmp_path: Path) -> None:
     main(["fit", f"--config={CONFIGS / 'base.yaml'}", f"--config={overlay}", *SMALL[1:]])
@@ -217,6 +238,7 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     (small / "checkpoint.yaml").write_text((CONFIGS / "checkpoint.yaml").read_text().replace("50", "4"))
     (small / "activation.yaml").write_text((CONFIGS / "activation.yaml").read_text().replace("100", "5"))
     (small / "offload.yaml").write_text((CONFIGS / "offload.yaml").read_text())
+    (small / "precision.yaml").write_text((CONFIGS / "precision.yaml").read_text().replace("50", "2"))
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
     arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]
     assert compare(arguments) == 0
@@ -224,10 +246,11 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     assert "final validation bits per byte" in printed
     assert "growth: 2 layers -> 3 layers" in printed
     assert "offload: host: parameter" in printed
+    assert "operations train in int8" in printed
     assert "kept from forward to backward, at the end" in printed
     assert len(list(tmp_path.rglob("comparison.png"))) == 1
     assert len(list(tmp_path.rglob("last.ckpt"))) == 1
-    assert "checkpoint/written" in next(tmp_path.rglob("growth+*+offload/efficiency_report.md")).read_text()
+    assert "checkpoint/written" in next(tmp_path.rglob("growth+*+precision/efficiency_report.md")).read_text()
     assert "| peak memory of the process |" in next(tmp_path.rglob("comparison.md")).read_text()
     (small / "growth.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
     assert compare(arguments) == 1

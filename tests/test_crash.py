@@ -22,6 +22,7 @@ SEEDS = {
     "checkpoint": 5,
     "offload": 6,
     "offload-everything": 8,
+    "precision": 9,
 }
 """Of the moments at which each is killed."""
 

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--overlays",
         nargs="+",
-        default=["growth", "checkpoint", "activation", "offload"],
+        default=["growth", "checkpoint", "activation", "offload", "precision"],
         help="techniques switched on in the second run",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for both runs and the report")
