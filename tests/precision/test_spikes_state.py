@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_efficient.precision.precision import RollbackPrecision
+from lightning_efficient.precision.scaling import lower_scale
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.ranks import run_on_two_ranks
 from tests.precision.spiking import AtBatch, Batches, Net, guarded, train
@@ -63,6 +64,21 @@ def test_a_step_that_a_scaler_would_leave_out_is_done_again(accumulate: int, gua
     assert_same_tree(one.logged_of_model, other.logged_of_model, "logged")
     steps = {int(state["step"]) for state in one.state["optimizer"]["state"].values()}
     assert steps == {16 // accumulate}
+
+
+def test_gradients_of_earlier_batches_get_the_smaller_scale_too() -> None:
+    more = {"accumulate_grad_batches": 2, "data": Batches(bad={3: 4096.0})}
+    one = train(scaled(2.0**12), module=Net(plain=True), **more)
+    scale = one.plugin.inner.scaler.get_scale()
+    assert scale < 2.0**12
+    other = train(scaled(scale), module=Net(plain=True), **more)
+    assert other.counts == {}
+    for name, weight in one.state["weights"].items():
+        torch.testing.assert_close(weight, other.state["weights"][name], rtol=1e-3, atol=1e-5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 5})
+    assert lower_scale(scaler) == (0.5, 4.0)
+    assert scaler.state_dict()["_growth_tracker"] == 0
 
 
 @pytest.mark.parametrize("case", ["loss", "gradient"])
