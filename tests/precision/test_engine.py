@@ -200,6 +200,18 @@ def test_those_behind_a_failure_run_high_and_come_back_p4_p10(monkeypatch: pytes
     assert node.products["forward"].status.held
 
 
+def test_results_are_looked_at_elsewhere_in_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, seen = nn.Linear(24, 32), torch.randn(64, 24), list[int]()
+    monkeypatch.setattr(kinds.MatMul, "probe", lambda self, *arguments: seen.append(arguments[-1]))
+    bits = LowBits(module)
+    for batch in range(3):
+        bits.engine.begin(0, batch)
+        bits.operations.begin(module)
+        with bits.operations:
+            module(x)
+    assert seen[1:] == [seen[0] + 1, seen[0] + 2]
+
+
 def test_unprotected_low_bits_look_at_nothing() -> None:
     torch.manual_seed(0)
     module, x = nn.Linear(24, 32), torch.randn(64, 24)

@@ -216,7 +216,7 @@ class DeviceEngine:
         return self._left.get(row, 0) > since and not in_a_graph(self.device)
 
     def _look(self, product: Product, looked_at: Tensor, slot: int, result: Tensor) -> None:
-        at = self.codes.next() if product.role == "forward" else None
+        at = self.codes.next() + self.host.batch if product.role == "forward" else None
         self.operations.look(
             looked_at, product.a, product.b, product.bias, self.codes.measured, slot, self._probes, at, result
         )
