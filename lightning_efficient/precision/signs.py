@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HISTORY", "OF_GRADIENTS", "Limits", "Measured", "Tracker", "apart", "quantization_error", "sample", "shared_exponent"]
+__all__ = [
+    "HISTORY", "OF_GRADIENTS", "Limits", "Measured", "Tracker", "apart", "quantization_error", "sample",
+    "shared_exponent",
+]  # fmt: skip
 
 HISTORY = 8
 """Operations whose shared exponents are remembered."""
