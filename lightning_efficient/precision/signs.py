@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
-<<<<<<< HEAD
     "ERROR_MARGIN",
     "EXPONENT_MARGIN",
     "HISTORY",
@@ -35,11 +34,6 @@ __all__ = [
     "sample",
     "shared_exponent",
 ]
-=======
-    "HISTORY", "OF_GRADIENTS", "Limits", "Measured", "Tracker", "apart", "quantization_error", "sample",
-    "shared_exponent",
-]  # fmt: skip
->>>>>>> prec_bench
 
 HISTORY = 8
 """Operations whose shared exponents are remembered."""
