@@ -67,7 +67,9 @@ def torchao(recipe: str) -> Arm:
 
 def ours(low: str, *, protect: bool = True) -> Arm:
     def build(model: nn.Module, device: torch.device) -> tuple[nn.Module, Any]:
-        precision = rollback("bf16", low=low, protect=protect, inner=_mixed(device), pre_learning_steps=LEARNING)
+        precision = rollback(
+            "bf16", low=low, protect=protect, only_if_faster=True, inner=_mixed(device), pre_learning_steps=LEARNING
+        )
         return _compiled(model, device), precision
 
     return build

@@ -89,6 +89,8 @@ def plain(kind: Literal["bf16", "fp32"]) -> Precision:
     return MixedPrecision("bf16-mixed", "cpu") if kind == "bf16" else Precision()
 
 
-def rollback(high: Literal["bf16", "fp32"], *, protect: bool = True, **arguments: Any) -> RollbackPrecision:
-    """The plugin."""
-    return RollbackPrecision(high=high, protect=protect, **arguments)
+def rollback(
+    high: Literal["bf16", "fp32"], *, protect: bool = True, only_if_faster: bool = False, **arguments: Any
+) -> RollbackPrecision:
+    """The plugin; all operations are in low bits, also those of tasks that are too small to gain by it."""
+    return RollbackPrecision(high=high, protect=protect, only_if_faster=only_if_faster, **arguments)

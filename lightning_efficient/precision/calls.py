@@ -94,6 +94,10 @@ def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> P
         return None  # torch has no gradients for these
     if name == "linear":
         x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs)
+        if weight.dim() != 2:
+            return "it is a product with a vector"
+        if bias is not None and bias.shape != weight.shape[:1]:
+            return "what is added is not a bias"
         return Product("linear", (), x, weight, bias, "linear")
     if name in _CONVOLUTIONS:
         return _convolution(name, args, kwargs)
@@ -125,6 +129,8 @@ def unfit(product: Product) -> str:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return f"{type(tensor).__name__} is not a plain tensor"
+        if tensor.layout is not torch.strided:
+            return f"its layout is {str(tensor.layout).removeprefix('torch.')}"
         if not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return f"its numbers are {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.device != x.device:

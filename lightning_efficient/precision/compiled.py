@@ -189,7 +189,7 @@ def _low_product_backward(
     with without_torch_function(), torch.autocast(x.device.type, enabled=False):
         if nodes is not None:
             x, weight, _ = _known(nodes, x, weight, parameters)
-        call = _call(token, nodes, kind, tuple(arguments), x, weight)
+        call = _call(token, nodes, kind, tuple(arguments), x, weight, gradient.dtype)
         found = call.backward(x, weight, bias, gradient, (needed[0], needed[1], needed[2]))
         one, two, three = (part.contiguous() if part is not None else gradient.new_empty(0) for part in found)
         return one, two, three
@@ -269,15 +269,16 @@ def _number(node: Node) -> int:
 
 
 def _call(
-    token: Tensor, nodes: Nodes | None, kind: str, arguments: tuple[int, ...], x: Tensor, weight: Tensor
-) -> Call | DeviceCall:
+    token: Tensor, nodes: Nodes | None, kind: str, arguments: tuple[int, ...], x: Tensor, weight: Tensor,
+    result_type: torch.dtype,
+) -> Call | DeviceCall:  # fmt: skip
     """That of forward; or one of its node, if what forward left is gone, as where saved tensors are kept elsewhere."""
     number, of_node = token.tolist()
     if number in _calls:
         return _calls[number][1]
     node = _nodes.get(of_node)
     if node is None or nodes is None:
-        return _plain(kind, arguments, x.dtype)
+        return _plain(kind, arguments, result_type)
     return nodes.engine.call(node, kind_of(kind, arguments), x, weight)
 
 

@@ -26,6 +26,7 @@ from lightning_efficient.core.torch_internals import (
 )
 from lightning_efficient.precision.device import kernels_on
 from lightning_efficient.precision.device.call import DeviceCall, has_kernels
+from lightning_efficient.precision.device.codes import dying
 from lightning_efficient.precision.device.engine import DeviceEngine
 from lightning_efficient.precision.device.gate import Gate
 from lightning_efficient.precision.formats import Encoded, Format
@@ -48,6 +49,7 @@ class Engine:
         retries: Since they were taken.
         low_work: Multiplications in low bits.
         work: All.
+        steps: That have begun.
         on_devices: Engines for tensors there; None: there are no kernels, and each product is waited for.
 
     Args:
@@ -57,12 +59,14 @@ class Engine:
         protect: Whether signs of failure are looked for.
         seed: Of the rounding.
         adaptive: Whether products of tensors for which few bits are not enough are in bfloat16 for a while.
+        timed: Whether devices time their products, and leave those alone for which few bits take longer.
     """
 
     def __init__(
-        self, low: Format, high: torch.dtype, *, stochastic: bool, protect: bool, seed: int, adaptive: bool = False
-    ) -> None:
-        self.low, self.high, self.adaptive = low, high, adaptive
+        self, low: Format, high: torch.dtype, *, stochastic: bool, protect: bool, seed: int, adaptive: bool = False,
+        timed: bool = True,
+    ) -> None:  # fmt: skip
+        self.low, self.high, self.adaptive, self._timed = low, high, adaptive, timed
         self.learning = self.force_high = False
         self.run = Run()
         self.retries: list[Retry] = []
@@ -73,15 +77,24 @@ class Engine:
         self._weights: dict[int, tuple[weakref.ref[Tensor], int, Encoded]] = {}
         self._last: tuple[weakref.ref[Tensor], int, Encoded] | None = None
         self.on_devices: dict[torch.device, DeviceEngine | None] = {}
+        self.steps = 0
 
     def begin(self, seed: int, batch: int = 0) -> None:
         """A step begins: weights may have changed."""
         self._seed, self._count, self.batch = seed, 0, batch
+        self.steps += 1
         self._weights.clear()
         self._last = None
         for other in self.on_devices.values():
             if other is not None:
                 other.begin(seed)
+
+    def weights_changed(self) -> None:
+        """An optimizer has stepped within a step; some do so without a trace (``parameter.data``)."""
+        self._weights.clear()
+        for other in self.on_devices.values():
+            if other is not None:
+                other.codes.weights_changed()
 
     def call(self, node: Node, kind: Kind, x: Tensor, weight: Tensor) -> Call | DeviceCall:
         """Who computes an operation: where the tensors' device has kernels, someone who does not wait for it."""
@@ -100,8 +113,9 @@ class Engine:
         if kernels is None or self.adaptive:
             return None
         return DeviceEngine(
-            self, device, kernels, stochastic=self._stochastic, protect=self._protect, seed=self._seed, gate=Gate()
-        )
+            self, device, kernels, stochastic=self._stochastic, protect=self._protect, seed=self._seed,
+            gate=Gate() if self._timed else None,
+        )  # fmt: skip
 
     def refresh(self, *, wait: bool = False) -> None:
         """Bring all nodes up to date; ``wait``: with what devices have done until now, not until a step ago."""
@@ -126,11 +140,12 @@ class Engine:
         if known is not None and known[0]() is tensor and known[1] == tensor_version(tensor):
             return known[2]
         found = self._encode(tensor, which, guess)
-        entry = weakref.ref(tensor), tensor_version(tensor), found
+        if tensor.is_inference():  # whether it was changed in place cannot be told
+            return found
         if which == "weight":
-            self._weights[id(tensor)] = entry
+            self._weights[id(tensor)] = dying(tensor, self._weights), tensor_version(tensor), found
         elif which == "input":
-            self._last = entry
+            self._last = weakref.ref(tensor), tensor_version(tensor), found
         return found
 
     def _encode(self, tensor: Tensor, which: str, guess: int | None) -> Encoded:
@@ -240,7 +255,7 @@ class Call:
             return self.input_low, self._encoded(weight, "weight")
 
         def low(one: Encoded, other: Encoded) -> Tensor:
-            added = bias.float() if bias is not None else None
+            added = bias.float().contiguous() if bias is not None else None
             found = kind.in_integers("forward", one, other, added, shapes, result_type)
             if found is None:
                 a, b = _alike(one.decoded(), other.decoded())
@@ -260,7 +275,7 @@ class Call:
         else:
             before = self.node.products["forward"].status.low
             result = engine.compute(self.node, "forward", operands, low, high, probe)
-            self.node.last_low = self.node.products["forward"].status.low != before
+            self.node.was_computed(engine.steps, low=self.node.products["forward"].status.low != before)
         if innermost_saved_tensors_hooks() is not None:  # what is saved may be kept elsewhere, or in fewer bits
             self.input_low = None
         return result
@@ -290,6 +305,7 @@ class Call:
             found[1] = self._gradient("grad_weight", in_low, of_input, gradient, x, shapes, weight.dtype)
         if bias and needed[2]:
             found[2] = self.kind.grad_bias(gradient)
+        self.input_low = None  # as long as a loss is held, so is this
         return found[0], found[1], found[2]
 
     def _gradient(
@@ -338,7 +354,8 @@ class _Product(torch.autograd.Function):
         kind = x.device.type
         result_type = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with without_torch_function(), torch.autocast(kind, enabled=False):
-            return call.forward(x, weight, bias, result_type)
+            # data: torch forbids to change views in place that were made here, as an activation may want to
+            return call.forward(x, weight, bias, result_type).data
 
     @staticmethod
     @once_differentiable

@@ -61,6 +61,7 @@ class Encoded:
         return self.values.float() * math.ldexp(1.0, -self.shift) if self.shift else self.values
 
 
+_LEAST = -126  # power of two that float32 has in full; scales beyond are zero or infinite
 _NOT_FINITE = Encoded(Measured(None, finite=False))
 
 
@@ -71,11 +72,13 @@ class Format(ABC):
         name: As users write it.
         bits: Of a number.
         emulated: Whether products take no less time than in high bits.
+        at_random: Whether numbers can be rounded up or down at random.
     """
 
     name: str
     bits: int
     emulated: bool
+    at_random: bool = True
 
     @abstractmethod
     def encode(
@@ -156,7 +159,8 @@ class Blocks(_Rounded):
         size = self.size or width
         filled = torch.nn.functional.pad(rows, (0, -width % size)) if size and width % size else rows
         blocks = filled.reshape(-1, size) if size else filled
-        step = torch.exp2(torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent - (self.bits - 1.0))
+        exponent = torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent - (self.bits - 1.0)
+        step = torch.exp2(exponent.clamp_(min=_LEAST))
         codes = _round(blocks / step, key).clamp_(-127, 127)
         return codes.mul_(step).reshape(rows.shape[0], -1)[:, :width].reshape(values.shape), 0.0
 
@@ -164,12 +168,12 @@ class Blocks(_Rounded):
 class Float8(_Rounded):
     """e4m3, with a wider range for gradients: e5m2; one power of two for a tensor."""
 
-    name, bits, emulated = "fp8", 8, True
+    name, bits, emulated, at_random = "fp8", 8, True, False
 
     def _rounded(self, values: Tensor, largest: float, gradient: bool, key: int | None) -> tuple[Tensor, float]:
         kind = torch.float8_e5m2 if gradient else torch.float8_e4m3fn
         most = torch.finfo(kind).max
-        exponent = math.frexp(most)[1] - 1 - math.frexp(largest)[1] if largest else 0
+        exponent = min(math.frexp(most)[1] - 1 - math.frexp(largest)[1], -_LEAST) if largest else 0
         scaled = values.float() * math.ldexp(1.0, exponent)
         # what casts make of numbers beyond the largest differs between versions and devices
         return scaled.clamp_(-most, most).to(kind).float().mul_(math.ldexp(1.0, -exponent)), 0.0
@@ -183,6 +187,7 @@ class Half(_Rounded):
     dtype: torch.dtype
     bits: int = 16
     emulated: bool = False
+    at_random: bool = False
 
     def _rounded(self, values: Tensor, largest: float, gradient: bool, key: int | None) -> tuple[Tensor, float]:
         most = torch.finfo(self.dtype).max
@@ -193,7 +198,7 @@ class Half(_Rounded):
     def _shift(self, largest: float) -> int:
         # a loss scale of its own for each gradient (Zhao et al. 2019, "Adaptive Loss Scaling"): below one, so that
         # products have room, and as far above the smallest float16 as can be
-        return -math.frexp(largest)[1] if self.dtype == torch.float16 and largest else 0
+        return min(-math.frexp(largest)[1], -_LEAST) if self.dtype == torch.float16 and largest else 0
 
 
 def _round(numbers: Tensor, key: int | None) -> Tensor:

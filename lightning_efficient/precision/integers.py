@@ -238,7 +238,8 @@ class _Scratch(threading.local):
         """int32, contiguous; until the next call."""
         numel = rows * columns
         if self._memory.numel() < numel:
-            self._memory = torch.empty(numel, dtype=torch.int32)
+            with torch.inference_mode(False):  # what is made within cannot be written to behind it
+                self._memory = torch.empty(numel, dtype=torch.int32)
         return self._memory[:numel].view(rows, columns)
 
 

@@ -109,7 +109,7 @@ class Node:
         tensors: Trackers by operand: input, weight, gradient.
         bits: By operand, whether few are enough; empty: nobody asks.
         learning: How long that is, and whether low bits pay.
-        last_low: Whether the last forward product was in low bits.
+        last_low: Whether all forward products of the last step were in low bits; so is what is computed again then.
         work: Multiplications of one of its products, the last time.
         last_exponents: By operand, whether it was healthy or not: a guess for the next, which is no state.
         why_high: Why products stay in high bits for which ``low_pays`` is False; empty: that is all.
@@ -139,6 +139,7 @@ class Node:
         self.bits = {which: AdaptiveBits() for which in self.tensors} if adaptive else {}
         self.learning = learning or Learning()
         self.last_low = False
+        self._last_step = -1
         self.work = 0
         self.last_exponents: dict[str, int | None] = {}
         self.why_high = ""
@@ -147,6 +148,11 @@ class Node:
         """It is computed in ``batch``, maybe not for the first time."""
         if not self.learning.done:
             self.learning.begin(batch, self._limits_so_far())
+
+    def was_computed(self, step: int, *, low: bool) -> None:
+        """A forward product of ``step``. Which one is computed again is not known, so one in high bits is for all."""
+        self.last_low = low and (self.last_low or step != self._last_step)
+        self._last_step = step
 
     def _limits_so_far(self) -> tuple[float, ...]:
         products = (value for p in self.products.values() for value in (p.allowed, p.error, *p.result.limits.agreed()))

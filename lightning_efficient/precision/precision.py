@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch.distributed
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,7 +23,7 @@ from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.precision.agreement import Agreement
 from lightning_efficient.precision.engine import Engine
-from lightning_efficient.precision.formats import format_named
+from lightning_efficient.precision.formats import FORMATS, format_named
 from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
@@ -47,7 +47,6 @@ _LAYOUT: dict[str, dict[str, list[object]]] = {
         "batches done again": ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]],
     }
 }
-_log = logging.getLogger(__name__)
 
 
 class RollbackPrecision(WrappingPrecision):
@@ -79,7 +78,7 @@ class RollbackPrecision(WrappingPrecision):
             to run, the choice may; it is kept in the checkpoint.
         adaptive_bits: Products of tensors for which few bits make too large an error (3 % of the mean magnitude) are in
             bfloat16 until that is looked at again; without it such an error is a sign of failure.
-        stochastic_rounding: Up or down at random, rather than to nearest.
+        stochastic_rounding: Up or down at random, rather than to nearest; of integers and of blocks.
         seed: Of that.
         protect: False: no sign is looked for, to see what becomes of it. Not for training.
 
@@ -112,18 +111,33 @@ class RollbackPrecision(WrappingPrecision):
         _whole("return_after", return_after, 1)
         if not 0 <= retry_rate <= 1:
             raise ValueError(f"retry_rate={retry_rate!r} is a part: give a number from 0 to 1.")
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude={exclude!r} is one text: give a list of patterns, as in exclude=[{exclude!r}].")
+        if inner is not None and not isinstance(inner, Precision):
+            raise ValueError(
+                f"inner={inner!r} is no precision plugin of Lightning: give one, such as MixedPrecision('bf16-mixed', "
+                "'cpu'), or None for what high= says."
+            )
         if isinstance(inner, RollbackPrecision):
             raise ValueError("inner= is another RollbackPrecision: give the plugin that it shall wrap.")
         super().__init__(inner or (MixedPrecision("bf16-mixed", "cpu") if high == "bf16" else Precision()))
         self._low, self._policy = format_named(low), ReturnPolicy(return_after, retry_rate)
+        if stochastic_rounding and not self._low.at_random:
+            known = ", ".join(name for name, form in FORMATS.items() if form.at_random)
+            raise ValueError(f"stochastic_rounding: low={low!r} rounds to nearest only; these can do both: {known}.")
         self._limits, self._spikes = _limits(thresholds), SpikeGuard.of(spike_guard)
         self._learn_until = None if pre_learning_steps == "auto" else pre_learning_steps
         self._timed = only_if_faster and not self._low.emulated
         self._exclude, self._seed = tuple(exclude), seed
+        self._learnt_with = {
+            "low": low, "high": high, "thresholds": dict(thresholds) if thresholds is not None else None,
+            "only_if_faster": only_if_faster,
+        }  # fmt: skip
         self.nodes: dict[str, Node] = {}
         self._engine = Engine(
-            self._low, _HIGH[high], stochastic=stochastic_rounding, protect=protect, seed=seed, adaptive=adaptive_bits
-        )
+            self._low, _HIGH[high], stochastic=stochastic_rounding, protect=protect, seed=seed, adaptive=adaptive_bits,
+            timed=only_if_faster,
+        )  # fmt: skip
         self._operations = Operations(
             self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high]
         )
@@ -137,6 +151,7 @@ class RollbackPrecision(WrappingPrecision):
     def _begin_anew(self) -> None:
         self.nodes.clear()
         self._operations.forget()
+        self._engine.on_devices.clear()
         self._engine.run.high_in_a_row = self._engine.low_work = self._engine.work = 0
         self._loaded: dict[str, Any] = {}
         self._batches = 0
@@ -192,8 +207,16 @@ class RollbackPrecision(WrappingPrecision):
         self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Backward; what checkpointing computes again there is computed as in forward."""
-        with self._operations:
-            self.inner.backward(tensor, model, optimizer, *args, **kwargs)
+        try:
+            with self._operations:
+                self.inner.backward(tensor, model, optimizer, *args, **kwargs)
+        except RuntimeError as error:
+            if "once_differentiable" not in str(error):
+                raise
+            raise RuntimeError(
+                "The loss holds gradients of gradients, as a gradient penalty does, and products in few bits are "
+                "differentiable once. Leave the operations that they go through out: RollbackPrecision(exclude=[...])."
+            ) from error
         self._note_retries()
 
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
@@ -208,6 +231,7 @@ class RollbackPrecision(WrappingPrecision):
     ) -> Any:
         """The step; behind it ranks agree."""
         result = super().optimizer_step(optimizer, model, closure, **kwargs)
+        self._engine.weights_changed()
         if self._agreement is not None:
             self._engine.refresh(wait=True)
             self._agreement(self.nodes, self._engine.run)
@@ -218,7 +242,8 @@ class RollbackPrecision(WrappingPrecision):
         """What is new or other than it was learns anew."""
         self._operations.forget()
         for name in (*change.added, *change.removed, *change.replaced):
-            self.nodes.pop(name.removesuffix(".weight"), None)
+            for known in (self.nodes, self._loaded):
+                known.pop(name.removesuffix(".weight"), None)
         self._all_learnt = False
         if self._guard is not None:
             self._guard.parameters_changed()
@@ -230,14 +255,14 @@ class RollbackPrecision(WrappingPrecision):
     def kept(self) -> Callable[[], None]:
         """Note what is known of the network; returns what goes back to that, as often as it is called."""
         self._engine.refresh(wait=True)
-        nodes = {name: (node.state_dict(), node.last_low) for name, node in self.nodes.items()}
+        states = self._states()
         engine, batches = self._engine, self._batches
         counted = engine.run.high_in_a_row, engine.low_work, engine.work
 
         def back() -> None:
             for name, node in self.nodes.items():
-                state, node.last_low = nodes.get(name) or (self._new(name, node.kind).state_dict(), False)
-                node.load_state_dict(state)
+                if not self._go_on(node, states.get(name)):
+                    node.load_state_dict(self._new(name, node.kind).state_dict())
             engine.run.high_in_a_row, engine.low_work, engine.work = counted
             engine.retries = []
             engine.put_back()
@@ -252,12 +277,13 @@ class RollbackPrecision(WrappingPrecision):
             self._work = self._engine.low_work, self._engine.work
         if not self._all_learnt and self.nodes and all(node.learning.done for node in self.nodes.values()):
             self._all_learnt = True
-            slow = [name for name, node in self.nodes.items() if all(map(node.stays_high, ROLES))]
-            text = f"{len(self.nodes) - len(slow)} of {len(self.nodes)} operations train in {self._low.name}"
-            if slow:
-                text += f"; for {len(slow)} it would take longer than high bits: {', '.join(slow[:5])}"
-                text += ", ..." if len(slow) > 5 else ""
-            _log.info("RollbackPrecision: %s.", text)
+            high = [name for name, node in self.nodes.items() if all(map(node.stays_high, ROLES))]
+            text = f"{len(self.nodes) - len(high)} of {len(self.nodes)} operations train in {self._low.name}"
+            text += ", emulated (nothing is faster)" if self._low.emulated else ""
+            if high:
+                text += f"; {len(high)}, for which it would take longer or cannot be, stay high: {', '.join(high[:5])}"
+                text += ", ..." if len(high) > 5 else ""
+            rank_zero_info(f"RollbackPrecision: {text}.")
             self._events.append(telemetry.Event(compat.log_step(trainer), "precision", text))
 
     def _note_retries(self) -> None:
@@ -266,7 +292,7 @@ class RollbackPrecision(WrappingPrecision):
             self._said += 1
             count = self._said
             if count <= _LINES or count % 100 == 0:
-                _log.info("%s, %s in high bits again (retry %d): %s", retry.node, retry.role, count, retry.reason)
+                rank_zero_info(f"{retry.node}, {retry.role} in high bits again (retry {count}): {retry.reason}")
 
     def teardown(self) -> None:
         """Leave the Trainer as it was."""
@@ -283,10 +309,20 @@ class RollbackPrecision(WrappingPrecision):
         if name in self.nodes:
             return self.nodes[name]
         node = self.nodes[name] = self._new(name, kind)
-        state = self._loaded.pop(name, None)
-        if state is not None and state["kind"] == kind:
-            node.load_state_dict(state)
+        self._go_on(node, self._loaded.pop(name, None))
         return node
+
+    @staticmethod
+    def _go_on(node: Node, state: Mapping[str, Any] | None) -> bool:
+        """From a state of a checkpoint, if that is of such a node."""
+        if state is None or state["kind"] != node.kind:
+            return False
+        node.load_state_dict(state)
+        return True
+
+    def _states(self) -> dict[str, Any]:
+        """Of all nodes; of those that have not come yet, as they were in the checkpoint."""
+        return self._loaded | {name: node.state_dict() for name, node in self.nodes.items()}
 
     def _new(self, name: str, kind: str) -> Node:
         learning = Learning(self._learn_until, timed=self._timed)
@@ -303,6 +339,7 @@ class RollbackPrecision(WrappingPrecision):
 
     def measurements(self) -> Mapping[str, float]:
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
+        self._engine.refresh()
         low, work = self._engine.low_work - self._work[0], self._engine.work - self._work[1]
         values = {"precision/low_share": low / work} if work else {}
         statuses = [product.status for node in self.nodes.values() for product in node.products.values()]
@@ -337,7 +374,7 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.refresh(wait=True)
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
-            "nodes": self._loaded | {name: node.state_dict() for name, node in self.nodes.items()},
+            "nodes": self._states(), "learnt_with": self._learnt_with,
             "all_learnt": self._all_learnt,
             "events": [[event.step, event.text] for event in self._events],
             "work": [self._engine.low_work, self._engine.work, *self._work], "inner": self.inner.state_dict(),
@@ -358,8 +395,15 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.low_work, self._engine.work, *logged = state_dict["work"]
         self._work = logged[0], logged[1]
         self._loaded = dict(state_dict["nodes"])
+        before = state_dict.get("learnt_with", self._learnt_with)
+        if before != self._learnt_with:
+            self._loaded, self._all_learnt = {}, False
+            others = [f"{name}={before.get(name)!r}" for name, value in self._learnt_with.items()
+                      if before.get(name) != value]  # fmt: skip
+            rank_zero_warn(f"The checkpoint was trained with {', '.join(others)}: all operations learn anew.")
         self.nodes.clear()
         self._operations.forget()
+        self._engine.on_devices.clear()
         self.inner.load_state_dict(state_dict["inner"])
         if self._guard is not None:
             self._guard.load_state_dict(state_dict.get("guard"))

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.core.units import human_bytes
@@ -63,7 +64,7 @@ class Reports:
             self._said_memory = True
             text = f"up to {ring.most} snapshots of {human_bytes(ring.needed_bytes)} in the host's memory"
             if ring.most:
-                _log.info("The spike guard keeps %s.", text)
+                rank_zero_info(f"The spike guard keeps {text}.")
             else:
                 _log.warning("The spike guard has no memory for a snapshot: memory_cap must be at least %s.",
                              human_bytes(ring.needed_bytes))  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -91,12 +90,15 @@ def test_a_fault_is_seen_said_and_healed_p2_p3_p4(
     plain = fit(None, root=tmp_path / "plain")
     monkeypatch.setattr(kinds.MatMul, "in_integers", spoilt)
     precision = plugin(retry_rate=0.5)
-    with caplog.at_level(logging.INFO, logger="lightning_efficient"):
+    with caplog.at_level("INFO"):
         ours = run(precision, tmp_path / "low")
     assert ours.losses == pytest.approx(plain.losses, rel=5e-2)
     said = [record.getMessage() for record in caplog.records if "in high bits again" in record.getMessage()]
     assert len(said) == min(20, precision.measurements()["precision/retries"])  # and every hundredth
     assert said
+    assert {record.name for record in caplog.records if "in high bits again" in record.getMessage()} == {
+        "lightning.pytorch.utilities.rank_zero"
+    }, "whose lines of this level are shown"
     assert any("result" in row["last reason"] for row in precision.precision_map())
 
 

@@ -92,6 +92,7 @@ class DeviceCall:
             found[1] = self.engine.compute(self.node, product)
         if bias and needed[2]:
             found[2] = self.kind.grad_bias(gradient)
+        self.input_codes = None  # as long as a loss is held, so is this
         return found[0], found[1], found[2]
 
     def _product(
@@ -101,8 +102,8 @@ class DeviceCall:
         one, other = (tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in operands)
         engine = self.engine
         product = Product(
-            role, (one, other), layout(self.kind, role), bias.detach() if bias is not None else None, dtype,
-            engine.host.high, engine.operations, lambda: engine.codes.measured, encoded, in_high,
+            role, (one, other), layout(self.kind, role), bias.detach().contiguous() if bias is not None else None,
+            dtype, engine.host.high, engine.operations, lambda: engine.codes.measured, encoded, in_high,
         )  # fmt: skip
         most = most_terms(engine.host.low.name)
         if most is not None and product.a.shape[1] > most:

@@ -13,7 +13,7 @@ from lightning_efficient.core.torch_internals import tensor_version
 from lightning_efficient.precision.device.forms import E4M3, E5M2, INT8, SLOT, Form, Noise, filled
 from lightning_efficient.precision.formats import Format
 
-__all__ = ["Codes", "Encoder", "forms_of", "in_a_graph"]
+__all__ = ["Codes", "Encoder", "dying", "forms_of", "in_a_graph"]
 
 _SLOTS = 1024
 _NEXT = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -86,6 +86,10 @@ class Encoder:
         self._used, self._count, self._last = 1, 0, None
         self._weights.clear()
 
+    def weights_changed(self) -> None:
+        """Within a step, maybe without a trace."""
+        self._weights.clear()
+
     def next(self) -> int:
         """A number that is new in this step."""
         self._count += 1
@@ -105,11 +109,12 @@ class Encoder:
         if known is not None and known[0]() is tensor and known[1] == tensor_version(tensor):
             return known[2]
         codes = self.again(tensor.detach(), which)
-        entry = weakref.ref(tensor), tensor_version(tensor), codes
+        if tensor.is_inference():  # whether it was changed in place cannot be told
+            return codes
         if which == "weight":
-            self._weights[id(tensor)] = entry
+            self._weights[id(tensor)] = dying(tensor, self._weights), tensor_version(tensor), codes
         elif which == "input":
-            self._last = entry
+            self._last = weakref.ref(tensor), tensor_version(tensor), codes
         return codes
 
     def again(self, tensor: Tensor, which: str) -> Codes:
@@ -131,6 +136,12 @@ class Encoder:
         self._operations.measure(values, self.measured, slot)
         self._operations.encode(values, form, self.measured, slot, rows, columns, scale, noise)
         return Codes(form, slot, self.step, values.numel(), rows, columns, scale)
+
+
+def dying(tensor: Tensor, known: dict[int, Any]) -> weakref.ref[Tensor]:
+    """A reference to a tensor, with which goes what is known of it: not all that is multiplied by lives on."""
+    number = id(tensor)
+    return weakref.ref(tensor, lambda gone: known.pop(number, None))
 
 
 def in_a_graph(device: torch.device) -> bool:

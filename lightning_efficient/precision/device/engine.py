@@ -106,6 +106,8 @@ class DeviceEngine:
                 self._known, self._before = copy, copy.launched
                 self._left = _waiting(copy)
                 self._tell(copy.table)
+                if any(not node.learning.done for node in self._first):
+                    self.refresh()  # whether limits still grow is looked at there
 
     def compute(self, node: Node, product: Product) -> Tensor:
         """One product ``[M, N]``; what is decided of it is in the table, and the result is right by then."""
