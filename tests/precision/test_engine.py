@@ -204,6 +204,7 @@ def test_results_are_looked_at_elsewhere_in_each_batch(monkeypatch: pytest.Monke
     module, x, seen = nn.Linear(24, 32), torch.randn(64, 24), list[int]()
     monkeypatch.setattr(kinds.MatMul, "probe", lambda self, *arguments: seen.append(arguments[-1]))
     bits = LowBits(module)
+    bits.engine.learning = True
     for batch in range(3):
         bits.engine.begin(0, batch)
         bits.operations.begin(module)
