@@ -396,7 +396,7 @@ class RollbackPrecision(WrappingPrecision):
         self._work = logged[0], logged[1]
         self._loaded = dict(state_dict["nodes"])
         before = state_dict.get("learnt_with", self._learnt_with)
-        if before != self._learnt_with:
+        if before != self._learnt_with and self._loaded:
             self._loaded, self._all_learnt = {}, False
             others = [f"{name}={before.get(name)!r}" for name, value in self._learnt_with.items()
                       if before.get(name) != value]  # fmt: skip

@@ -240,7 +240,7 @@ def test_what_takes_no_part_is_in_graphs_as_torch_computes_it(autocast: bool) ->
         bits.operations._takes_part = lambda name: False
         found, others = bits.step(lambda: function(x).float().square().mean())
     assert torch.equal(found, value)
-    torch.testing.assert_close(others, gradients)
+    torch.testing.assert_close(others, gradients, rtol=1e-5, atol=1e-6)
     assert not bits.nodes
     assert bits.operations.reasons == {"0": "it is excluded", "1": "it is excluded"}
 
