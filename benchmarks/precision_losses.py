@@ -22,6 +22,7 @@ __all__ = ["HEALTHY_ARMS", "Healthy", "measured_health"]
 HEALTHY_ARMS: dict[str, dict[str, Any] | None] = {
     "fp32": None,
     "int8": {"low": "int8", "high": "fp32"},
+    "int8, rounded to nearest": {"low": "int8", "high": "fp32", "stochastic_rounding": False},
     "int8, rounded at random": {"low": "int8", "high": "fp32", "stochastic_rounding": True},
     "fp8": {"low": "fp8", "high": "fp32"},
 }

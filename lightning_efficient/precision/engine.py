@@ -29,7 +29,7 @@ from lightning_efficient.precision.device.call import DeviceCall, has_kernels
 from lightning_efficient.precision.device.codes import dying
 from lightning_efficient.precision.device.engine import DeviceEngine
 from lightning_efficient.precision.device.gate import Gate
-from lightning_efficient.precision.formats import Encoded, Format
+from lightning_efficient.precision.formats import AtRandom, Encoded, Format, is_at_random
 from lightning_efficient.precision.kinds import Kind, Shapes
 from lightning_efficient.precision.nodes import Node, Role
 from lightning_efficient.precision.probes import measured_result
@@ -55,7 +55,7 @@ class Engine:
     Args:
         low: Format of few bits.
         high: Type of many bits.
-        stochastic: Whether numbers are rounded up or down at random.
+        stochastic: What is rounded up or down at random; see :data:`~lightning_efficient.precision.formats.AtRandom`.
         protect: Whether signs of failure are looked for.
         seed: Of the rounding.
         adaptive: Whether products of tensors for which few bits are not enough are in bfloat16 for a while.
@@ -63,7 +63,7 @@ class Engine:
     """
 
     def __init__(
-        self, low: Format, high: torch.dtype, *, stochastic: bool, protect: bool, seed: int, adaptive: bool = False,
+        self, low: Format, high: torch.dtype, *, stochastic: AtRandom, protect: bool, seed: int, adaptive: bool = False,
         timed: bool = True,
     ) -> None:  # fmt: skip
         self.low, self.high, self.adaptive, self._timed = low, high, adaptive, timed
@@ -150,7 +150,7 @@ class Engine:
 
     def _encode(self, tensor: Tensor, which: str, guess: int | None) -> Encoded:
         self._count += 1
-        key = mix(self._seed, self._count) if self._stochastic else None
+        key = mix(self._seed, self._count) if is_at_random(self._stochastic, which) else None
         return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess)
 
     def compute(

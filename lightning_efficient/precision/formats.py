@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +33,16 @@ from torch import Tensor
 from lightning_efficient.precision.integers import Integers, largest_magnitude, with_shared_exponent
 from lightning_efficient.precision.signs import Measured, quantization_error, sample, shared_exponent
 
-__all__ = ["FORMATS", "Encoded", "Format", "format_named"]
+__all__ = ["FORMATS", "AtRandom", "Encoded", "Format", "format_named", "is_at_random"]
+
+
+AtRandom = bool | Literal["gradients"]
+"""Whether numbers are rounded up or down at random: all, none, or those of gradients."""
+
+
+def is_at_random(what: AtRandom, which: str) -> bool:
+    """Whether an operand (input, weight or gradient) is."""
+    return which == "gradient" if what == "gradients" else bool(what)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.precision.agreement import Agreement
 from lightning_efficient.precision.engine import Engine
-from lightning_efficient.precision.formats import FORMATS, format_named
+from lightning_efficient.precision.formats import FORMATS, AtRandom, format_named
 from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
@@ -78,7 +78,9 @@ class RollbackPrecision(WrappingPrecision):
             to run, the choice may; it is kept in the checkpoint.
         adaptive_bits: Products of tensors for which few bits make too large an error (3 % of the mean magnitude) are in
             bfloat16 until that is looked at again; without it such an error is a sign of failure.
-        stochastic_rounding: Up or down at random, rather than to nearest; of integers and of blocks.
+        stochastic_rounding: Up or down at random, rather than to nearest, of integers and of blocks: True, False, or
+            ``"gradients"``, of which most is too small for few bits and would become zero in each step. None: gradients,
+            if the format can.
         seed: Of that.
         protect: False: no sign is looked for, to see what becomes of it. Not for training.
 
@@ -100,7 +102,7 @@ class RollbackPrecision(WrappingPrecision):
         exclude: Sequence[str] = (),
         only_if_faster: bool = True,
         adaptive_bits: bool = False,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool | Literal["gradients"] | None = None,
         seed: int = 0,
         protect: bool = True,
     ) -> None:
@@ -122,9 +124,16 @@ class RollbackPrecision(WrappingPrecision):
             raise ValueError("inner= is another RollbackPrecision: give the plugin that it shall wrap.")
         super().__init__(inner or (MixedPrecision("bf16-mixed", "cpu") if high == "bf16" else Precision()))
         self._low, self._policy = format_named(low), ReturnPolicy(return_after, retry_rate)
+        if stochastic_rounding not in (True, False, None, "gradients"):
+            raise ValueError(
+                f"stochastic_rounding={stochastic_rounding!r}: it can be True, False, 'gradients' or None."
+            )
         if stochastic_rounding and not self._low.at_random:
             known = ", ".join(name for name, form in FORMATS.items() if form.at_random)
             raise ValueError(f"stochastic_rounding: low={low!r} rounds to nearest only; these can do both: {known}.")
+        at_random: AtRandom = (
+            self._low.at_random and "gradients" if stochastic_rounding is None else stochastic_rounding
+        )
         self._limits, self._spikes = _limits(thresholds), SpikeGuard.of(spike_guard)
         self._learn_until = None if pre_learning_steps == "auto" else pre_learning_steps
         self._timed = only_if_faster and not self._low.emulated
@@ -135,7 +144,7 @@ class RollbackPrecision(WrappingPrecision):
         }  # fmt: skip
         self.nodes: dict[str, Node] = {}
         self._engine = Engine(
-            self._low, _HIGH[high], stochastic=stochastic_rounding, protect=protect, seed=seed, adaptive=adaptive_bits,
+            self._low, _HIGH[high], stochastic=at_random, protect=protect, seed=seed, adaptive=adaptive_bits,
             timed=only_if_faster,
         )  # fmt: skip
         self._operations = Operations(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_efficient.core.torch_internals import tensor_version
 from lightning_efficient.precision.device.forms import E4M3, E5M2, INT8, SLOT, Form, Noise, filled
-from lightning_efficient.precision.formats import Format
+from lightning_efficient.precision.formats import AtRandom, Format, is_at_random
 
 __all__ = ["Codes", "Encoder", "dying", "forms_of", "in_a_graph"]
 
@@ -59,12 +59,12 @@ class Encoder:
         device: Where all is.
         forms: Of codes, and of gradients'.
         operations: The kernels, or the eager code.
-        stochastic: Whether numbers are rounded up or down at random.
+        stochastic: What is rounded up or down at random.
         seed: Of that.
     """
 
     def __init__(
-        self, device: torch.device, forms: tuple[Form, Form], operations: Any, *, stochastic: bool, seed: int
+        self, device: torch.device, forms: tuple[Form, Form], operations: Any, *, stochastic: AtRandom, seed: int
     ) -> None:
         self.measured = torch.zeros(_SLOTS, SLOT, dtype=torch.int64, device=device)
         self.step = 0
@@ -119,20 +119,20 @@ class Encoder:
 
     def again(self, tensor: Tensor, which: str) -> Codes:
         """``tensor`` in few bits, whether or not that is known."""
-        return self._encode(tensor, self._forms[which == "gradient"])
+        return self._encode(tensor, self._forms[which == "gradient"], at_random=is_at_random(self._stochastic, which))
 
     def is_there(self, codes: Codes | None) -> bool:
         """Whether what was measured of them still is."""
         return codes is not None and codes.step == self.step
 
-    def _encode(self, tensor: Tensor, form: Form) -> Codes:
+    def _encode(self, tensor: Tensor, form: Form, *, at_random: bool) -> Codes:
         values = tensor.reshape(-1, tensor.shape[-1]).contiguous()
         high, wide = filled(values.shape[0]), filled(values.shape[1])
         rows = torch.empty(high, wide, dtype=form.dtype, device=values.device)
         columns = torch.empty(wide, high, dtype=form.dtype, device=values.device)
         slot, count = self.slot(), self.next()
         scale = self._scales[slot : slot + 1]
-        noise = Noise(self._seed, count) if self._stochastic else None
+        noise = Noise(self._seed, count) if at_random else None
         self._operations.measure(values, self.measured, slot)
         self._operations.encode(values, form, self.measured, slot, rows, columns, scale, noise)
         return Codes(form, slot, self.step, values.numel(), rows, columns, scale)

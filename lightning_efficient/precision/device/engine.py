@@ -27,6 +27,7 @@ from lightning_efficient.precision.device.rows import (
     store_node,
 )
 from lightning_efficient.precision.device.verdict import Seen
+from lightning_efficient.precision.formats import AtRandom
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.retry import Retry
 
@@ -50,7 +51,7 @@ class DeviceEngine:
         host: Says which phase it is, and hears, a step later, what was computed again.
         device: Where all is.
         operations: ``kernels`` or ``eager``.
-        stochastic: Whether numbers are rounded up or down at random.
+        stochastic: What is rounded up or down at random.
         protect: Whether signs of failure are looked for.
         seed: Of the rounding.
         gate: Says which products few bits pay for; None: for all.
@@ -65,7 +66,7 @@ class DeviceEngine:
         device: torch.device,
         operations: Any,
         *,
-        stochastic: bool,
+        stochastic: AtRandom,
         protect: bool,
         seed: int,
         gate: Gate | None = None,
