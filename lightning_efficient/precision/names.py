@@ -24,6 +24,7 @@ class Names:
         self._walked = False
         self._places: Counter[str] = Counter()
         self._of_site: dict[Hashable, list[str]] = {}
+        self._alike: dict[Hashable, list[str]] = {}
 
     def begin(self, module: nn.Module | None) -> None:
         """A step begins."""
@@ -31,6 +32,7 @@ class Names:
         self._strangers.clear()
         self._places.clear()
         self._of_site.clear()
+        self._alike.clear()
 
     def forget(self) -> None:
         """Parameters came or went."""
@@ -90,7 +92,12 @@ class Names:
             return names.pop() if len(names) > 1 else names[0]
         self._places[base] += 1
         names.append(f"{base}#{self._places[base]}")
+        self._alike.setdefault((base, site), []).append(names[-1])
         return names[-1]
+
+    def alike(self, base: str, site: Hashable) -> list[str]:
+        """All numbered operations of a site in this step."""
+        return self._alike.get((base, site), [])
 
 
 def _parameters(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -115,11 +115,15 @@ class Operations(TorchFunctionMode):
         if reason:
             self.skip(name or found.base, reason)
             return None
+        site, again = (x.shape, weight.shape), not name and in_backward()
         if not name:
-            name = self._names.numbered(found.base, (x.shape, weight.shape), again=in_backward())
+            name = self._names.numbered(found.base, site, again=again)
         node = self._node(name, found.base)
         if node is None:
             return None
+        if again:  # which one of those that look alike it is, is not known: one in high bits is for all
+            others = (self._nodes.get(other) for other in self._names.alike(found.base, site))
+            node.last_low = node.last_low and all(other.last_low for other in others if other is not None)
         if node.learning.low_pays is False and self._plain_is_high:
             self.engine.work += 3 * node.work
             return None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from lightning_efficient.core.torch_internals import in_backward
 from lightning_efficient.precision import kinds
 from lightning_efficient.precision.device import eager
 from lightning_efficient.precision.engine import Call
@@ -146,6 +147,39 @@ def test_of_calls_that_share_a_layer_none_is_computed_again_in_bits_that_failed(
     assert bits.engine.retries
     assert len(inner) == 3
     assert float(inner[-1].abs().max()) < 100
+
+
+def test_of_parts_that_look_alike_none_is_computed_again_in_bits_that_were_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Mixing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+    torch.manual_seed(0)
+    one, other, x = Mixing(), Mixing(), torch.randn(4, 6, 24, requires_grad=True)
+    again: list[tuple[str, bool]] = []
+    true = Call.forward
+
+    def forward(self: Call, *arguments: Any) -> Tensor:
+        if in_backward():
+            again.append((self.node.name, self.node.last_low))
+        return true(self, *arguments)
+
+    def loss() -> Tensor:
+        return other(checkpoint(one, x, use_reentrant=False)).square().mean()
+
+    bits = LowBits(nn.ModuleList([one, other]))
+    learnt(bits, loss)
+    monkeypatch.setattr(Call, "forward", forward)
+    with set_checkpoint_early_stop(False):
+        bits.step(loss)
+        assert [low for _, low in again] == [True, True]
+        again.clear()
+        bits.nodes["matmul#1"].products["forward"].status._left = 1  # it has to wait; others that look alike need not
+        bits.step(loss)
+    assert bits.nodes["matmul#3"].products["forward"].status.low == 2
+    assert [low for _, low in again] == [False, True]
 
 
 def test_codes_are_gone_when_backward_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
