@@ -79,8 +79,8 @@ class RollbackPrecision(WrappingPrecision):
         adaptive_bits: Products of tensors for which few bits make too large an error (3 % of the mean magnitude) are in
             bfloat16 until that is looked at again; without it such an error is a sign of failure.
         stochastic_rounding: Up or down at random, rather than to nearest, of integers and of blocks: True, False, or
-            ``"gradients"``, of which most is too small for few bits and would become zero in each step. None: gradients,
-            if the format can.
+            ``"gradients"``, of which most is too small for few bits and would become zero in each step. None: that, if
+            the format can.
         seed: Of that.
         protect: False: no sign is looked for, to see what becomes of it. Not for training.
 
