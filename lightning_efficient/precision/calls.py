@@ -122,8 +122,13 @@ def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> P
     return "it is one function, whose products are not seen" if name in NOT_COVERED else None
 
 
-def unfit(product: Product) -> str:
-    """Why a product stays in high bits, by its tensors; empty: it need not."""
+def unfit(product: Product, *, mixed: bool) -> str:
+    """Why a product stays in high bits, by its tensors; empty: it need not.
+
+    Args:
+        product: It.
+        mixed: Whether autocast is on around all of the step.
+    """
     x, weight, bias = product.x, product.weight, product.bias
     tensors = (x, weight) if bias is None else (x, weight, bias)
     for tensor in tensors:
@@ -135,6 +140,11 @@ def unfit(product: Product) -> str:
             return f"its numbers are {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.device != x.device:
             return "its tensors are on several devices"
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if mixed and not autocast:
+        return "autocast is off around it"  # who writes that wants the bits that its tensors have
+    if not autocast and any(tensor.dtype != x.dtype for tensor in tensors):
+        return "its tensors are of several types"  # torch says so
     if not any(tensor.requires_grad for tensor in tensors):
         return "nothing in it needs a gradient"
     return "it is within a transform of torch.func" if within_transform() else ""

@@ -94,9 +94,7 @@ def pending() -> int:
 # While a graph is made
 
 
-def traced(
-    mode: TorchFunctionMode, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def traced(mode: Any, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A call of a function of torch in a graph that is being made; products become :func:`low_product`."""
     if name == _CHECKPOINTED:
         with mode:
@@ -104,7 +102,7 @@ def traced(
         return function(_within(mode, args[0]), *args[1:], **kwargs)
     found = product_of(name, args, kwargs)
     if isinstance(found, Product):
-        reason = unfit(found)
+        reason = unfit(found, mixed=mode.mixed)
         if not reason:
             return _in_graph(found)
         _skipped(name, reason)

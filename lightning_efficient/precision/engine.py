@@ -249,6 +249,8 @@ class Call:
         if not again:
             self.node.begin(engine.batch)
             self.node.work = kind.work(x, weight)
+            if x.device.type != "cpu":
+                self.node.learning.untimed()
 
         def operands() -> tuple[Encoded, Encoded]:
             self.input_low = self._encoded(x, "input")

@@ -27,7 +27,15 @@ from lightning_efficient.core.native import compiled, in_threads
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
 from lightning_efficient.precision.signs import Measured, quantization_error, sample, shared_exponent
 
-__all__ = ["LARGEST", "Integers", "largest_magnitude", "multiply", "to_integers", "with_shared_exponent"]
+__all__ = [
+    "LARGEST",
+    "Integers",
+    "can_multiply",
+    "largest_magnitude",
+    "multiply",
+    "to_integers",
+    "with_shared_exponent",
+]
 
 LARGEST = 127
 """Of a code."""
@@ -187,6 +195,14 @@ def _encode(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Me
         all_zero=not known,
         error=quantization_error(float(before.abs().sum()), float(after.abs().sum())),
     )
+
+
+def can_multiply(one: Tensor, other: Tensor) -> bool:
+    """Whether there is a kernel for codes ``[M, K]`` and ``[K, N]`` where they are."""
+    if one.device.type == "cpu":
+        return True
+    rows, terms, columns = *one.shape, other.shape[1]
+    return one.device.type == "cuda" and rows > 16 and terms % 8 == 0 and columns % 8 == 0
 
 
 def multiply(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
-from lightning_efficient.precision.integers import multiply
+from lightning_efficient.precision.integers import can_multiply, multiply
 from lightning_efficient.precision.probes import error_of_some
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
@@ -90,11 +90,14 @@ class MatMul(Kind):
             return None
         a, b, exponent = one.integers.codes, other.integers.codes, one.integers.exponent + other.integers.exponent
         rows = a.reshape(-1, a.shape[-1])
-        if role == "forward":
-            return multiply(rows, self._right(b), exponent, bias, dtype).view(*a.shape[:-1], -1)
-        if role == "grad_input":
-            return multiply(rows, self._right(b).t(), exponent, dtype=dtype).view(shapes[0])
-        return self._as_weight(rows, b.reshape(-1, b.shape[-1]), exponent, dtype)
+        if role == "grad_weight":
+            one_matrix, another = self._of_weight(rows, b.reshape(-1, b.shape[-1]))
+        else:
+            one_matrix, another = rows, self._right(b) if role == "forward" else self._right(b).t()
+        if not can_multiply(one_matrix, another):
+            return None
+        result = multiply(one_matrix, another, exponent, bias, dtype)
+        return result if role == "grad_weight" else result.view(*a.shape[:-1], -1)
 
     def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
         if weight.dim() != 2:
@@ -106,8 +109,9 @@ class MatMul(Kind):
         """The matrix that is multiplied by."""
         return weight
 
-    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
-        return multiply(x.t(), gradient, exponent, dtype=dtype)
+    def _of_weight(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices whose product is the gradient of the weight."""
+        return x.t(), gradient
 
 
 class Linear(MatMul):
@@ -127,8 +131,8 @@ class Linear(MatMul):
     def _right(self, weight: Tensor) -> Tensor:
         return weight.t()
 
-    def _as_weight(self, gradient: Tensor, x: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
-        return multiply(gradient.t(), x, exponent, dtype=dtype)
+    def _of_weight(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient.t(), x
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,10 @@ class Learning:
             self.low_pays = statistics.median(self._ratios) <= 1
             self._ratios = []
 
+    def untimed(self) -> None:
+        """Times would be those of launches, not of work."""
+        self._timed = False
+
     def took(self, low: float, high: float) -> None:
         """Seconds of one product in low bits, with all that guards it, and in high ones."""
         self._low += low

@@ -56,4 +56,7 @@ def _bits(node: Node, role: Role, low: str) -> str:
         return f"high, {node.why_high or 'low would take longer'}"
     if any(not bits.few for bits in (node.bits.get(which) for which in OPERANDS[role]) if bits is not None):
         return f"bf16, {low} errs too much"
+    status = node.products[role].status
+    if not status.low + status.high:
+        return "not computed yet"
     return "high, held" if node.products[role].status.held else low

@@ -57,6 +57,7 @@ class Operations(TorchFunctionMode):
         make: A node of this name and kind.
         takes_part: Whether the node of this name does.
         plain_is_high: Whether what torch does by itself is in the high bits of ``engine``.
+        mixed: Whether autocast is on around all of the step.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Operations(TorchFunctionMode):
         takes_part: Callable[[str], bool],
         *,
         plain_is_high: bool = False,
+        mixed: bool = False,
     ) -> None:
         super().__init__()
         self.skipped: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}
         self.engine, self._make, self._takes_part = engine, make, takes_part
-        self._plain_is_high = plain_is_high
+        self._plain_is_high, self.mixed = plain_is_high, mixed
         self._nodes: dict[str, Node] = {}
         self._names = Names()
 
@@ -111,7 +113,7 @@ class Operations(TorchFunctionMode):
         if computes_nothing(x):
             return None
         name = self._names.of(weight) or self._names.of(x)
-        reason = unfit(found) or ("" if x.numel() and weight.numel() else "there is nothing in it")
+        reason = unfit(found, mixed=self.mixed) or ("" if x.numel() and weight.numel() else "there is nothing in it")
         if reason:
             self.skip(name or found.base, reason)
             return None

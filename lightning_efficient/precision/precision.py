@@ -148,8 +148,9 @@ class RollbackPrecision(WrappingPrecision):
             timed=only_if_faster,
         )  # fmt: skip
         self._operations = Operations(
-            self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high]
-        )
+            self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high],
+            mixed=isinstance(self.inner, MixedPrecision),
+        )  # fmt: skip
         self._module: pl.LightningModule | None = None
         self._known: weakref.ref[pl.LightningModule] | None = None
         self._trainer: pl.Trainer | None = None
@@ -167,6 +168,7 @@ class RollbackPrecision(WrappingPrecision):
         self._said = 0
         self._events: list[telemetry.Event] = []
         self._all_learnt = False
+        self._met: set[str] = set()
         self._work = (0, 0)
         guards = self._spikes is not None or self.scaler is not None
         self._guard = Guard(self._spikes, self, self.scaler) if guards else None
@@ -253,6 +255,9 @@ class RollbackPrecision(WrappingPrecision):
         for name in (*change.added, *change.removed, *change.replaced):
             for known in (self.nodes, self._loaded):
                 known.pop(name.removesuffix(".weight"), None)
+        for known in (self.nodes, self._loaded):  # a number may be another operation's now
+            for name in [name for name in known if "#" in name]:
+                del known[name]
         self._all_learnt = False
         if self._guard is not None:
             self._guard.parameters_changed()
@@ -293,6 +298,10 @@ class RollbackPrecision(WrappingPrecision):
                 text += f"; {len(high)}, for which it would take longer or cannot be, stay high: {', '.join(high[:5])}"
                 text += ", ..." if len(high) > 5 else ""
             rank_zero_info(f"RollbackPrecision: {text}.")
+            if unmet := [pattern for pattern in self._exclude if pattern not in self._met]:
+                rank_zero_warn(
+                    f"RollbackPrecision: no operation is called as exclude={unmet} says; see precision_map()."
+                )
             self._events.append(telemetry.Event(compat.log_step(trainer), "precision", text))
 
     def _note_retries(self) -> None:
@@ -338,7 +347,9 @@ class RollbackPrecision(WrappingPrecision):
         return Node(name, kind, self._policy, self._limits, learning, adaptive=self._engine.adaptive)
 
     def _takes_part(self, name: str) -> bool:
-        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._exclude)
+        found = [pattern for pattern in self._exclude if fnmatch.fnmatchcase(name, pattern)]
+        self._met.update(found)
+        return not found
 
     def precision_map(self) -> PrecisionMap:
         """Of each product of each operation: its bits now, its counters, and the last reason to compute it again."""

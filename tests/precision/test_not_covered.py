@@ -35,6 +35,7 @@ SMALL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "layer of one": (lambda x: F.linear(x, W[0]), "linear", "it is a product with a vector"),
     "bias for each row": (lambda x: F.linear(x, W, FIXED), "linear", "what is added is not a bias"),
     "empty": (lambda x: x[:0] @ W, "weight", "there is nothing in it"),
+    "types": (lambda x: _raised(lambda: x.bfloat16() @ W), "weight", "its tensors are of several types"),
     "vector": (lambda x: x @ W[0], "matmul", "it is a product with a vector"),
     "mv": (lambda x: torch.mv(x, W[0]), "mv", ONE_FUNCTION),
     "factors": (lambda x: torch.addmm(W[0], x, W, alpha=2), "addmm", "it has factors"),
@@ -53,6 +54,13 @@ SMALL: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "transform": (lambda x: torch.func.vmap(lambda row: row[None] @ W)(x), "weight",
                   "it is within a transform of torch.func"),
 }  # fmt: skip
+
+
+def _raised(call: Callable[[], Tensor]) -> Tensor:
+    """What torch refuses it still refuses."""
+    with pytest.raises(RuntimeError, match="dtype"):
+        call()
+    return W.sum()
 
 
 class Holder(nn.Module):

@@ -12,14 +12,17 @@ from torch import Tensor
 
 from lightning_efficient import RollbackPrecision
 from lightning_efficient.coordination import ParameterChange
+from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.precision import kinds
 from lightning_efficient.precision.device import eager
+from lightning_efficient.precision.integers import can_multiply
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.status import ReturnPolicy
 from tests.helpers.fitting import assert_same_tree, fit
 from tests.helpers.ranks import run_on_two_ranks
 from tests.precision.device_network import Run
+from tests.technique_settings import demo_model
 
 
 def plugin(**more: Any) -> RollbackPrecision:
@@ -195,3 +198,44 @@ def test_limits_that_are_given_are_those_that_count(limit: float, low: int, tmp_
     fit(None, plugins=[precision], root=tmp_path, max_steps=8)
     counts = {node.products["grad_weight"].status.low for name, node in precision.nodes.items() if ".mlp." in name}
     assert counts == {low}
+
+
+def test_where_autocast_is_off_the_bits_are_those_of_the_tensors(tmp_path: Path) -> None:
+    class Careful(ByteLanguageModel):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                one = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+                found = one @ one
+                assert torch.equal(found.detach(), one.detach() @ one.detach())
+            return super().training_step(batch, batch_idx) + 0 * found.sum()
+
+    made = RollbackPrecision(high="bf16", pre_learning_steps=1, only_if_faster=False)
+    fit(None, module=demo_model(Careful), plugins=[made], root=tmp_path, max_steps=3)
+    rows = {row["operation"]: row for row in made.precision_map()}
+    assert rows["matmul"]["last reason"] == "autocast is off around it"
+    assert rows["model.blocks.0.mlp.up"]["bits"] == "int8"
+
+
+def test_numbered_operations_learn_anew_when_the_network_changes() -> None:
+    made = plugin()
+    for name in ("layer", "other", "matmul#2"):
+        made._make(name, "matmul")
+    made.on_parameters_changed(None, ParameterChange(added=("layer.weight",)))  # type: ignore[arg-type]
+    assert list(made.nodes) == ["other"]
+
+
+def test_patterns_that_meet_nothing_are_said(tmp_path: Path) -> None:
+    made = plugin(exclude=["*.mlp.up", "haed"], pre_learning_steps=1)
+    with pytest.warns(UserWarning, match=r"no operation is called as exclude=\['haed'\] says"):
+        fit(None, plugins=[made], root=tmp_path, max_steps=3)
+
+
+@pytest.mark.parametrize(("shape", "there"), [((32, 16, 8), True), ((16, 16, 8), False), ((32, 12, 8), False)])
+def test_a_gpu_without_the_kernels_is_not_asked_for_them(shape: tuple[int, int, int], there: bool) -> None:
+    class Elsewhere:
+        def __init__(self, *shape: int) -> None:
+            self.shape, self.device = shape, torch.device("cuda")
+
+    rows, terms, columns = shape
+    assert can_multiply(Elsewhere(rows, terms), Elsewhere(terms, columns)) is there  # type: ignore[arg-type]
+    assert can_multiply(torch.empty(2, 3), torch.empty(3, 5))
