@@ -14,39 +14,31 @@ import torch.distributed
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
+from lightning_efficient.precision.account import LAYOUT, Account
 from lightning_efficient.precision.agreement import Agreement
+from lightning_efficient.precision.arguments import limits_of, whole_number
 from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import FORMATS, AtRandom, format_named
 from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
-from lightning_efficient.precision.nodes import ROLES, Node
+from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.operations import Operations
-from lightning_efficient.precision.signs import Limits
 from lightning_efficient.precision.spikes import SpikeGuard
-from lightning_efficient.precision.status import SIGNS, ReturnPolicy
+from lightning_efficient.precision.status import ReturnPolicy
 from lightning_efficient.precision.wrapping import WrappingPrecision
 
 __all__ = ["RollbackPrecision"]
 
 _HIGH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _VERSION = 1
-_LINES = 20  # for retries; then a line for every hundredth
-_LAYOUT: dict[str, dict[str, list[object]]] = {
-    "precision": {
-        "share of work in low bits": ["Multiline", [r"precision/low_share"]],
-        "products computed again": ["Multiline", [r"precision/retries.*"]],
-        "shared exponents": ["Multiline", [r"precision/exponent/.*"]],
-        "batches done again": ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]],
-    }
-}
 
 
 class RollbackPrecision(WrappingPrecision):
@@ -109,8 +101,8 @@ class RollbackPrecision(WrappingPrecision):
         if high not in _HIGH:
             raise ValueError(f"high={high!r}: it can be {' or '.join(map(repr, _HIGH))}.")
         if pre_learning_steps != "auto":
-            _whole("pre_learning_steps", pre_learning_steps, 0, " or 'auto'")
-        _whole("return_after", return_after, 1)
+            whole_number("pre_learning_steps", pre_learning_steps, 0, " or 'auto'")
+        whole_number("return_after", return_after, 1)
         if not 0 <= retry_rate <= 1:
             raise ValueError(f"retry_rate={retry_rate!r} is a part: give a number from 0 to 1.")
         if isinstance(exclude, str):
@@ -134,7 +126,7 @@ class RollbackPrecision(WrappingPrecision):
         at_random: AtRandom = (
             self._low.at_random and "gradients" if stochastic_rounding is None else stochastic_rounding
         )
-        self._limits, self._spikes = _limits(thresholds), SpikeGuard.of(spike_guard)
+        self._limits, self._spikes = limits_of(thresholds), SpikeGuard.of(spike_guard)
         self._learn_until = None if pre_learning_steps == "auto" else pre_learning_steps
         self._timed = only_if_faster and not self._low.emulated
         self._exclude, self._seed = tuple(exclude), seed
@@ -165,11 +157,8 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.run.high_in_a_row = self._engine.low_work = self._engine.work = 0
         self._loaded: dict[str, Any] = {}
         self._batches = 0
-        self._said = 0
-        self._events: list[telemetry.Event] = []
-        self._all_learnt = False
+        self._account = Account(self._engine, self.nodes)
         self._met: set[str] = set()
-        self._work = (0, 0)
         guards = self._spikes is not None or self.scaler is not None
         self._guard = Guard(self._spikes, self, self.scaler) if guards else None
 
@@ -228,7 +217,7 @@ class RollbackPrecision(WrappingPrecision):
                 "The loss holds gradients of gradients, as a gradient penalty does, and products in few bits are "
                 "differentiable once. Leave the operations that they go through out: RollbackPrecision(exclude=[...])."
             ) from error
-        self._note_retries()
+        self._account.note_retries()
 
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         """The guard has it done again if need be."""
@@ -258,7 +247,7 @@ class RollbackPrecision(WrappingPrecision):
         for known in (self.nodes, self._loaded):  # a number may be another operation's now
             for name in [name for name in known if "#" in name]:
                 del known[name]
-        self._all_learnt = False
+        self._account.all_learnt = False
         if self._guard is not None:
             self._guard.parameters_changed()
 
@@ -283,34 +272,6 @@ class RollbackPrecision(WrappingPrecision):
             self._batches = batches
 
         return back
-
-    def _batch_ended(self, trainer: pl.Trainer) -> None:
-        """Log, and say when all have learnt."""
-        if telemetry.due(trainer):
-            telemetry.log(trainer, {**self.measurements(), **self._by_operation()})
-            self._work = self._engine.low_work, self._engine.work
-        if not self._all_learnt and self.nodes and all(node.learning.done for node in self.nodes.values()):
-            self._all_learnt = True
-            high = [name for name, node in self.nodes.items() if all(map(node.stays_high, ROLES))]
-            text = f"{len(self.nodes) - len(high)} of {len(self.nodes)} operations train in {self._low.name}"
-            text += ", emulated (nothing is faster)" if self._low.emulated else ""
-            if high:
-                text += f"; {len(high)}, for which it would take longer or cannot be, stay high: {', '.join(high[:5])}"
-                text += ", ..." if len(high) > 5 else ""
-            rank_zero_info(f"RollbackPrecision: {text}.")
-            if unmet := [pattern for pattern in self._exclude if pattern not in self._met]:
-                rank_zero_warn(
-                    f"RollbackPrecision: no operation is called as exclude={unmet} says; see precision_map()."
-                )
-            self._events.append(telemetry.Event(compat.log_step(trainer), "precision", text))
-
-    def _note_retries(self) -> None:
-        retries, self._engine.retries = self._engine.retries, []
-        for retry in retries:
-            self._said += 1
-            count = self._said
-            if count <= _LINES or count % 100 == 0:
-                rank_zero_info(f"{retry.node}, {retry.role} in high bits again (retry {count}): {retry.reason}")
 
     def teardown(self) -> None:
         """Leave the Trainer as it was."""
@@ -359,31 +320,15 @@ class RollbackPrecision(WrappingPrecision):
 
     def measurements(self) -> Mapping[str, float]:
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
-        self._engine.refresh()
-        low, work = self._engine.low_work - self._work[0], self._engine.work - self._work[1]
-        values = {"precision/low_share": low / work} if work else {}
-        statuses = [product.status for node in self.nodes.values() for product in node.products.values()]
-        values["precision/retries"] = float(sum(status.retries for status in statuses))
-        for place, sign in enumerate(SIGNS):
-            if count := sum(status.signs[place] for status in statuses):
-                values[f"precision/retries_{(sign or 'other').replace(' ', '_')}"] = float(count)
-        return values | (self._guard.measurements() if self._guard is not None else {})
+        return self._account.measurements() | self._guard_says()
 
-    def _by_operation(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name, node in self.nodes.items():
-            retries = sum(product.status.retries for product in node.products.values())
-            if retries:
-                values[f"precision/retries/{name}"] = float(retries)
-            for which, tracker in node.tensors.items():
-                if tracker.last is not None:
-                    values[f"precision/exponent/{name}.{which}"] = float(tracker.last)
-        return values
+    def _guard_says(self) -> dict[str, float]:
+        return self._guard.measurements() if self._guard is not None else {}
 
     def events(self) -> Sequence[telemetry.Event]:
         """When operations had learnt; each batch that spiked, and what became of it."""
         spikes = self._guard.events() if self._guard is not None else []
-        return sorted([*self._events, *spikes], key=lambda event: event.step)
+        return sorted([*self._account.events, *spikes], key=lambda event: event.step)
 
     def skipped_batches(self) -> list[dict[str, Any]]:
         """The last batches that the spike guard has left out: their ``epoch``, ``batch``, ``step`` and ``reason``."""
@@ -395,9 +340,7 @@ class RollbackPrecision(WrappingPrecision):
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
             "nodes": self._states(), "learnt_with": self._learnt_with,
-            "all_learnt": self._all_learnt,
-            "events": [[event.step, event.text] for event in self._events],
-            "work": [self._engine.low_work, self._engine.work, *self._work], "inner": self.inner.state_dict(),
+            "account": self._account.state_dict(), "inner": self.inner.state_dict(),
             "guard": self._guard.state_dict() if self._guard is not None else None,
         }  # fmt: skip
 
@@ -410,14 +353,11 @@ class RollbackPrecision(WrappingPrecision):
             )
         self._batches = state_dict["batches"]
         self._engine.run.high_in_a_row = state_dict["high_in_a_row"]
-        self._all_learnt = state_dict["all_learnt"]
-        self._events = [telemetry.Event(step, "precision", text) for step, text in state_dict["events"]]
-        self._engine.low_work, self._engine.work, *logged = state_dict["work"]
-        self._work = logged[0], logged[1]
+        self._account.load_state_dict(state_dict["account"])
         self._loaded = dict(state_dict["nodes"])
         before = state_dict.get("learnt_with", self._learnt_with)
         if before != self._learnt_with and self._loaded:
-            self._loaded, self._all_learnt = {}, False
+            self._loaded, self._account.all_learnt = {}, False
             others = [f"{name}={before.get(name)!r}" for name, value in self._learnt_with.items()
                       if before.get(name) != value]  # fmt: skip
             rank_zero_warn(f"The checkpoint was trained with {', '.join(others)}: all operations learn anew.")
@@ -436,10 +376,12 @@ class _Lifecycle(pl.Callback):
         self._plugin = plugin
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        telemetry.lay_out(trainer, _LAYOUT)
+        telemetry.lay_out(trainer, LAYOUT)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._plugin._batch_ended(trainer)
+        plugin = self._plugin
+        unmet = [pattern for pattern in plugin._exclude if pattern not in plugin._met]
+        plugin._account.batch_ended(trainer, plugin._guard_says(), unmet)
 
 
 def _agreement(trainer: pl.Trainer, like: Node) -> Agreement:
@@ -460,20 +402,3 @@ def _plain_high(inner: Precision) -> torch.dtype | None:
     if type(inner) is Precision:
         return torch.float32
     return torch.bfloat16 if isinstance(inner, MixedPrecision) and inner.precision == "bf16-mixed" else None
-
-
-def _limits(thresholds: Mapping[str, float] | None) -> Limits | None:
-    if thresholds is None:
-        return None
-    known = Limits().state_dict()
-    for name, value in thresholds.items():
-        if name not in known:
-            raise ValueError(f"thresholds has {name!r}; there are {', '.join(known)}.")
-        if not value >= 0:
-            raise ValueError(f"thresholds[{name!r}]={value!r} must be 0 or more.")
-    return Limits(**thresholds)
-
-
-def _whole(name: str, number: Any, least: int, other: str = "") -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < least:
-        raise ValueError(f"{name}={number!r} must be a whole number, {least} or more{other}.")

@@ -164,7 +164,7 @@ def with_a_fault_on_one(rank: int, root: Path) -> dict[str, Any]:
 
     def in_integers(self: Any, role: str, *arguments: Any) -> Tensor | None:
         found = true(self, role, *arguments)
-        if rank == 1 and precision._all_learnt and found is not None and role == "forward" and not spoilt:
+        if rank == 1 and precision._account.all_learnt and found is not None and role == "forward" and not spoilt:
             spoilt.append(found.mul_(2.0**12))
         return found
 

@@ -1,0 +1,125 @@
+"""What is said of a run in low bits: lines of the log, loggers' values, events.
+
+A part of ``precision.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_efficient import compat, telemetry
+from lightning_efficient.precision.engine import Engine
+from lightning_efficient.precision.nodes import ROLES, Node
+from lightning_efficient.precision.status import SIGNS
+
+__all__ = ["LAYOUT", "Account"]
+
+_LINES = 20  # for retries; then a line for every hundredth
+LAYOUT: dict[str, dict[str, list[object]]] = {
+    "precision": {
+        "share of work in low bits": ["Multiline", [r"precision/low_share"]],
+        "products computed again": ["Multiline", [r"precision/retries.*"]],
+        "shared exponents": ["Multiline", [r"precision/exponent/.*"]],
+        "batches done again": ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]],
+    }
+}
+"""Of TensorBoard's page of scalars."""
+
+
+class Account:
+    """Of one run.
+
+    Attributes:
+        events: When operations had learnt.
+        all_learnt: Whether that was said of those that there are.
+
+    Args:
+        engine: Computes.
+        nodes: All that there are.
+    """
+
+    def __init__(self, engine: Engine, nodes: Mapping[str, Node]) -> None:
+        self._engine, self._nodes = engine, nodes
+        self.events: list[telemetry.Event] = []
+        self.all_learnt = False
+        self._said = 0
+        self._logged = (0, 0)
+
+    def batch_ended(self, trainer: pl.Trainer, values: Mapping[str, float], unmet: Collection[str]) -> None:
+        """Log, and say when all have learnt.
+
+        Args:
+            trainer: The running one.
+            values: Others' to be logged.
+            unmet: Patterns to exclude operations that none of them has met.
+        """
+        if telemetry.due(trainer):
+            telemetry.log(trainer, {**self.measurements(), **values, **self._by_operation()})
+            self._logged = self._engine.low_work, self._engine.work
+        nodes = self._nodes
+        if self.all_learnt or not nodes or not all(node.learning.done for node in nodes.values()):
+            return
+        self.all_learnt = True
+        low = self._engine.low
+        high = [name for name, node in nodes.items() if all(map(node.stays_high, ROLES))]
+        text = f"{len(nodes) - len(high)} of {len(nodes)} operations train in {low.name}"
+        text += ", emulated (nothing is faster)" if low.emulated else ""
+        if high:
+            text += f"; {len(high)}, for which it would take longer or cannot be, stay high: {', '.join(high[:5])}"
+            text += ", ..." if len(high) > 5 else ""
+        rank_zero_info(f"RollbackPrecision: {text}.")
+        if unmet:
+            rank_zero_warn(
+                f"RollbackPrecision: no operation is called as exclude={list(unmet)} says; see precision_map()."
+            )
+        self.events.append(telemetry.Event(compat.log_step(trainer), "precision", text))
+
+    def note_retries(self) -> None:
+        """Say what the engine has computed again since the last time."""
+        retries, self._engine.retries = self._engine.retries, []
+        for retry in retries:
+            self._said += 1
+            if self._said <= _LINES or self._said % 100 == 0:
+                rank_zero_info(f"{retry.node}, {retry.role} in high bits again (retry {self._said}): {retry.reason}")
+
+    def measurements(self) -> dict[str, float]:
+        """Share of low bits since the last time it was logged, and what had to be computed again so far."""
+        engine = self._engine
+        engine.refresh()
+        low, work = engine.low_work - self._logged[0], engine.work - self._logged[1]
+        values = {"precision/low_share": low / work} if work else {}
+        statuses = [product.status for node in self._nodes.values() for product in node.products.values()]
+        values["precision/retries"] = float(sum(status.retries for status in statuses))
+        for place, sign in enumerate(SIGNS):
+            if count := sum(status.signs[place] for status in statuses):
+                values[f"precision/retries_{(sign or 'other').replace(' ', '_')}"] = float(count)
+        return values
+
+    def _by_operation(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, node in self._nodes.items():
+            retries = sum(product.status.retries for product in node.products.values())
+            if retries:
+                values[f"precision/retries/{name}"] = float(retries)
+            for which, tracker in node.tensors.items():
+                if tracker.last is not None:
+                    values[f"precision/exponent/{name}.{which}"] = float(tracker.last)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        return {
+            "all_learnt": self.all_learnt, "events": [[event.step, event.text] for event in self.events],
+            "work": [self._engine.low_work, self._engine.work, *self._logged],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` returned."""
+        self.all_learnt = state["all_learnt"]
+        self.events = [telemetry.Event(step, "precision", text) for step, text in state["events"]]
+        self._engine.low_work, self._engine.work, *logged = state["work"]
+        self._logged = logged[0], logged[1]
