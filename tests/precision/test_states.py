@@ -14,6 +14,7 @@ from lightning_efficient import RollbackPrecision
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.precision import kinds
+from lightning_efficient.precision.account import Account
 from lightning_efficient.precision.device import eager
 from lightning_efficient.precision.integers import can_multiply
 from lightning_efficient.precision.learning import Learning
@@ -101,14 +102,14 @@ def test_a_device_times_products_only_if_asked_to(timed: bool, monkeypatch: pyte
 
 
 def test_what_a_device_computed_again_is_among_the_measurements() -> None:
-    precision, run = plugin(), Run(eager)
+    run = Run(eager)
     for fault in ("", "", "", "", "", "nan", "", ""):
         run.step(fault, wait=False)
-    precision.nodes, precision._engine = run.nodes, run.engine
-    values = precision.measurements()
+    account = Account(run.engine, run.nodes)
+    values = account.measurements()
     assert values["precision/retries_not_finite"] >= 1
     assert values["precision/retries"] == sum(count for name, count in values.items() if "retries_" in name)
-    assert "precision/exponent/one.input" in precision._by_operation()
+    assert "precision/exponent/one.input" in account._by_operation()
 
 
 def test_limits_that_still_grow_on_a_device_are_learnt_on() -> None:
