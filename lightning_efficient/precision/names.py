@@ -21,14 +21,15 @@ class Names:
         self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._in_memory: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._strangers: set[int] = set()
-        self._walked = False
+        self._others: set[int] = set()
         self._places: Counter[str] = Counter()
         self._of_site: dict[Hashable, list[str]] = {}
         self._alike: dict[Hashable, list[str]] = {}
 
     def begin(self, module: nn.Module | None) -> None:
         """A step begins."""
-        self._module, self._walked = module, False
+        self._module = module
+        self._others.clear()
         self._strangers.clear()
         self._places.clear()
         self._of_site.clear()
@@ -44,9 +45,9 @@ class Names:
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
-        if isinstance(tensor, nn.Parameter) and not self._walked:
-            self._walked = True  # once a step: parameters that are there only in forward, as with FSDP2, come again
-            self._walk()
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in self._others:
+            self._others.add(id(tensor))  # walked for once a step, if it is nobody's
+            self._walk()  # with FSDP2 parameters are there only while their module computes
             return self.of(tensor)
         return ""
 

@@ -125,3 +125,26 @@ def test_what_is_written_elsewhere_has_no_gradient_and_is_not_counted() -> None:
     with operations, torch.no_grad():
         torch.mm(FIXED, FIXED, out=torch.empty(8, 8))
     assert not operations.skipped
+
+
+def test_parameters_that_are_there_only_while_their_module_computes_have_their_names() -> None:
+    """As with FSDP2, which puts another parameter in the place of each module's for that long."""
+
+    class Fleeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            at_rest, self.weight = self.weight, nn.Parameter(self.weight.detach().clone())
+            try:
+                return F.linear(x, self.weight)
+            finally:
+                self.weight = at_rest
+
+    module = nn.Sequential(Fleeting(), Fleeting(), Fleeting())
+    bits = LowBits(module)
+    bits.operations.begin(module)
+    with bits.operations:
+        module(torch.randn(4, 8))
+    assert list(bits.nodes) == ["0", "1", "2"]
