@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 .PHONY: demo test lint docs bench clean
 
 demo: $(VENV)/.run
-	$(BIN)/python -m lightning_efficient.demos.compare --steps 480
+	$(BIN)/python -m lightning_efficient.demos.compare --steps 400
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal
