@@ -171,7 +171,10 @@ class Engine:
             result = self._learn(node, role, operands, low, high, probe)
             status.computed_high(run)
             return result
-        if not status.allows_low(run):
+        # where samples are scaled apart, so are their gradients, the other way round, and these do not show it
+        doubted = role != "forward" and node.doubted == self.steps
+        if doubted or not status.allows_low(run):
+            self._doubt(node, role)
             status.computed_high(run)
             return high(self.high)
         if self.adaptive and node.needs_more(role, self.batch):
@@ -188,16 +191,20 @@ class Engine:
                 status.computed_low()
                 self.low_work += node.work
                 return result
-            error = probe(result) if role == "forward" else None
-            reason = node.sign_of_result(role, measured_result(result), error)
+            reason = node.sign_of_result(role, measured_result(result), probe(result))
             if not reason:
                 status.computed_low()
                 self.low_work += node.work
                 return result
         result = high(self.high)
         status.failed(reason, run)
+        self._doubt(node, role)
         self.retries.append(Retry(node.name, role, reason))
         return result
+
+    def _doubt(self, node: Node, role: Role) -> None:
+        if role == "forward":
+            node.doubted = self.steps
 
     def _learn(
         self,
@@ -216,12 +223,15 @@ class Engine:
         computed = time.perf_counter()
         if not (one.measured.finite and other.measured.finite):
             return result
-        error = None
-        if role == "forward" or node.learning.times:
-            error = probe(low(one, other))
+        error = probe(low(one, other))
         node.learn(role, one.measured, other.measured, measured_result(result).exponent, error)
         node.learning.took(encoded - start + time.perf_counter() - computed, computed - encoded)
         return result
+
+    def place(self) -> int:
+        """Where some results are computed again exactly: elsewhere in each batch."""
+        self._count += 1
+        return self._count + self.batch
 
     def _sign(self, node: Node, role: Role, one: Encoded, other: Encoded) -> str:
         if self._protect:
@@ -269,8 +279,7 @@ class Call:
             return kind.forward(*parts).to(result_type)  # type: ignore[arg-type]
 
         def probe(result: Tensor) -> float | None:
-            engine._count += 1
-            return kind.probe(x, weight, bias, result, engine._count + engine.batch)  # elsewhere in each batch
+            return kind.probe("forward", x, weight, bias, result, engine.place())
 
         if again:
             result = low(*operands()) if self.node.last_low else high(engine.high)
@@ -329,8 +338,9 @@ class Call:
             return function(gradient.to(dtype), other.to(dtype), shapes)
 
         return self.engine.compute(
-            self.node, role, lambda: (gradient_low(), other_low()), low, high, lambda result: None
-        ).to(dtype)
+            self.node, role, lambda: (gradient_low(), other_low()), low, high,
+            lambda result: kind.probe(role, gradient, other, None, result, self.engine.place()),
+        ).to(dtype)  # fmt: skip
 
     def _encoded(self, tensor: Tensor, which: str) -> Encoded:
         """With the exponent that it had the last time, if that is still right."""

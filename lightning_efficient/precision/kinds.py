@@ -53,8 +53,10 @@ class Kind(ABC):
         """A product by the kernels for integers, of this type; None where there are none for it."""
         return None
 
-    def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
-        """Relative error of some of the forward's results, computed again exactly; None: it cannot be told."""
+    def probe(
+        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
+    ) -> float | None:
+        """Relative error of some results of a product, computed again exactly; None: it cannot be told."""
         return None
 
 
@@ -89,21 +91,25 @@ class MatMul(Kind):
         if len(shapes[1]) != 2 or one.integers is None or other.integers is None:
             return None
         a, b, exponent = one.integers.codes, other.integers.codes, one.integers.exponent + other.integers.exponent
-        rows = a.reshape(-1, a.shape[-1])
-        if role == "grad_weight":
-            one_matrix, another = self._of_weight(rows, b.reshape(-1, b.shape[-1]))
-        else:
-            one_matrix, another = rows, self._right(b) if role == "forward" else self._right(b).t()
-        if not can_multiply(one_matrix, another):
+        matrices = self._matrices(role, a, b)
+        if not can_multiply(*matrices):
             return None
-        result = multiply(one_matrix, another, exponent, bias, dtype)
+        result = multiply(*matrices, exponent, bias, dtype)
         return result if role == "grad_weight" else result.view(*a.shape[:-1], -1)
 
-    def probe(self, x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
-        if weight.dim() != 2:
+    def probe(
+        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
+    ) -> float | None:
+        if (result if role == "grad_weight" else other).dim() != 2:
             return None
-        rows, results = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, result))
-        return error_of_some(rows, self._right(weight).t(), bias, results, at)
+        return error_of_some(*self._matrices(role, one, other), bias, result.reshape(-1, result.shape[-1]), at)
+
+    def _matrices(self, role: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What is multiplied by what, of the operands of a product whose weight is a matrix."""
+        rows = one.reshape(-1, one.shape[-1])
+        if role == "grad_weight":
+            return self._of_weight(rows, other.reshape(-1, other.shape[-1]))
+        return rows, self._right(other) if role == "forward" else self._right(other).t()
 
     def _right(self, weight: Tensor) -> Tensor:
         """The matrix that is multiplied by."""

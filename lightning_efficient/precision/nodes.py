@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lightning_efficient.precision.bits import AdaptiveBits
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.signs import (
+    ERROR_MARGIN,
     HISTORY,
     OF_GRADIENTS,
     Limits,
@@ -31,6 +32,9 @@ OPERANDS: Mapping[Role, tuple[str, str]] = {
     "forward": ("input", "weight"), "grad_input": ("gradient", "weight"), "grad_weight": ("gradient", "input"),
 }  # fmt: skip
 """Of each product, by name."""
+
+_OFF = {"forward": 0.25, "grad_input": 1.0, "grad_weight": 1.0}
+"""What a probe may be off by, at least. Gradients: noise as large as they are, which on average is none."""
 
 _LEAST_APART = 7.0  # bits of a code: what the difference of exponents may be off by, at least
 _APART_MARGIN = 3.0
@@ -54,7 +58,7 @@ class Product:
     result: Tracker = field(default_factory=Tracker)
     distances: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY))
     allowed: float = _LEAST_APART
-    error: float = 0.25
+    error: float = _OFF["forward"]
     low_pays: bool | None = None
     known_wait: int = 0
 
@@ -110,6 +114,7 @@ class Node:
         bits: By operand, whether few are enough; empty: nobody asks.
         learning: How long that is, and whether low bits pay.
         last_low: Whether all forward products of the last step were in low bits; so is what is computed again then.
+        doubted: The last step in which a forward product showed a sign of failure, or waited because of one.
         work: Multiplications of one of its products, the last time.
         last_exponents: By operand, whether it was healthy or not: a guess for the next, which is no state.
         why_high: Why products stay in high bits for which ``low_pays`` is False; empty: that is all.
@@ -132,14 +137,14 @@ class Node:
         adaptive: bool = False,
     ) -> None:
         self.name, self.kind, self.policy = name, kind, policy
-        self.products = {role: Product(Status(policy)) for role in ROLES}
+        self.products = {role: Product(Status(policy), error=_OFF[role]) for role in ROLES}
         self.learns = limits is None
         self.tensors = {which: Tracker(limits) for which in ("input", "weight")}
         self.tensors["gradient"] = Tracker(limits or OF_GRADIENTS)
         self.bits = {which: AdaptiveBits() for which in self.tensors} if adaptive else {}
         self.learning = learning or Learning()
         self.last_low = False
-        self._last_step = -1
+        self._last_step = self.doubted = -1
         self.work = 0
         self.last_exponents: dict[str, int | None] = {}
         self.why_high = ""
@@ -180,7 +185,7 @@ class Node:
                 product.allowed = max(product.allowed, abs(distance - product.usual) + _APART_MARGIN)
             product.distances.append(distance)
         if self.learns and error is not None:
-            product.error = max(product.error, 2 * error)
+            product.error = max(product.error, ERROR_MARGIN * error)
 
     def needs_more(self, role: Role, batch: int) -> bool:
         """Whether few bits are not enough for an operand, and that is not to be looked at again in ``batch``."""

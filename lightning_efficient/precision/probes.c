@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define SIDE 16    /* rows and columns that are computed again, at most */
+#define GROUP 4    /* of those that are neighbours */
 #define TERMS 256  /* that are summed at a time, in the first cache */
 
 enum { FLOAT32, BFLOAT16 };
@@ -38,43 +39,60 @@ float largest_in_runs(const void *values, int type, int64_t count, int64_t run, 
     return size;
 }
 
-static int64_t place(int64_t number, int64_t count, int64_t size, int64_t at) {
-    return (number * (size / count) + at) % size;
+/* Groups of neighbours, evenly spread: where numbers of a column are neighbours, a line of the cache has a group. */
+static int64_t place(int64_t number, int64_t size, int64_t at) {
+    int64_t from = size < SIDE ? number : number / GROUP * (size * GROUP / SIDE) + number % GROUP;
+    return (from + at) % size;
 }
 
-/* Computes some of `x [rows, terms] @ weight [columns, terms] transposed + bias` again, others with each `at`.
+struct matrix {
+    const void *values;
+    int type;
+    int64_t row, term; /* from one to the next, in elements */
+};
+
+/* Some terms of some rows. */
+static void fetch(struct matrix m, const int64_t *rows, int64_t count, int64_t begin, int64_t terms,
+                  float into[SIDE][TERMS]) {
+    if (m.term == 1)
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t k = 0; k < terms; k++) into[i][k] = number_at(m.values, m.type, rows[i] * m.row + begin + k);
+    else
+        for (int64_t k = 0; k < terms; k++)
+            for (int64_t i = 0; i < count; i++)
+                into[i][k] = number_at(m.values, m.type, rows[i] * m.row + (begin + k) * m.term);
+}
+
+/* Computes some of `a [rows, terms] @ b [columns, terms] transposed + bias` again, others with each `at`.
 
    found: the sums of the squares of those, and of what `result [rows, columns]` is off there. */
-void probe(const void *x, int x_type, const void *weight, int weight_type, const void *bias, int bias_type,
-           const void *result, int result_type, int64_t rows, int64_t columns, int64_t terms, int64_t at,
-           double *found) {
-    float a[SIDE][TERMS], b[SIDE][TERMS], exact[SIDE][SIDE] = {{0}};
+void probe(const void *a, int a_type, int64_t a_row, int64_t a_term, const void *b, int b_type, int64_t b_row,
+           int64_t b_term, const void *bias, int bias_type, const void *result, int result_type, int64_t rows,
+           int64_t columns, int64_t terms, int64_t at, double *found) {
+    struct matrix one = {a, a_type, a_row, a_term}, other = {b, b_type, b_row, b_term};
+    float left[SIDE][TERMS], right[SIDE][TERMS], exact[SIDE][SIDE] = {{0}};
     int64_t high = rows < SIDE ? rows : SIDE, wide = columns < SIDE ? columns : SIDE;
+    int64_t down[SIDE], across[SIDE];
+    for (int64_t i = 0; i < high; i++) down[i] = place(i, rows, at);
+    for (int64_t j = 0; j < wide; j++) across[j] = place(j, columns, at);
     for (int64_t begin = 0; begin < terms; begin += TERMS) {
         int64_t count = terms - begin < TERMS ? terms - begin : TERMS;
-        for (int64_t i = 0; i < high; i++) {
-            int64_t from = place(i, high, rows, at) * terms + begin;
-            for (int64_t k = 0; k < count; k++) a[i][k] = number_at(x, x_type, from + k);
-        }
-        for (int64_t j = 0; j < wide; j++) {
-            int64_t from = place(j, wide, columns, at) * terms + begin;
-            for (int64_t k = 0; k < count; k++) b[j][k] = number_at(weight, weight_type, from + k);
-        }
+        fetch(one, down, high, begin, count, left);
+        fetch(other, across, wide, begin, count, right);
         for (int64_t i = 0; i < high; i++)
             for (int64_t j = 0; j < wide; j++) {
                 float sum = 0;
 #pragma omp simd reduction(+ : sum)
-                for (int64_t k = 0; k < count; k++) sum += a[i][k] * b[j][k];
+                for (int64_t k = 0; k < count; k++) sum += left[i][k] * right[j][k];
                 exact[i][j] += sum;
             }
     }
     double size = 0, off = 0;
     for (int64_t i = 0; i < high; i++)
         for (int64_t j = 0; j < wide; j++) {
-            int64_t row = place(i, high, rows, at), column = place(j, wide, columns, at);
-            float right = exact[i][j] + (bias ? number_at(bias, bias_type, column) : 0.0f);
-            double difference = number_at(result, result_type, row * columns + column) - right;
-            size += (double)right * right, off += difference * difference;
+            float should = exact[i][j] + (bias ? number_at(bias, bias_type, across[j]) : 0.0f);
+            double difference = number_at(result, result_type, down[i] * columns + across[j]) - should;
+            size += (double)should * should, off += difference * difference;
         }
     found[0] = size, found[1] = off;
 }

@@ -19,17 +19,21 @@ from torch import Tensor
 from lightning_efficient.core.native import compiled
 from lightning_efficient.precision.signs import Measured, shared_exponent
 
-__all__ = ["error_of_some", "measured_result"]
+__all__ = ["GROUP", "SIDE", "error_of_some", "measured_result", "places"]
+
+SIDE = 16
+"""Rows and columns of the block that is computed again exactly."""
+GROUP = 4
+"""Of those that are neighbours."""
 
 _RUN = 64  # neighbours that are looked at together
 _PART = 100  # one run in so many is looked at,
 _MOST = 128  # but not more than about so many: a result has left the cache, and each has to be fetched anew
-_SIDE = 16  # rows and columns that are computed again
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LONG, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
     "largest_in_runs": (_POINTER, _INT, _LONG, _LONG, _LONG),
-    "probe": (*(_POINTER, _INT) * 4, *(_LONG,) * 4, _POINTER),
+    "probe": (*(_POINTER, _INT, _LONG, _LONG) * 2, *(_POINTER, _INT) * 2, *(_LONG,) * 4, _POINTER),
 }  # fmt: skip
 
 
@@ -39,7 +43,7 @@ def measured_result(result: Tensor) -> Measured:
     count = result.numel()
     runs = count // _RUN
     step = max(_PART, runs // _MOST | 1) if runs >= 2 * _PART else 1
-    library = _library_for(result)
+    library = _library_for(result) if result.is_contiguous() else None
     if not count:
         largest = 0.0
     elif library is not None:
@@ -53,12 +57,12 @@ def measured_result(result: Tensor) -> Measured:
     return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
-def error_of_some(rows: Tensor, columns: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
-    """Relative error of some numbers of ``rows @ columns.T + bias``, computed again.
+def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
+    """Relative error of some numbers of ``one @ other + bias``, computed again.
 
     Args:
-        rows: ``[M, K]``.
-        columns: ``[N, K]``.
+        one: ``[M, K]``, of any strides.
+        other: ``[K, N]``, likewise.
         bias: ``[N]``.
         result: ``[M, N]``, to be checked.
         at: Others with each number.
@@ -66,31 +70,38 @@ def error_of_some(rows: Tensor, columns: Tensor, bias: Tensor | None, result: Te
     Returns:
         The norm of what is off over that of what is right; None where that is zero.
     """
-    tensors = rows, columns, result, *((bias,) if bias is not None else ())
-    if all(_library_for(tensor) is not None for tensor in tensors) and result.numel():
-        size, off = _sums_in_c(rows, columns, bias, result, at)
+    plain = result, *((bias,) if bias is not None else ())
+    if _library_for(one, other) and all(_library_for(tensor) and tensor.is_contiguous() for tensor in plain):
+        size, off = _sums_in_c(one, other, bias, result, at)
     else:
-        some = _places(rows.shape[0], at, rows.device), _places(columns.shape[0], at, rows.device)
-        exact = rows.index_select(0, some[0]).float() @ columns.index_select(0, some[1]).float().t()
+        rows, columns = places(one.shape[0], at, one.device), places(other.shape[1], at, one.device)
+        exact = one.index_select(0, rows).float() @ other.index_select(1, columns).float()
         if bias is not None:
-            exact += bias[some[1]].float()
-        found = result.index_select(0, some[0]).index_select(1, some[1]).float()
+            exact += bias[columns].float()
+        found = result.index_select(0, rows).index_select(1, columns).float()
         size, off = float(exact.double().square().sum()), float((found - exact).double().square().sum())
     return math.sqrt(off / size) if size else None
 
 
-def _sums_in_c(rows: Tensor, columns: Tensor, bias: Tensor | None, result: Tensor, at: int) -> tuple[float, float]:
+def _sums_in_c(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> tuple[float, float]:
+    rows, columns = result.shape
+    if not result.numel():
+        return 0.0, 0.0
     found = (ctypes.c_double * 2)()
     given: list[int | None] = []
-    for tensor in (rows, columns, bias, result):
+    for matrix in (one, other.t()):
+        given += (matrix.data_ptr(), _TYPES[matrix.dtype], *matrix.stride())
+    for tensor in (bias, result):
         given += (tensor.data_ptr(), _TYPES[tensor.dtype]) if tensor is not None else (None, 0)
-    _library().probe(*given, rows.shape[0], columns.shape[0], rows.shape[1], at, found)  # type: ignore[union-attr]
+    _library().probe(*given, rows, columns, one.shape[1], at, found)  # type: ignore[union-attr]
     return found[0], found[1]
 
 
-def _places(size: int, at: int, device: torch.device) -> Tensor:
-    count = min(size, _SIDE)
-    return (torch.arange(count, device=device) * (size // count if count else 1) + at) % max(1, size)
+def places(size: int, at: int, device: torch.device) -> Tensor:
+    """Which of ``size`` rows are looked at: groups of neighbours, evenly spread."""
+    number = torch.arange(min(size, SIDE), device=device)
+    spread = number if size < SIDE else number // GROUP * (size * GROUP // SIDE) + number % GROUP
+    return (spread + at) % max(1, size)
 
 
 @cache
@@ -103,5 +114,5 @@ def _library() -> Any | None:
     return library
 
 
-def _library_for(tensor: Tensor) -> Any | None:
-    return _library() if tensor.device.type == "cpu" and tensor.dtype in _TYPES and tensor.is_contiguous() else None
+def _library_for(*tensors: Tensor) -> Any | None:
+    return _library() if all(t.device.type == "cpu" and t.dtype in _TYPES for t in tensors) else None

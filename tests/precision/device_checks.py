@@ -21,10 +21,10 @@ from torch import Tensor
 from lightning_efficient.core.random import mix
 from lightning_efficient.precision.device import eager, rows
 from lightning_efficient.precision.device.forms import E4M3, E5M2, INT8, SLOT, Form, Noise, filled
-from lightning_efficient.precision.device.probes import PLACES
 from lightning_efficient.precision.device.verdict import Seen, decide
 from lightning_efficient.precision.integers import largest_magnitude, to_integers
 from lightning_efficient.precision.nodes import ROLES, Node
+from lightning_efficient.precision.probes import SIDE
 from lightning_efficient.precision.signs import Limits, shared_exponent
 from lightning_efficient.precision.status import ReturnPolicy, Run
 from tests.precision.device_network import compare
@@ -132,7 +132,7 @@ def sums_become_numbers(device: str) -> None:
 
 def blocks_and_samples_are_looked_at(device: str) -> None:
     for shape, dtype, at in itertools.product(
-        ((5, 7, 9), (40, 700, 50), (17, 16, 300)), (torch.float32, torch.bfloat16), (None, 11)
+        ((5, 7, 9), (40, 700, 50), (17, 16, 300)), (torch.float32, torch.bfloat16), (0, 11)
     ):
         rows_, columns, terms = shape
         a, b, bias = numbers(rows_, terms, dtype=dtype), numbers(terms, columns, dtype=dtype).t(), numbers(columns)
@@ -142,7 +142,7 @@ def blocks_and_samples_are_looked_at(device: str) -> None:
         found = []
         for with_, where in ((eager, "cpu"), (kernels(), device)):
             measured = torch.zeros(2, SLOT, dtype=torch.int64, device=where)
-            probes = torch.zeros(PLACES, 2, device=where)
+            probes = torch.zeros(SIDE, 2, device=where)
             out_, a_, b_, bias_, result_ = (t.to(where) for t in (out, a, b, bias, result))
             with_.look(out_, a_, b_, bias_, measured, 0, probes, at)
             with_.look(out_, a_, b_, None, measured, 1, probes.clone(), at, result_)
@@ -201,8 +201,8 @@ def measurements(draw: random.Random, step: int) -> Iterator[tuple[list[list[int
         size = math.ldexp(draw.uniform(0.5, 1), draw.choice([3, 4, 4, 5]) + (20 if fault == "result" else 0))
         size = draw.choice([math.nan, 0.0]) if fault == "swap" else size
         slots.append([bits(size), 0, 0, 0, 0, 0, 0, 0])
-        off = draw.uniform(0, 0.02) if fault != "probe" else draw.choice([0.7, math.nan])
-        yield role, slots, [[off * off, 1.0] if size else [0.0, 0.0] for _ in range(PLACES)]  # type: ignore[misc]
+        off = draw.uniform(0, 0.02) if fault != "probe" else draw.choice([1.7, math.nan])
+        yield role, slots, [[off * off, 1.0] if size else [0.0, 0.0] for _ in range(SIDE)]  # type: ignore[misc]
 
 
 def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
@@ -216,10 +216,12 @@ def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
         states = {"eager": table.clone(), "kernel": table.to(device)}
         flags, reasons = set[float](), set[int]()
         for step in range(steps * times):
+            for state in states.values():
+                state[:, rows.DOUBT] = 0
             for number, (role, slots, probes) in itertools.product(range(2), [*measurements(draw, step)]):  # type: ignore[misc]
                 learning = step < 3
-                seen = Seen(1 + rows.ROWS * number, role, (0, 1, 2), (4096, 4096), PLACES if role == "forward" else 0,
-                            learning=learning, fixed=fixed, protect=protect)  # fmt: skip
+                seen = Seen(1 + rows.ROWS * number, role, (0, 1, 2), (4096, 4096), SIDE, learning=learning,
+                            fixed=fixed, protect=protect)  # fmt: skip
                 decide(states["eager"], torch.tensor(slots), torch.tensor(probes), seen)
                 kernels().decide(
                     states["kernel"], torch.tensor(slots, device=device), torch.tensor(probes, device=device), seen

@@ -23,8 +23,8 @@ from triton.runtime import JITFunction
 from lightning_efficient.precision.device import kernels, rows
 from lightning_efficient.precision.device.forms import E4M3, E5M2, INT8, SLOT, Form, Noise
 from lightning_efficient.precision.device.kernels import codes as encoding
-from lightning_efficient.precision.device.probes import PLACES
 from lightning_efficient.precision.device.verdict import Seen
+from lightning_efficient.precision.probes import SIDE
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -106,8 +106,8 @@ def sums_and_looks() -> None:
         kernels.finish(empty(304, 208, dtype=torch.int32), out, bias, slots(), 2, 3)
         kernels.finish(empty(304, 208, dtype=torch.int32), out, None, slots(), 2, 3)
         a, b = empty(300, 96, dtype=dtype), empty(96, 200).t()
-        kernels.look(out, a, b, bias, slots(), 3, empty(PLACES, 2), 5)
-        kernels.look(out, a, b, None, slots(), 3, empty(PLACES, 2), None, empty(300, 200))
+        kernels.look(out, a, b, bias, slots(), 3, empty(SIDE, 2), 5)
+        kernels.look(out, a, b, None, slots(), 3, empty(SIDE, 2), 5, empty(300, 200))
 
 
 def high_bits() -> None:
@@ -127,7 +127,7 @@ def decisions() -> None:
     ):
         role = "grad_input" if fixed else "forward"
         seen = Seen(1, role, (1, 2, 3), (60000, 50000), 16 if role == "forward" else 0, learning, fixed, protect)
-        kernels.decide(empty(9, rows.WIDTH, dtype=torch.float64), slots(), empty(PLACES, 2), seen)
+        kernels.decide(empty(9, rows.WIDTH, dtype=torch.float64), slots(), empty(SIDE, 2), seen)
 
 
 CHECKS: dict[str, Callable[[], None]] = {

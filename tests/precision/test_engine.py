@@ -200,6 +200,51 @@ def test_those_behind_a_failure_run_high_and_come_back_p4_p10(monkeypatch: pytes
     assert node.products["forward"].status.held
 
 
+@pytest.mark.parametrize("reason", ["a sign", "a wait"])
+def test_gradients_of_what_failed_in_forward_are_in_high_bits_p4(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples that are scaled apart the gradients are too, the other way round, and no sign tells."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    x = torch.randn(64, 16)
+    bits = LowBits(module, return_after=1)  # all others are back at once
+    learnt(bits, lambda: module(x).square().sum())
+    forward = bits.nodes["1"].products["forward"].status
+    if reason == "a sign":
+        true = bits.nodes["1"].sign_of_operands
+        monkeypatch.setattr(
+            bits.nodes["1"], "sign_of_operands", lambda role, *a: "made up" if role == "forward" else true(role, *a)
+        )
+    else:
+        monkeypatch.setattr(forward, "_left", 2)
+    low = {role: product.status.low for role, product in bits.nodes["1"].products.items()}
+    bits.step(lambda: module(x).square().sum())
+    assert {role: product.status.low for role, product in bits.nodes["1"].products.items()} == low
+    assert bits.nodes["0"].products["grad_weight"].status.low > 0, "those of others are not"
+    monkeypatch.undo()
+    for _ in range(3):
+        bits.step(lambda: module(x).square().sum())
+    assert all(product.status.low > low[role] for role, product in bits.nodes["1"].products.items()), "and come back"
+
+
+@pytest.mark.parametrize("role", ["grad_input", "grad_weight"])
+def test_gradients_that_are_wrong_but_no_larger_are_seen_p2(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(24, 32), torch.randn(64, 24, requires_grad=True)
+    bits = LowBits(module)
+    learnt(bits, lambda: module(x).square().sum())
+    true = kinds.MatMul.in_integers
+
+    def wrong(self: kinds.MatMul, which: str, *arguments: object) -> Tensor | None:
+        found = true(self, which, *arguments)  # type: ignore[arg-type]
+        return found if which != role or found is None else found.flip(0, 1)
+
+    monkeypatch.setattr(kinds.MatMul, "in_integers", wrong)
+    bits.step(lambda: module(x).square().sum())
+    (retry,) = bits.engine.retries
+    assert retry.role == role
+    assert "computed exactly" in retry.reason
+
+
 def test_results_are_looked_at_elsewhere_in_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, seen = nn.Linear(24, 32), torch.randn(64, 24), list[int]()
     monkeypatch.setattr(kinds.MatMul, "probe", lambda self, *arguments: seen.append(arguments[-1]))

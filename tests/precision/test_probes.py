@@ -66,9 +66,9 @@ def test_a_right_result_has_no_error_and_a_wrong_one_has_its_own_p2(
 ) -> None:
     rows, terms, columns = shape
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, terms).to(dtype), torch.randn(columns, terms)
+    x, weight = torch.randn(rows, terms).to(dtype), torch.randn(terms, columns)
     added = torch.randn(columns).to(bias) if bias is not None else None
-    exact = x.float() @ weight.t() + (added.float() if added is not None else 0)
+    exact = x.float() @ weight + (added.float() if added is not None else 0)
     for at in (0, 5, 123_456_789):
         assert error_of_some(x, weight, added, exact, at) == pytest.approx(0, abs=1e-5)
         assert error_of_some(x, weight, added, exact * 1.5, at) == pytest.approx(0.5, rel=1e-4)
@@ -79,19 +79,28 @@ def test_a_right_result_has_no_error_and_a_wrong_one_has_its_own_p2(
 
 
 def test_other_numbers_each_time_and_the_same_both_ways() -> None:
-    x, weight = torch.eye(64), torch.eye(64)
-    wrong = torch.eye(64) * 2
-    wrong[:32] = torch.eye(64)[:32]
-    errors = [error_of_some(x, weight, None, wrong, at) for at in range(4)]
-    with mock.patch.object(probes, "_library", return_value=None):
-        assert errors == pytest.approx([error_of_some(x, weight, None, wrong, at) for at in range(4)])
+    torch.manual_seed(0)
+    for rows, columns in ((64, 64), (19, 37), (15, 16)):
+        one, other = torch.randn(rows, 20), torch.randn(20, columns)
+        wrong = one @ other + torch.randn(rows, columns)
+        errors = [error_of_some(one, other, None, wrong, at) for at in range(4)]
+        assert len({round(error, 6) for error in errors if error}) == (4 if rows >= 16 else 1), (
+            "all that there are, where they are few"
+        )
+        with mock.patch.object(probes, "_library", return_value=None):
+            assert errors == pytest.approx([error_of_some(one, other, None, wrong, at) for at in range(4)])
+    x = torch.eye(64)
     x[5] = 3
-    places = {at for at in range(64) if (error_of_some(x, weight, None, torch.eye(64), at) or 0) > 0.1}
+    places = {at for at in range(64) if (error_of_some(x, torch.eye(64), None, torch.eye(64), at) or 0) > 0.1}
     assert len(places) == 16, "each row is looked at by one in four"
 
 
-def test_what_is_zero_tells_nothing_and_transposed_tensors_are_taken() -> None:
+def test_what_is_zero_tells_nothing_and_tensors_of_any_strides_are_taken() -> None:
     assert error_of_some(torch.zeros(4, 4), torch.ones(4, 4), None, torch.ones(4, 4), 0) is None
     assert error_of_some(torch.ones(0, 4), torch.ones(4, 4), None, torch.ones(0, 4), 0) is None
-    x, weight = torch.randn(24, 20).t(), torch.randn(24, 30).t()
-    assert error_of_some(x, weight, None, x @ weight.t(), 3) == pytest.approx(0, abs=1e-5)
+    one, other = torch.randn(270, 20).t(), torch.randn(30, 270).t()
+    for x, weight in ((one, other), (one.contiguous(), other), (one, other.contiguous())):
+        assert error_of_some(x, weight, None, one @ other, 3) == pytest.approx(0, abs=1e-5)
+        assert error_of_some(x, weight, None, one @ other * 3, 3) == pytest.approx(2, rel=1e-4)
+    every_second = torch.randn(20, 540)[:, ::2]
+    assert error_of_some(every_second, other, None, every_second @ other, 3) == pytest.approx(0, abs=1e-5)

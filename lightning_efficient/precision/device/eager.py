@@ -7,9 +7,10 @@ from torch import Tensor
 
 from lightning_efficient.core.random import TABLE, mix, noise_at, noise_table
 from lightning_efficient.precision.device.forms import INT8, Form, Noise
-from lightning_efficient.precision.device.probes import PLACES, sampled
+from lightning_efficient.precision.device.probes import sampled
 from lightning_efficient.precision.device.rows import FLAG
 from lightning_efficient.precision.device.verdict import decide
+from lightning_efficient.precision.probes import places
 
 __all__ = ["again", "decide", "encode", "finish", "look", "measure"]
 
@@ -55,7 +56,7 @@ def finish(sums: Tensor, out: Tensor, bias: Tensor | None, measured: Tensor, one
 
 
 def look(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, measured: Tensor, slot: int, probes: Tensor, at: int | None,
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, measured: Tensor, slot: int, probes: Tensor, at: int,
     result: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See ``kernels/products.py``."""
@@ -63,9 +64,7 @@ def look(
     count, every = sampled(flat.numel())
     place = torch.arange(count, device=flat.device)
     measure(flat[place // 64 * (64 * every) + place % 64], measured, slot)
-    if at is None:
-        return
-    rows, columns = _places(out.shape[0], at, out.device), _places(out.shape[1], at, out.device)
+    rows, columns = places(out.shape[0], at, out.device), places(out.shape[1], at, out.device)
     exact = a[rows].float() @ b[columns].float().t()
     if bias is not None:
         exact += bias[columns].float()
@@ -73,9 +72,12 @@ def look(
     probes[: rows.numel()] = torch.stack([off.square().sum(1), exact.square().sum(1)], 1)
 
 
-def again(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dtype, state: Tensor, row: int) -> None:
+def again(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dtype, state: Tensor, row: int,
+    column: int = FLAG,
+) -> None:  # fmt: skip
     """See ``kernels/products.py``."""
-    if state[row, FLAG] == 0:
+    if state[row, column] == 0:
         return
     found = a.to(high).float() @ b.to(high).float().t()
     if bias is not None:
@@ -108,8 +110,3 @@ def _noise(noise: Noise, like: Tensor) -> Tensor:
     key = mix(int(noise.seed) & ((1 << 64) - 1), noise.count)
     parts = [table[noise_at(key, part) :][: min(TABLE, numel - part * TABLE)] for part in range(-(-numel // TABLE))]
     return torch.cat(parts).view(like.shape)
-
-
-def _places(size: int, at: int, device: torch.device) -> Tensor:
-    count = min(size, PLACES)
-    return (torch.arange(count, device=device) * (size // count) + at) % size

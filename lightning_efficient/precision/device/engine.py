@@ -12,8 +12,8 @@ from lightning_efficient.precision.device.codes import Codes, Encoder, forms_of,
 from lightning_efficient.precision.device.gate import Gate
 from lightning_efficient.precision.device.late import Copies, Copy
 from lightning_efficient.precision.device.layouts import Product
-from lightning_efficient.precision.device.probes import PLACES
 from lightning_efficient.precision.device.rows import (
+    DOUBT,
     IN_A_ROW,
     LEFT,
     LOW,
@@ -29,6 +29,7 @@ from lightning_efficient.precision.device.rows import (
 from lightning_efficient.precision.device.verdict import Seen
 from lightning_efficient.precision.formats import AtRandom
 from lightning_efficient.precision.nodes import ROLES, Node
+from lightning_efficient.precision.probes import SIDE
 from lightning_efficient.precision.retry import Retry
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class DeviceEngine:
         self.codes = Encoder(device, forms, operations, stochastic=stochastic, seed=seed)
         self._protect, self._gate = protect, gate
         self._table = torch.zeros(0, WIDTH, dtype=torch.float64, device=device)
-        self._probes = torch.zeros(PLACES, 2, device=device)
+        self._probes = torch.zeros(SIDE, 2, device=device)
         self._first: dict[Node, int] = {}  # row of each node
         self._launched: dict[int, int] = {}  # decisions, by row of the product
         self._by_host: set[Node] = set()  # whose last forward product was in high bits without asking the device
@@ -99,6 +100,7 @@ class DeviceEngine:
     def begin(self, seed: int) -> None:
         """A step begins: weights may have changed, and what the device knew a step ago has arrived."""
         self.codes.begin(seed)
+        self._table[:, DOUBT] = 0
         if self._first and not in_a_graph(self.device):
             copy = self._copies.take(self._used(), self._launched)
             if copy is None:
@@ -119,16 +121,18 @@ class DeviceEngine:
         if self.host.force_high or known.low_pays is False:
             return product.high()
         row = product_row(self.first_row(node), product.role)
-        held = not learns and self._is_held(row)
         if product.role == "forward":
+            held = not learns and self._is_held(row)
             (self._by_host.add if held else self._by_host.discard)(node)
+        else:
+            held = not learns and (self._is_held(row) or node in self._by_host)
         if held:
             result = product.high()
             self._decide(node, product, (0, 0, 0), (1, 1), 0)
             return result
         one, other = product.encoded()
         slots = one.slot, other.slot, self.codes.slot()
-        probed = min(product.rows, PLACES) if product.role == "forward" else 0
+        probed = min(product.rows, SIDE)
         if learns:
             result = product.high()
             looked_at = product.low(one, other) if probed else result
@@ -149,13 +153,13 @@ class DeviceEngine:
         if node in self._by_host:
             return product.high()
         result = product.low(*product.encoded())
-        product.again(result, self._table, product_row(self.first_row(node), product.role))
+        product.again(result, self._table, product_row(self.first_row(node), product.role), DOUBT)
         return result
 
     def rehearse(self, node: Node, product: Product, one: Codes, other: Codes, table: Tensor) -> None:
         """What a healthy product in low bits launches, but on a table of zeros: for a gate that times it."""
         slots = one.slot, other.slot, self.codes.slot()
-        probed = min(product.rows, PLACES) if product.role == "forward" else 0
+        probed = min(product.rows, SIDE)
         result = product.low(one, other)
         self._look(product, result, slots[2], result)
         seen = Seen(self.first_row(node), product.role, slots, (one.numel, other.numel), probed)
@@ -219,7 +223,7 @@ class DeviceEngine:
         return self._left.get(row, 0) > since and not in_a_graph(self.device)
 
     def _look(self, product: Product, looked_at: Tensor, slot: int, result: Tensor) -> None:
-        at = self.codes.next() + self.host.batch if product.role == "forward" else None
+        at = self.codes.next() + self.host.batch
         self.operations.look(
             looked_at, product.a, product.b, product.bias, self.codes.measured, slot, self._probes, at, result
         )

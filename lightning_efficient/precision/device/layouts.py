@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_efficient.precision.device.codes import Codes
 from lightning_efficient.precision.device.forms import INT8
+from lightning_efficient.precision.device.rows import FLAG
 from lightning_efficient.precision.integers import LARGEST
 from lightning_efficient.precision.kinds import Kind, Linear
 from lightning_efficient.precision.nodes import Role
@@ -101,9 +102,9 @@ class Product:
         found = found[: shape[0], : shape[1]].contiguous()
         return found if self.bias is None else found.add_(self.bias)
 
-    def again(self, result: Tensor, table: Tensor, row: int) -> None:
+    def again(self, result: Tensor, table: Tensor, row: int, column: int = FLAG) -> None:
         """In high bits over ``result``, if the table says so."""
-        self.operations.again(result, self.a, self.b, self.bias, self.high_bits, table, row)
+        self.operations.again(result, self.a, self.b, self.bias, self.high_bits, table, row, column)
 
     def _side(self, number: int) -> Tensor:
         index, flipped = self.sides[number]

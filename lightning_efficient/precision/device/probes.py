@@ -1,13 +1,10 @@
-"""Which elements of a result are looked at: a sample for its exponent, as in ``signs.py``, and a block of it."""
+"""Which elements of a result are looked at: a sample for its exponent, as in ``signs.py``."""
 
 from __future__ import annotations
 
 from lightning_efficient.precision.signs import PART, RUN
 
-__all__ = ["PLACES", "sampled"]
-
-PLACES = 16
-"""Rows and columns of the block that is computed again exactly."""
+__all__ = ["sampled"]
 
 
 def sampled(numel: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_efficient.precision.device.rows import (
+    DOUBT,
     FLAG,
     IN_A_ROW,
     RETRY_RATE,
@@ -63,7 +64,7 @@ def decide(state: Tensor, measured: Tensor, probes: Tensor, seen: Seen) -> None:
     Args:
         state: The table, float64 ``[rows, WIDTH]``.
         measured: int64 ``[slots, SLOT]``, see ``forms.py``.
-        probes: float32 ``[PLACES, 2]``.
+        probes: float32 ``[SIDE, 2]``.
         seen: The product.
     """
     run = Run()
@@ -77,12 +78,14 @@ def decide(state: Tensor, measured: Tensor, probes: Tensor, seen: Seen) -> None:
     )
     result, error = _of_sample(measured[seen.slots[2]].tolist()), _error(probes, seen.probed)
     status = node.products[seen.role].status
+    forward = product_row(seen.first, "forward")
+    doubted = bool(state[forward, DOUBT])
     low = False
     if seen.learning:
         if one.finite and other.finite:
             node.learn(seen.role, one, other, result.exponent, error)
         status.computed_high(run)
-    elif not status.allows_low(run):
+    elif (doubted and seen.role != "forward") or not status.allows_low(run):
         status.computed_high(run)
     else:
         reason = _sign(node, seen, one, other, result, error)
@@ -96,6 +99,9 @@ def decide(state: Tensor, measured: Tensor, probes: Tensor, seen: Seen) -> None:
     state[rows] = store_node(node).to(state.device)
     state[products, FLAG] = flags
     state[seen.rows[2], FLAG] = float(not low)
+    if seen.role == "forward" and not seen.learning:
+        doubted = doubted or not low
+    state[forward, DOUBT] = float(doubted)
     state[0, IN_A_ROW] = run.high_in_a_row
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_efficient.precision.device import rows as layout
 from lightning_efficient.precision.device.forms import SLOT
 from lightning_efficient.precision.device.kernels.numbers import device_of, exponent_of
-from lightning_efficient.precision.device.probes import PLACES
 from lightning_efficient.precision.device.verdict import Seen
+from lightning_efficient.precision.probes import SIDE
 from lightning_efficient.precision.signs import ERROR_MARGIN, EXPONENT_MARGIN, RATIO_MARGIN
 
 __all__ = ["decide"]
@@ -25,7 +25,8 @@ COUNT, EXPONENTS, OVERFLOW, UNDERFLOW = (_C(layout.COUNT), _C(layout.EXPONENTS),
 ERROR, RANGE = _C(layout.ERROR), _C(layout.RANGE)
 HIGH, LOW, RETRIES, RECENT_LOW = _C(layout.HIGH), _C(layout.LOW), _C(layout.RETRIES), _C(layout.RECENT_LOW)
 RECENT_RETRIES, WAIT, LEFT, GOOD = _C(layout.RECENT_RETRIES), _C(layout.WAIT), _C(layout.LEFT), _C(layout.GOOD)
-REASON, VALUE, LIMIT, FLAG = _C(layout.REASON), _C(layout.VALUE), _C(layout.LIMIT), _C(layout.FLAG)
+REASON, VALUE, LIMIT = _C(layout.REASON), _C(layout.VALUE), _C(layout.LIMIT)
+FLAG, DOUBT = _C(layout.FLAG), _C(layout.DOUBT)
 DISTANCES, ALLOWED, PROBE, RESULT = _C(layout.DISTANCES), _C(layout.ALLOWED), _C(layout.PROBE), _C(layout.RESULT)
 IN_A_ROW, RETURN_AFTER, RETRY_RATE = _C(layout.IN_A_ROW), _C(layout.RETURN_AFTER), _C(layout.RETRY_RATE)
 RECENT, LONGEST_WAIT = _C(layout.RECENT), _C(layout.LONGEST_WAIT)
@@ -39,9 +40,9 @@ def decide(state: Tensor, measured: Tensor, probes: Tensor, seen: Seen) -> None:
     """See :func:`lightning_efficient.precision.device.verdict.decide`."""
     with device_of(state):
         _decide[1,](
-            state, measured, probes, *seen.rows, *seen.slots, *seen.numels, seen.probed, LEARN=seen.learning,
-            FIXED=seen.fixed, PROTECT=seen.protect, PROBES=bool(seen.probed), PLACES=PLACES, ROW=layout.WIDTH,
-            SLOT=SLOT, num_warps=1, enable_fp_fusion=False,
+            state, measured, probes, *seen.rows, layout.product_row(seen.first, "forward"), *seen.slots, *seen.numels,
+            seen.probed, FORWARD=seen.role == "forward", LEARN=seen.learning, FIXED=seen.fixed, PROTECT=seen.protect,
+            PROBES=bool(seen.probed), SIDE=SIDE, ROW=layout.WIDTH, SLOT=SLOT, num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -132,20 +133,20 @@ def _learn(row, going, exponent, over, under, error, lanes, FIXED: tl.constexpr)
 
 
 @triton.jit
-def _probed(probes, rows, PLACES: tl.constexpr):
+def _probed(probes, rows, SIDE: tl.constexpr):
     """The relative error, and whether there is one."""
-    places = tl.arange(0, PLACES)
+    places = tl.arange(0, SIDE)
     off = tl.sum(tl.load(probes + 2 * places, mask=places < rows, other=0.0).to(tl.float64), 0)
     size = tl.sum(tl.load(probes + 2 * places + 1, mask=places < rows, other=0.0).to(tl.float64), 0)
     return tl.sqrt(off / tl.where(size == 0, 1.0, size)), size != 0
 
 
-@triton.jit(do_not_specialize=["one_row", "other_row", "row", "one_slot", "other_slot", "slot", "one_numel",
-                               "other_numel", "probed"])  # fmt: skip
+@triton.jit(do_not_specialize=["one_row", "other_row", "row", "forward_row", "one_slot", "other_slot", "slot",
+                               "one_numel", "other_numel", "probed"])  # fmt: skip
 def _decide(
-    state, measured, probes, one_row, other_row, row, one_slot, other_slot, slot, one_numel, other_numel, probed,
-    LEARN: tl.constexpr, FIXED: tl.constexpr, PROTECT: tl.constexpr, PROBES: tl.constexpr, PLACES: tl.constexpr,
-    ROW: tl.constexpr, SLOT: tl.constexpr,
+    state, measured, probes, one_row, other_row, row, forward_row, one_slot, other_slot, slot, one_numel, other_numel,
+    probed, FORWARD: tl.constexpr, LEARN: tl.constexpr, FIXED: tl.constexpr, PROTECT: tl.constexpr,
+    PROBES: tl.constexpr, SIDE: tl.constexpr, ROW: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.arange(0, 8)
     one, other, product = state + one_row * ROW, state + other_row * ROW, state + row * ROW
@@ -175,9 +176,10 @@ def _decide(
             tl.store(product + ALLOWED, tl.maximum(allowed_off, off + SPREAD), mask=healthy & both & known)
         _append(product + DISTANCES, distance, healthy & both, lanes)
         if PROBES:
-            error, there = _probed(probes, probed, PLACES)
+            error, there = _probed(probes, probed, SIDE)
             if not FIXED:
-                tl.store(product + PROBE, 2 * error, mask=healthy & there & (2 * error > most_off))
+                error = error * ERRORS
+                tl.store(product + PROBE, error, mask=healthy & there & (error > most_off))
         tl.store(product + HIGH, high + 1)
         tl.store(product + LEFT, tl.maximum(left - 1, 0.0))
         tl.store(state + IN_A_ROW, on)
@@ -187,6 +189,8 @@ def _decide(
         rate = recent_retries / tl.where(tried > 0, tried, 1.0)
         returns = (in_a_row == 0) | (in_a_row >= return_after) | (rate < retry_rate)
         allowed = (left <= 0) & returns
+        if not FORWARD:
+            allowed = allowed & (tl.load(state + forward_row * ROW + DOUBT) == 0)
         if PROTECT:
             code, value, limit = _sign(one, allowed, finite1, zero1, exponent1, over1, under1, error1, lanes)
             code = tl.where(code != 0, code + OPERAND, 0)
@@ -200,7 +204,7 @@ def _decide(
             _append(product + DISTANCES, distance, allowed & (code == 0) & both, lanes)
             found = tl.where(largest < 0x7F800000, 0, NOT_FINITE)
             if PROBES:
-                error, there = _probed(probes, probed, PLACES)
+                error, there = _probed(probes, probed, SIDE)
                 is_off = (code == 0) & (found == 0) & there & ((error <= most_off) == 0)
                 value, limit = tl.where(is_off, error, value), tl.where(is_off, most_off, limit)
                 found = tl.where(is_off, PROBED, found)
@@ -229,6 +233,8 @@ def _decide(
         tl.store(product + VALUE, value, mask=failed)
         tl.store(product + LIMIT, limit, mask=failed)
         tl.store(product + FLAG, tl.where(low, 0.0, 1.0))
+        if FORWARD:
+            tl.store(product + DOUBT, 1.0, mask=low == 0)
         often = failed & (recent_retries / tl.maximum(recent_low + recent_retries, 1.0) >= retry_rate)  # one at least
         longer = (good < wait) & (retries + 1 > 1)
         longest = tl.minimum(2 * wait, tl.load(state + LONGEST_WAIT))

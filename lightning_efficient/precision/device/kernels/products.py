@@ -22,8 +22,9 @@ from lightning_efficient.precision.device.kernels.numbers import (
     times_power,
     type_of,
 )
-from lightning_efficient.precision.device.probes import PLACES, sampled
+from lightning_efficient.precision.device.probes import sampled
 from lightning_efficient.precision.device.rows import FLAG, WIDTH
+from lightning_efficient.precision.probes import GROUP, SIDE
 
 __all__ = ["again", "finish", "look"]
 
@@ -51,7 +52,7 @@ def finish(sums: Tensor, out: Tensor, bias: Tensor | None, measured: Tensor, one
 
 
 def look(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, measured: Tensor, slot: int, probes: Tensor, at: int | None,
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, measured: Tensor, slot: int, probes: Tensor, at: int,
     result: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Into ``measured[slot, 0]`` the largest magnitude of a sample of ``out``; of a block of it, how far it is off.
@@ -63,23 +64,26 @@ def look(
         bias: ``[N]``.
         measured: What was seen of all tensors.
         slot: Of the result there.
-        probes: float32 ``[PLACES, 2]``: of each row of the block, squares of what it is off and of what it is.
-        at: Where the block is; None: none is looked at.
+        probes: float32 ``[SIDE, 2]``: of each row of the block, squares of what it is off and of what it is.
+        at: Where the block is.
         result: Of which the sample is taken, if not of ``out``.
     """
     result = out if result is None else result
     runs, every = sampled(result.numel())
-    rows = min(out.shape[0], PLACES) if at is not None else 0
+    rows = min(out.shape[0], SIDE)
     with device_of(out):
         _look[rows + triton.cdiv(runs, _SPAN),](
             raw(out), raw(result), raw(a), raw(b), raw(bias) if bias is not None else raw(out), measured, slot, probes,
-            *out.shape, a.shape[1], *a.stride(), *b.stride(), at or 0, rows, runs, every, TYPE=type_of(out),
+            *out.shape, a.shape[1], *a.stride(), *b.stride(), at, rows, runs, every, TYPE=type_of(out),
             RESULT=type_of(result), A=type_of(a), B=type_of(b), BIAS=type_of(bias) if bias is not None else -1,
-            SPAN=_SPAN, TERMS=_TERMS, PLACES=PLACES, SLOT=SLOT, enable_fp_fusion=False,
+            SPAN=_SPAN, TERMS=_TERMS, SIDE=SIDE, GROUP=GROUP, SLOT=SLOT, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def again(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dtype, state: Tensor, row: int) -> None:
+def again(
+    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dtype, state: Tensor, row: int,
+    column: int = FLAG,
+) -> None:  # fmt: skip
     """``a @ b.T + bias`` over ``out``, in the type ``high``, if the flag of the product is set; else nothing.
 
     Args:
@@ -90,6 +94,7 @@ def again(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dt
         high: bfloat16 or float32.
         state: The table.
         row: Of the product.
+        column: Of the flag.
     """
     rows, columns = out.shape
     on_gpu, half = out.is_cuda, high == torch.bfloat16
@@ -99,7 +104,7 @@ def again(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, high: torch.dt
             raw(out), raw(a), raw(b), raw(bias) if bias is not None else raw(out), state, row, rows, columns,
             a.shape[1], *a.stride(), *b.stride(), TYPE=type_of(out), A=type_of(a), B=type_of(b),
             BIAS=type_of(bias) if bias is not None else -1, HALF=half, CORES=on_gpu, HEIGHT=height, WIDTH=width,
-            TERMS=terms, GROUP=8, FLAG=FLAG, ROW=WIDTH, num_warps=8 if on_gpu and half else 4,
+            TERMS=terms, GROUP=8, FLAG=column, ROW=WIDTH, num_warps=8 if on_gpu and half else 4,
             num_stages=3 if on_gpu else 1, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -122,11 +127,18 @@ def _finish(
     tl.store(out + row * N + column, as_type(x, TYPE), mask=inside)
 
 
+@triton.jit
+def _place(number, size, at, SIDE: tl.constexpr, GROUP: tl.constexpr):
+    """As ``probes.places``."""
+    spread = number // GROUP * (size * GROUP // SIDE) + number % GROUP
+    return (tl.where(size < SIDE, number, spread) + at) % size
+
+
 @triton.jit(do_not_specialize=["slot", "at", "rows", "runs", "every"])
 def _look(
     out, result, a, b, bias, measured, slot, probes, M, N, K, a_row, a_term, b_row, b_term, at, rows, runs, every,
     TYPE: tl.constexpr, RESULT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BIAS: tl.constexpr,
-    SPAN: tl.constexpr, TERMS: tl.constexpr, PLACES: tl.constexpr, SLOT: tl.constexpr,
+    SPAN: tl.constexpr, TERMS: tl.constexpr, SIDE: tl.constexpr, GROUP: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program >= rows:
@@ -135,12 +147,11 @@ def _look(
         x = as_float(tl.load(result + place, mask=number < runs, other=0), RESULT)
         tl.atomic_max(measured + slot * SLOT, tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.int64))
     else:
-        row = ((program * (M // rows) + at) % M).to(tl.int64)
-        places = tl.arange(0, PLACES)
-        count = tl.minimum(N, PLACES)
-        column = ((places * (N // count) + at) % N).to(tl.int64)
-        some = places < count
-        exact = tl.zeros([PLACES], tl.float32)
+        row = _place(program, M, at, SIDE, GROUP).to(tl.int64)
+        places = tl.arange(0, SIDE)
+        some = places < N
+        column = _place(places, N, at, SIDE, GROUP).to(tl.int64)
+        exact = tl.zeros([SIDE], tl.float32)
         for first in range(0, K, TERMS):
             term = (first + tl.arange(0, TERMS)).to(tl.int64)
             x = as_float(tl.load(a + row * a_row + term * a_term, mask=term < K, other=0), A)
