@@ -104,9 +104,9 @@ class Limits:
 
 
 OF_GRADIENTS = Limits(underflow=0.99, error=0.7)
-"""To begin with, of gradients: rounded up or down at random they lose nothing on average, however many become zero
-(of a network that trains as in float32, 97 % of elements; and ever more as its loss falls), so that alone is a sign only
-where next to nothing is left. Whether that noise harms their products, a block of these tells that is computed exactly."""
+"""To begin with, of gradients: rounded up or down at random they lose nothing on average, however many become zero (of
+a network that trains as in float32, 97 % of elements; and ever more as its loss falls), so that is a sign only where
+next to nothing is left. Whether that noise harms their products, a block of these tells that is computed exactly."""
 
 
 def _beyond(ratio: float) -> float:
