@@ -9,6 +9,7 @@
 #define SIDE 16    /* rows and columns that are computed again, at most */
 #define GROUP 4    /* of those that are neighbours */
 #define TERMS 256  /* that are summed at a time, in the first cache */
+#define AHEAD 16   /* terms, each in a page of its own, that are on their way from memory */
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -51,16 +52,32 @@ struct matrix {
     int64_t row, term; /* from one to the next, in elements */
 };
 
-/* Some terms of some rows. */
+static inline const void *address(struct matrix m, int64_t place) {
+    return (const char *)m.values + place * (m.type == FLOAT32 ? 4 : 2);
+}
+
+/* Some terms of some rows; zeros where there are less than SIDE of these. */
+static inline void fetch_as(struct matrix m, int type, const int64_t *rows, int64_t count, int64_t begin, int64_t terms,
+                            float into[TERMS][SIDE]) {
+    if (count < SIDE) memset(into, 0, TERMS * sizeof *into);
+    if (m.term == 1) {
+        for (int64_t i = 0; i < count; i++) {
+            int64_t from = rows[i] * m.row + begin;
+            for (int64_t k = 0; k < terms; k++) into[k][i] = number_at(m.values, type, from + k);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < terms; k++) {
+        int64_t from = (begin + k) * m.term;
+        for (int64_t i = 0; i < count; i += GROUP) __builtin_prefetch(address(m, rows[i] * m.row + from + AHEAD * m.term));
+        for (int64_t i = 0; i < count; i++) into[k][i] = number_at(m.values, type, rows[i] * m.row + from);
+    }
+}
+
 static void fetch(struct matrix m, const int64_t *rows, int64_t count, int64_t begin, int64_t terms,
-                  float into[SIDE][TERMS]) {
-    if (m.term == 1)
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t k = 0; k < terms; k++) into[i][k] = number_at(m.values, m.type, rows[i] * m.row + begin + k);
-    else
-        for (int64_t k = 0; k < terms; k++)
-            for (int64_t i = 0; i < count; i++)
-                into[i][k] = number_at(m.values, m.type, rows[i] * m.row + (begin + k) * m.term);
+                  float into[TERMS][SIDE]) {
+    if (m.type == FLOAT32) fetch_as(m, FLOAT32, rows, count, begin, terms, into); /* a loop for each type */
+    else fetch_as(m, BFLOAT16, rows, count, begin, terms, into);
 }
 
 /* Computes some of `a [rows, terms] @ b [columns, terms] transposed + bias` again, others with each `at`.
@@ -70,7 +87,7 @@ void probe(const void *a, int a_type, int64_t a_row, int64_t a_term, const void 
            int64_t b_term, const void *bias, int bias_type, const void *result, int result_type, int64_t rows,
            int64_t columns, int64_t terms, int64_t at, double *found) {
     struct matrix one = {a, a_type, a_row, a_term}, other = {b, b_type, b_row, b_term};
-    float left[SIDE][TERMS], right[SIDE][TERMS], exact[SIDE][SIDE] = {{0}};
+    float left[TERMS][SIDE], right[TERMS][SIDE], exact[SIDE][SIDE] = {{0}};
     int64_t high = rows < SIDE ? rows : SIDE, wide = columns < SIDE ? columns : SIDE;
     int64_t down[SIDE], across[SIDE];
     for (int64_t i = 0; i < high; i++) down[i] = place(i, rows, at);
@@ -79,13 +96,10 @@ void probe(const void *a, int a_type, int64_t a_row, int64_t a_term, const void 
         int64_t count = terms - begin < TERMS ? terms - begin : TERMS;
         fetch(one, down, high, begin, count, left);
         fetch(other, across, wide, begin, count, right);
-        for (int64_t i = 0; i < high; i++)
-            for (int64_t j = 0; j < wide; j++) {
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t k = 0; k < count; k++) sum += left[i][k] * right[j][k];
-                exact[i][j] += sum;
-            }
+        for (int64_t k = 0; k < count; k++)
+            for (int i = 0; i < SIDE; i++)
+#pragma omp simd
+                for (int j = 0; j < SIDE; j++) exact[i][j] += left[k][i] * right[k][j];
     }
     double size = 0, off = 0;
     for (int64_t i = 0; i < high; i++)
