@@ -150,7 +150,7 @@ PAIRS: tuple[tuple[str, str, int], ...] = (
     *(
         (ours, other, times)
         for ours in (OURS_IN_FP32, OURS_IN_BF16)
-        for other, times in ((FP32, 1), (BF16, 1), (ours + _UNPROTECTED, 3))
+        for other, times in ((FP32, 1), (BF16, 1), (ours + _UNPROTECTED, 9))
     ),
 )
 """Arms that are compared, and how many times as many rounds it takes."""
