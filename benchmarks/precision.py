@@ -75,7 +75,9 @@ def run(options: Options) -> Result:
             "of the process, the two arms one right behind the other; median and range over the rounds.",
             "limit_vs_fp32: the step of fp32, were only its products as fast as torch's kernels for int8 are here, and "
             "all else as before and nothing for the conversion: what this processor has to give.",
-            "protection_overhead: against the same plugin that looks for no sign.",
+            "protection_overhead: against the same plugin that looks for no sign, whole steps side by side, whose "
+            "noise is larger than it. protection_by_part: the time within a step that goes into looking at results; what is "
+            "looked at while a tensor is quantized (one of 17 runs of its numbers) is not in it.",
             "In few bits, computed again: of all operations of main learning, and of those tried in few bits. Gap: "
             "difference from the run in fp32 of the same seed, the mean over its standard error.",
             "fault_loss_ratio: the largest of all faults, over that of fp32, the median over the seeds; "
@@ -92,10 +94,16 @@ def _speed(steps: Mapping[str, Any], kernels: Mapping[str, Any]) -> dict[str, fl
         "time_vs_bf16": ratio(OURS_IN_BF16, BF16),
         "time_vs_fp32": ratio(OURS_IN_FP32, FP32),
         "protection_overhead": max(ratio(one, f"{one}, unprotected") - 1 for one in (OURS_IN_FP32, OURS_IN_BF16)),
+        "protection_by_part": max(_signs(steps["parts"][one]) for one in (OURS_IN_FP32, OURS_IN_BF16)),
         "limit_vs_fp32": limit(steps["parts"], kernels),
         "products_vs_fp32": kernels["all"]["int8"] / kernels["all"]["fp32"],
         "bf16_products_vs_fp32": kernels["all"]["bf16"] / kernels["all"]["fp32"],
     }
+
+
+def _signs(parts: Mapping[str, float]) -> float:
+    """Time for signs of failure, over that of the rest of the step."""
+    return parts["signs"] / (sum(parts.values()) - parts["signs"])
 
 
 def _health(found: Mapping[str, Mapping[str, Healthy]]) -> dict[str, float | str]:

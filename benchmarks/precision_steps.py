@@ -102,8 +102,8 @@ class _Unmeasured:
         return getattr(self._library, name)
 
     def quantize(self, *arguments: Any) -> float:
-        *others, _, _ = arguments
-        return self._library.quantize(*others, None, None)
+        *others, _ = arguments
+        return self._library.quantize(*others, None)
 
 
 def _without_statistics() -> contextlib.AbstractContextManager[Any]:

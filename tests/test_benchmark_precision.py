@@ -161,7 +161,8 @@ def test_the_last_line_begins_with_what_was_asked_for(monkeypatch: pytest.Monkey
     ratios_of = {f"{one} / {other}": {"cpu": [0.5, 0.75, 1.0]} for one, other, _ in PAIRS}
     ratios_of[f"{OURS_IN_FP32} / {FP32}"] = {"cpu": [0.3]}
     ratios_of[f"{OURS_IN_BF16} / {OURS_IN_BF16}, unprotected"] = {"cpu": [1.0, 1.02]}
-    steps = {"ratios": ratios_of, "parts": {FP32: {"all else": 2.0}}}
+    guarded = {OURS_IN_FP32: {"all else": 1.0, "signs": 0.02}, OURS_IN_BF16: {"all else": 2.0, "signs": 0.02}}
+    steps = {"ratios": ratios_of, "parts": {FP32: {"all else": 2.0}, **guarded}}
     kernels = {"all": {"fp32": 1.0, "bf16": 0.5, "int8": 0.25}}
     health = {"a task": dict.fromkeys(CLAIMED, Healthy([1.0], [0.95], [0.01])) | {"fp32": Healthy([1.0])}}
     runs = {"fp32": [Outcome(1.0)], "unprotected": [Outcome(12.0)], "protected": [Outcome(1.04, recovery=41)]}

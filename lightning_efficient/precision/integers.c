@@ -12,6 +12,7 @@
 
 #define LARGEST 127.0f
 #define BLOCK 4096 /* numbers whose sums stay exact enough in float32, and in the first cache */
+#define RUN 64     /* neighbours that are looked at together */
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -66,14 +67,40 @@ static inline int8_t coded(float number) {
     return (int8_t)(int32_t)(number < -LARGEST ? -LARGEST : number);
 }
 
+struct seen {
+    int64_t beyond, gone, some, all; /* the largest code; not zero, but zero as a code; not zero; whatever they are */
+    double before, after;            /* sums of magnitudes, in codes' units */
+};
+
+static void look(const float *x, const float *u, const int8_t *codes, int64_t count, float scale, float again, int large,
+                 struct seen *seen) {
+    float before = 0;
+    int32_t over = 0, none = 0, zero = 0, after = 0;
+#pragma omp simd reduction(+ : before, none)
+    for (int64_t i = 0; i < count; i++) {
+        before += fabsf(x[i] * scale * again);
+        none += x[i] == 0;
+    }
+#pragma omp simd reduction(+ : after, zero)
+    for (int64_t i = 0; i < count; i++) {
+        int32_t code = codes[i];
+        after += code < 0 ? -code : code;
+        zero += code == 0;
+    }
+    if (large)
+        for (int64_t i = 0; i < count; i++) over += fabsf(rounded(x[i] * scale * again, u, i)) > LARGEST;
+    seen->beyond += over, seen->gone += zero - none, seen->some += count - none, seen->all += count;
+    seen->before += before, seen->after += after;
+}
+
 /* Codes of numbers `start` to `end` - 1: `x * factor * again`, to nearest, or with `noise` up or down at random.
 
    Returns what `largest` does, so that who guessed the factor sees whether it was right. Each loop has little to do,
    on what is in the first cache: compilers make vectors of such, and of one loop for all of it they do not.
-   counts: beyond the largest code, of those that are not zero those that become zero, not zero; null: nothing is.
-   sums: of the magnitudes, in codes' units, before and after. */
+   every: of so many runs of neighbours one is looked at; 1: all numbers are.
+   seen: of those; null: nothing is looked at. */
 float quantize(const void *values, int type, int64_t start, int64_t end, float factor, float again, const float *noise,
-               int8_t *codes, int64_t *counts, double *sums) {
+               int8_t *codes, int64_t every, struct seen *seen) {
     float memory[BLOCK], most = 0;
     int strange = 0;
     for (int64_t at = start; at < end; at += BLOCK) {
@@ -81,8 +108,7 @@ float quantize(const void *values, int type, int64_t start, int64_t end, float f
         const float *x = block(values, type, at, count, memory);
         int8_t *out = codes + at;
         const float *u = noise ? noise + (at - start) : 0;
-        float size = largest_of(x, count), before = 0;
-        int32_t over = 0, none = 0, zero = 0, after = 0;
+        float size = largest_of(x, count);
         strange |= size != size;
         most = size > most ? size : most;
         if (u) {
@@ -92,22 +118,15 @@ float quantize(const void *values, int type, int64_t start, int64_t end, float f
 #pragma omp simd
             for (int64_t i = 0; i < count; i++) out[i] = coded(rounded(x[i] * factor * again, 0, i));
         }
-        if (!counts) continue;
-#pragma omp simd reduction(+ : before, none)
-        for (int64_t i = 0; i < count; i++) {
-            before += fabsf(x[i] * factor * again);
-            none += x[i] == 0;
+        if (!seen) continue;
+        int large = size * factor * again > LARGEST;
+        if (every == 1) {
+            look(x, u, out, count, factor, again, large, seen);
+            continue;
         }
-#pragma omp simd reduction(+ : after, zero)
-        for (int64_t i = 0; i < count; i++) {
-            int32_t code = out[i];
-            after += code < 0 ? -code : code;
-            zero += code == 0;
-        }
-        if (size * factor * again > LARGEST)
-            for (int64_t i = 0; i < count; i++) over += fabsf(rounded(x[i] * factor * again, u, i)) > LARGEST;
-        counts[0] += over, counts[1] += zero - none, counts[2] += count - none;
-        sums[0] += before, sums[1] += after;
+        int64_t first = (every - at / RUN % every) % every * RUN;
+        for (int64_t i = first; i + RUN <= count; i += every * RUN)
+            look(x + i, u ? u + i : 0, out + i, RUN, factor, again, large, seen);
     }
     return strange ? NAN : most;
 }

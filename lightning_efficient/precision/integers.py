@@ -5,8 +5,7 @@ linear layer, whatever they sum over: each tensor is quantized once in a step. S
 is rounded but to codes and in the sum's last conversion. (Zhang et al. 2020, "Fixed-Point Back-Propagation Training",
 3; Yamaguchi et al. on shared exponents.)
 
-On a CPU the passes over memory are C, see ``integers.c``; without a C compiler torch's operations give the same codes,
-and statistics of a sample.
+On a CPU the passes over memory are C, see ``integers.c``; without a C compiler torch's operations give the same codes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,17 @@ from torch import Tensor
 
 from lightning_efficient.core.native import compiled, in_threads
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
-from lightning_efficient.precision.signs import Measured, quantization_error, sample, shared_exponent
+from lightning_efficient.precision.signs import (
+    Measured,
+    one_run_in,
+    quantization_error,
+    sample,
+    shared_exponent,
+)
 
 __all__ = [
     "LARGEST",
+    "LOOKED_AT",
     "Integers",
     "can_multiply",
     "largest_magnitude",
@@ -40,18 +46,31 @@ __all__ = [
 LARGEST = 127
 """Of a code."""
 
+LOOKED_AT = 17
+"""Of the runs of neighbours in a large tensor one in so many is looked at for signs of failure. One in a hundred would
+be too few for gradients of which next to all become zero."""
+
 _CHUNK = 1 << 15  # elements that are converted at a time: what lies between two operations stays in the cache
 _PART = TABLE  # elements that are a thread's work at a time; their noise is read from one place
 _ROWS = 1 << 16  # elements of a result, likewise
 _MOST_TERMS = ((1 << 31) - 1) // (LARGEST * LARGEST)  # of a sum in 32 bits that cannot overflow
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_LONG, _FLOAT, _DOUBLE = ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_LONG, _FLOAT = ctypes.c_int64, ctypes.c_float
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
     "largest": (_POINTER, _INT, _LONG, _LONG),
-    "quantize": (_POINTER, _INT, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER, _POINTER, _POINTER, _POINTER),
+    "quantize": (_POINTER, _INT, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER, _POINTER, _LONG, _POINTER),
     "convert": (_POINTER, _POINTER, _INT, _LONG, _FLOAT, _FLOAT, _POINTER, _LONG, _LONG),
 }
+
+
+class _Seen(ctypes.Structure):
+    """See ``integers.c``."""
+
+    _fields_ = (
+        ("beyond", ctypes.c_int64), ("gone", ctypes.c_int64), ("some", ctypes.c_int64), ("all", ctypes.c_int64),
+        ("before", ctypes.c_double), ("after", ctypes.c_double),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,8 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
     numel, (factor, again) = values.numel(), _factors(exponent)
     library: Any = _library()
     parts = -(-numel // _PART)
-    counts, sums = (_LONG * (3 * parts))(), (_DOUBLE * (2 * parts))()  # no tensors: they would cost more than the rest
+    seen = (_Seen * parts)()  # no tensors: they would cost more than the rest
+    every = one_run_in(numel, LOOKED_AT)
     table = noise_table(values.device) if key is not None else None
     found: list[float] = []
 
@@ -148,18 +168,18 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
             noise = table[noise_at(key or 0, part) :].data_ptr() if table is not None else None
             found.append(library.quantize(
                 values.data_ptr(), _TYPES[values.dtype], part * _PART, min((part + 1) * _PART, numel), factor, again,
-                noise, codes.data_ptr(), ctypes.addressof(counts) + part * 3 * 8, ctypes.addressof(sums) + part * 2 * 8,
+                noise, codes.data_ptr(), every, ctypes.addressof(seen[part]),
             ))  # fmt: skip
 
     in_threads(work, parts)
-    over, under, some = (sum(counts[which::3]) for which in range(3))
-    before, after, largest = sum(sums[::2]), sum(sums[1::2]), _most(found)
+    largest = _most(found)
+    some, looked_at = sum(one.some for one in seen), sum(one.all for one in seen)
     measured = Measured(
         exponent if largest else None,
-        overflow=over / numel if numel else 0.0,
-        underflow=under / some if some else 0.0,
+        overflow=sum(one.beyond for one in seen) / looked_at if looked_at else 0.0,
+        underflow=sum(one.gone for one in seen) / some if some else 0.0,
         all_zero=not largest,
-        error=quantization_error(before, after),
+        error=quantization_error(sum(one.before for one in seen), sum(one.after for one in seen)),
     )
     return Integers(codes, exponent), measured, largest
 
@@ -184,8 +204,8 @@ def _encode(values: Tensor, codes: Tensor, exponent: int, key: int | None) -> Me
             offset = noise_at(key or 0, start // _PART) + start % _PART
             chunk.add_(table[offset : offset + part.numel()]).floor_()
         codes[start : start + _CHUNK].copy_(chunk.clamp_(-LARGEST, LARGEST))
-    before = sample(values).float() * factor * again
-    after = sample(codes).float()
+    before = sample(values, LOOKED_AT).float() * factor * again
+    after = sample(codes, LOOKED_AT).float()
     some = before != 0
     known = int(some.sum())
     return Measured(

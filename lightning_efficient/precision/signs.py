@@ -30,6 +30,7 @@ __all__ = [
     "Tracker",
     "aligned",
     "apart",
+    "one_run_in",
     "quantization_error",
     "sample",
     "shared_exponent",
@@ -39,7 +40,8 @@ HISTORY = 8
 """Operations whose shared exponents are remembered."""
 
 RUN = 64  # neighbours that are sampled together: single elements would cost a line of the cache each
-PART = 100  # of all elements one in so many is sampled
+PART = 101  # of all elements one in so many is sampled; odd, lest it be always the same rows of two
+_FEW = 200  # runs
 RATIO_MARGIN = 16.0  # by which the odds of a ratio may exceed those that were seen
 ERROR_MARGIN = 4.0
 EXPONENT_MARGIN = 3  # powers of two
@@ -191,12 +193,15 @@ def aligned(history: Iterable[float]) -> list[float]:
     return [-math.inf] * (HISTORY - len(known)) + known
 
 
-def sample(values: Tensor) -> Tensor:
-    """Runs of neighbours, evenly spread: about a hundredth of ``values`` ``[n]``, and all of them if they are few."""
-    runs = values.numel() // RUN
-    if runs < 2 * PART:
-        return values
-    return values[: runs * RUN].view(runs, RUN)[::PART]
+def sample(values: Tensor, part: int = PART) -> Tensor:
+    """Runs of neighbours, evenly spread: one in ``part`` of ``values`` ``[n]``, and all of them if they are few."""
+    every = one_run_in(values.numel(), part)
+    return values[: values.numel() // RUN * RUN].view(-1, RUN)[::every] if every > 1 else values
+
+
+def one_run_in(numel: int, part: int) -> int:
+    """Of how many runs one is looked at: of ``part``, or all if they are few."""
+    return part if numel // RUN >= _FEW else 1
 
 
 def quantization_error(before: float, after: float) -> float | None:

@@ -25,7 +25,7 @@ from lightning_efficient.precision.device.verdict import Seen, decide
 from lightning_efficient.precision.integers import largest_magnitude, to_integers
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.probes import SIDE
-from lightning_efficient.precision.signs import Limits, shared_exponent
+from lightning_efficient.precision.signs import Limits, one_run_in, shared_exponent
 from lightning_efficient.precision.status import ReturnPolicy, Run
 from tests.precision.device_network import compare
 
@@ -94,6 +94,7 @@ def integers_are_those_of_a_cpu(device: str) -> None:
         if noise is not None:
             key = mix((-(1 << 61) + 12345) & ((1 << 64) - 1), noise)
         integers, there = to_integers(values, exponent, key=key)
+        few = one_run_in(values.numel(), 2) == 1  # all of which a CPU looks at too
         measured, codes, columns, _ = compare_codes(values, INT8, device, noise)
         inside = codes[: shape[0], : shape[1]]
         assert torch.equal(inside, integers.codes)
@@ -101,9 +102,11 @@ def integers_are_those_of_a_cpu(device: str) -> None:
         assert not codes[:, shape[1] :].any()
         assert torch.equal(codes.t(), columns)
         over, under, some, before, after = measured[1, 1:6].tolist()
-        assert over == round(there.overflow * values.numel())
-        assert math.isclose(under / some, there.underflow)
-        assert math.isclose(math.log2(abs(before - after) / before + 1), there.error or 0.0, abs_tol=1e-5)
+        assert math.isclose(over / values.numel(), there.overflow, abs_tol=1e-9 if few else 1e-3)
+        assert math.isclose(under / some, there.underflow, rel_tol=1e-9 if few else 0.1)
+        assert math.isclose(
+            math.log2(abs(before - after) / before + 1), there.error or 0.0, abs_tol=1e-5 if few else 1e-2
+        )
 
 
 def floats_of_eight_bits_are_those_of_torch(device: str) -> None:

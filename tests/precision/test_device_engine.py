@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from lightning_efficient.precision.device.rows import Reason
 from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.nodes import ROLES, Node
-from tests.precision.device_network import FAULTS, LEARNING, Run, alike, compare
+from tests.precision.device_network import FAULTS, LEARNING, Run, alike, compare, with_fault
 
 CPU = torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -158,6 +159,31 @@ def test_what_checkpointing_computes_again_is_as_before(fault: str) -> None:
     assert len(outputs) == 2
     assert torch.equal(*outputs)
     assert run.nodes["one"].products["forward"].status.low == before + (not fault)
+
+
+@pytest.mark.parametrize("operations", [None, eager])
+def test_of_two_calls_in_a_step_the_one_that_failed_is_computed_again_in_high_bits(operations: Any) -> None:
+    """Also where it was not the last one."""
+    run = Run(operations)
+    for _ in range(LEARNING):
+        run.step()
+    module, outputs = run.net.one, list[Tensor]()
+    large = with_fault(torch.ones(48, 24), "outlier")
+    exact = F.linear(large, module.weight, module.bias).detach()
+    plain = run.net.forward
+    module.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+
+    def twice(x: Tensor) -> Tensor:
+        wrong = torch.tanh(module(large + 0 * x))
+        return plain(x) + 0 * wrong.sum()
+
+    run.net.forward = lambda x: checkpoint(twice, x, use_reentrant=False)  # type: ignore[method-assign]
+    with set_checkpoint_early_stop(False):
+        run.step()
+    assert len(outputs) == 4
+    assert run.nodes["one"].products["forward"].status.retries == 1
+    for output in (outputs[0], outputs[2]):
+        torch.testing.assert_close(output, exact, rtol=1e-5, atol=1e-2)
 
 
 def test_the_gate_leaves_alone_what_few_bits_take_longer_for() -> None:
