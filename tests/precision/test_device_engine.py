@@ -18,6 +18,7 @@ from lightning_efficient.precision.device.rows import Reason
 from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.nodes import ROLES, Node
+from lightning_efficient.precision.status import ReturnPolicy
 from tests.precision.device_network import FAULTS, LEARNING, Run, alike, compare
 
 CPU = torch.device("cpu")
@@ -156,6 +157,34 @@ def test_what_checkpointing_computes_again_is_as_before(fault: str) -> None:
     assert len(outputs) == 2
     assert torch.equal(*outputs)
     assert run.nodes["one"].products["forward"].status.low == before + (not fault)
+
+
+def test_of_a_layer_called_twice_nothing_is_computed_again_in_fewer_bits_than_at_first() -> None:
+    """The first call fails, and the second is in low bits, for the layer need not wait."""
+    run, policy = Run(eager), ReturnPolicy(return_after=3, retry_rate=1.0)
+    run.operations._make = lambda name, kind: run.nodes.setdefault(name, Node(name, kind, policy))
+    outputs: list[Tensor] = []
+    run.net.one.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+
+    fault = False
+
+    def part(x: Tensor) -> Tensor:
+        first = run.net.one(torch.where(torch.arange(24) == 3, x * 1e5, x) if fault else x)
+        return first + run.net.one(x)
+
+    run.net.forward = lambda x: run.net.two(checkpoint(part, x, use_reentrant=False))  # type: ignore[method-assign]
+    with set_checkpoint_early_stop(False):
+        for _ in range(LEARNING + 3):
+            run.step()
+        status = run.nodes["one"].products["forward"].status
+        before, fault = (status.low, status.retries), True
+        outputs.clear()
+        run.step()
+    assert (status.low, status.retries) == (before[0] + 1, before[1] + 1)
+    assert len(outputs) == 4
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[1], outputs[3])  # not known to be another one than the first
+    torch.testing.assert_close(outputs[1], outputs[3], rtol=0.05, atol=0.05)
 
 
 def test_the_gate_leaves_alone_what_few_bits_take_longer_for() -> None:

@@ -14,6 +14,7 @@ from lightning_efficient.precision.device.late import Copies, Copy
 from lightning_efficient.precision.device.layouts import Product
 from lightning_efficient.precision.device.probes import PLACES
 from lightning_efficient.precision.device.rows import (
+    FLAG,
     IN_A_ROW,
     LEFT,
     LOW,
@@ -83,7 +84,9 @@ class DeviceEngine:
         self._probes = torch.zeros(PLACES, 2, device=device)
         self._first: dict[Node, int] = {}  # row of each node
         self._launched: dict[int, int] = {}  # decisions, by row of the product
-        self._by_host: set[Node] = set()  # whose last forward product was in high bits without asking the device
+        self._by_host: set[Node] = set()  # of whose forward products one was in high bits without asking the device
+        self._forwards: dict[Node, int] = {}  # the step in which a node had its last forward product
+        self._earlier: dict[Node, Tensor] = {}  # of nodes with several in it: whether one before the last was high
         self._copies = Copies()
         self._known: Copy | None = None
         self._left: dict[int, int] = {}  # how long products waited when that was known, by row
@@ -121,7 +124,7 @@ class DeviceEngine:
         row = product_row(self.first_row(node), product.role)
         held = not learns and self._is_held(row)
         if product.role == "forward":
-            (self._by_host.add if held else self._by_host.discard)(node)
+            self._note_forward(node, row, held=held)
         if held:
             result = product.high()
             self._decide(node, product, (0, 0, 0), (1, 1), 0)
@@ -143,13 +146,22 @@ class DeviceEngine:
         return result
 
     def recompute(self, node: Node, product: Product) -> Tensor:
-        """A product of a part of the network that is computed again in backward: as its first time."""
+        """A product of a part of the network that is computed again in backward: as its first time.
+
+        Which one of a node that had several in this step is not known: one in high bits is for all.
+        """
         if self.host.force_high or self.learns(node) or node.products[product.role].low_pays is False:
             return product.high()
         if node in self._by_host:
             return product.high()
         result = product.low(*product.encoded())
-        product.again(result, self._table, product_row(self.first_row(node), product.role))
+        row, earlier = product_row(self.first_row(node), product.role), self._earlier.get(node)
+        if earlier is None:
+            product.again(result, self._table, row)
+        else:
+            table = self._table[row : row + 1].clone()
+            table[0, FLAG] = torch.maximum(table[0, FLAG], earlier)
+            product.again(result, table, 0)
         return result
 
     def rehearse(self, node: Node, product: Product, one: Codes, other: Codes, table: Tensor) -> None:
@@ -212,6 +224,18 @@ class DeviceEngine:
         self._table, self._launched, self._before = self._table[:0], {}, {}
         for node in first:
             self.first_row(node)
+
+    def _note_forward(self, node: Node, row: int, *, held: bool) -> None:
+        """For those that compute it again; its flag is still that of the product before."""
+        if self._forwards.get(node) != self.codes.step:
+            self._forwards[node] = self.codes.step
+            self._earlier.pop(node, None)
+            self._by_host.discard(node)
+        else:
+            flag, earlier = self._table[row, FLAG].clone(), self._earlier.get(node)
+            self._earlier[node] = flag if earlier is None else torch.maximum(earlier, flag)
+        if held:
+            self._by_host.add(node)
 
     def _is_held(self, row: int) -> bool:
         """Whether the device will certainly say that this product is to wait, in high bits."""
