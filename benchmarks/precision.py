@@ -76,8 +76,8 @@ def run(options: Options) -> Result:
             "limit_vs_fp32: the step of fp32, were only its products as fast as torch's kernels for int8 are here, and "
             "all else as before and nothing for the conversion: what this processor has to give.",
             "protection_overhead: against the same plugin that looks for no sign, whole steps side by side, whose "
-            "noise is larger than it. protection_by_part: the time within a step that goes into looking at results; what is "
-            "looked at while a tensor is quantized (one of 17 runs of its numbers) is not in it.",
+            "noise is larger than it. protection_by_part: the time within a step that goes into looking at "
+            "results; what is looked at while a tensor is quantized (one of 17 runs of its numbers) is not in it.",
             "In few bits, computed again: of all operations of main learning, and of those tried in few bits. Gap: "
             "difference from the run in fp32 of the same seed, the mean over its standard error.",
             "fault_loss_ratio: the largest of all faults, over that of fp32, the median over the seeds; "

@@ -24,7 +24,7 @@ from lightning_efficient.precision.signs import (
 )
 from lightning_efficient.precision.status import ReturnPolicy, Status
 
-__all__ = ["OPERANDS", "ROLES", "Node", "Product", "Role"]
+__all__ = ["OPERANDS", "ROLES", "Node", "Product", "Role", "unmeasured"]
 
 Role = Literal["forward", "grad_input", "grad_weight"]
 ROLES: tuple[Role, ...] = ("forward", "grad_input", "grad_weight")
@@ -258,6 +258,12 @@ class Node:
                 bits.load_state_dict(state["bits"][which])
         for which, tracker in self.tensors.items():
             tracker.load_state_dict(state["tensors"][which])
+
+
+def unmeasured(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a node, but that it is not known whether low bits pay: so it learns once more, from those limits."""
+    products = {role: {**product, "low_pays": None} for role, product in state["products"].items()}
+    return {**state, "learning": Learning().state_dict(), "products": products}
 
 
 def _split(values: list[float], *lengths: int) -> list[list[float]]:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.coordination import ParameterChange
+from lightning_efficient.core.hardware import hardware
 from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.precision.account import LAYOUT, Account
 from lightning_efficient.precision.agreement import Agreement
@@ -29,7 +30,7 @@ from lightning_efficient.precision.formats import FORMATS, AtRandom, format_name
 from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
-from lightning_efficient.precision.nodes import Node
+from lightning_efficient.precision.nodes import Node, unmeasured
 from lightning_efficient.precision.operations import Operations
 from lightning_efficient.precision.spikes import SpikeGuard
 from lightning_efficient.precision.status import ReturnPolicy
@@ -67,7 +68,8 @@ class RollbackPrecision(WrappingPrecision):
         exclude: Patterns of names of operations that stay in high bits, as in ``precision_map()``.
         only_if_faster: Leave operations alone for which few bits took longer than many, with all that guards them, as
             they learnt. Formats that are emulated, which take longer always, are not asked. As times differ from run
-            to run, the choice may; it is kept in the checkpoint.
+            to run, the choice may; it is kept in the checkpoint, and made anew on another processor or GPU, or with
+            another number of threads.
         adaptive_bits: Products of tensors for which few bits make too large an error (3 % of the mean magnitude) are in
             bfloat16 until that is looked at again; without it such an error is a sign of failure.
         stochastic_rounding: Up or down at random, rather than to nearest, of integers and of blocks: True, False, or
@@ -339,10 +341,13 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.refresh(wait=True)
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
-            "nodes": self._states(), "learnt_with": self._learnt_with,
+            "nodes": self._states(), "learnt_with": self._learnt_with, "measured_on": self._hardware(),
             "account": self._account.state_dict(), "inner": self.inner.state_dict(),
             "guard": self._guard.state_dict() if self._guard is not None else None,
         }  # fmt: skip
+
+    def _hardware(self) -> str:
+        return hardware(self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` returned."""
@@ -361,6 +366,14 @@ class RollbackPrecision(WrappingPrecision):
             others = [f"{name}={before.get(name)!r}" for name, value in self._learnt_with.items()
                       if before.get(name) != value]  # fmt: skip
             rank_zero_warn(f"The checkpoint was trained with {', '.join(others)}: all operations learn anew.")
+        here, there = self._hardware(), state_dict.get("measured_on", "")
+        if there not in ("", here) and self._learnt_with["only_if_faster"] and self._loaded:
+            self._loaded = {name: unmeasured(state) for name, state in self._loaded.items()}
+            self._account.all_learnt = False
+            rank_zero_warn(
+                f"The checkpoint was written on other hardware ({there}; here: {here}): whether low bits are faster is "
+                "measured anew, while all operations learn once more in high bits."
+            )
         self.nodes.clear()
         self._operations.forget()
         self._engine.on_devices.clear()

@@ -5,9 +5,8 @@ As a program: all of them in the interpreter, and a line of JSON that says what 
 
 from __future__ import annotations
 
+import functools
 import importlib
-import json
-import traceback
 from collections.abc import Callable
 from unittest import mock
 
@@ -25,6 +24,7 @@ from lightning_efficient.core.quantization import (
     quantize,
 )
 from lightning_efficient.core.random import TABLE
+from tests.helpers.interpreter import look_once, say_what_went_wrong
 
 CODES: list[Code] = [*range(1, 9), "fp8"]
 KEY = 0xFEDCBA9876543210  # more than a signed word holds
@@ -134,16 +134,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }  # fmt: skip
 
 
-def _run_all() -> dict[str, str]:
-    torch.set_num_threads(1)
-    wrong: dict[str, str] = {}
-    for name, check in CHECKS.items():
-        try:
-            check("cpu")
-        except Exception:
-            wrong[name] = traceback.format_exc()
-    return wrong
-
-
 if __name__ == "__main__":
-    print(json.dumps(_run_all()))
+    look_once()
+    say_what_went_wrong({name: functools.partial(check, "cpu") for name, check in CHECKS.items()})

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -23,20 +21,16 @@ from lightning_efficient.core.kernels import host, kernels_for
 from lightning_efficient.core.quantization import Code, dequantize, quantize
 from tests.activation_compression.networks import classifier, compressed
 from tests.core.kernel_checks import CHECKS
+from tests.helpers.interpreter import ROOT, ended
 
-ROOT = Path(__file__).parent.parent.parent
 with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
 def wrong() -> dict[str, str]:
-    """By check; of another process, for Triton asks once, when it is imported, whether to interpret."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "tests.core.kernel_checks"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """By check."""
+    return ended("tests.core.kernel_checks")
 
 
 @with_triton
@@ -46,8 +40,17 @@ def test_in_the_interpreter_kernels_give_the_bits_of_the_eager_code_a4(check: st
 
 
 def test_triton_is_not_imported_before_there_is_a_tensor_for_it() -> None:
-    code = "import sys, torch, lightning_efficient.core.quantization as q; q.quantize(torch.ones(64), 4); "
-    code += "import lightning_efficient; print('lightning_efficient.core.kernels.quantization' in sys.modules)"
+    """Nor are kernels: what imports Lightning may import Triton itself."""
+    code = """if True:
+        import sys
+        import lightning.pytorch, torch
+        before = "triton" in sys.modules
+        import lightning_efficient, lightning_efficient.precision.engine
+        import lightning_efficient.core.quantization as q
+        q.quantize(torch.ones(64), 4)
+        kernels = {f"lightning_efficient.{name}" for name in ("core.kernels.quantization", "precision.device.kernels")}
+        print(not before and "triton" in sys.modules or bool(kernels & {*sys.modules}))
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "False"

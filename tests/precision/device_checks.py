@@ -5,13 +5,11 @@ As a program: all of them in the interpreter, and a line of JSON that says what 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
-import json
 import math
 import random
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +25,7 @@ from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.probes import SIDE
 from lightning_efficient.precision.signs import Limits, one_run_in, shared_exponent
 from lightning_efficient.precision.status import ReturnPolicy, Run
+from tests.helpers.interpreter import look_once, say_what_went_wrong
 from tests.precision.device_network import compare
 
 Encodings = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,9 +63,10 @@ def compare_codes(values: Tensor, form: Form, device: str, noise: int | None = N
 
 
 def codes_are_those_of_the_eager_code(device: str) -> None:
-    for form, dtype in itertools.product((INT8, E4M3, E5M2), (torch.float32, torch.bfloat16, torch.float16)):
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    for form, dtype in [*zip((INT8, E4M3, E5M2), types, strict=True), *((INT8, dtype) for dtype in types[1:])]:
         compare_codes(numbers(70, 150, dtype=dtype), form, device)
-    for form, shape in itertools.product((INT8, E5M2), ((1, 1), (33, 16), (5, 300))):
+    for form, shape in ((INT8, (1, 1)), (E5M2, (33, 16)), (INT8, (5, 300))):
         compare_codes(numbers(*shape), form, device)
 
 
@@ -86,7 +86,7 @@ def numbers_of_all_sizes_and_none(device: str) -> None:
 
 def integers_are_those_of_a_cpu(device: str) -> None:
     """The same codes and the same signs as ``integers.py`` has; with noise, too, across pieces of its table."""
-    for count, (shape, noise) in enumerate([((40, 70), None), ((1030, 260), 3), ((9, 17), 4)]):
+    for count, (shape, noise) in enumerate([((40, 70), None), ((260, 1010), 3), ((9, 17), 4)]):
         values = numbers(*shape, scale=10.0**-count)
         exponent = shared_exponent(largest_magnitude(values), 8)
         assert exponent is not None
@@ -137,6 +137,8 @@ def blocks_and_samples_are_looked_at(device: str) -> None:
     for shape, dtype, at in itertools.product(
         ((5, 7, 9), (40, 700, 50), (17, 16, 300)), (torch.float32, torch.bfloat16), (0, 11)
     ):
+        if at == 0 and shape != (40, 700, 50):
+            continue
         rows_, columns, terms = shape
         a, b, bias = numbers(rows_, terms, dtype=dtype), numbers(terms, columns, dtype=dtype).t(), numbers(columns)
         out = (a.float() @ b.float().t() + bias).to(dtype) * 1.01
@@ -208,9 +210,9 @@ def measurements(draw: random.Random, step: int) -> Iterator[tuple[list[list[int
         yield role, slots, [[off * off, 1.0] if size else [0.0, 0.0] for _ in range(SIDE)]  # type: ignore[misc]
 
 
-def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
-    """Random products, with faults: the same decisions, reasons and state as the rules in Python give."""
-    for seed, fixed, protect, steps in ((0, False, True, 10), (1, True, True, 4), (2, False, False, 4)):
+def decisions_are_those_of_the_rules(device: str) -> None:
+    """Some hundred random products, with faults: the same decisions, reasons and state as the rules in Python give."""
+    for seed, fixed, protect, steps in ((19, False, True, 24), (1, True, True, 6), (2, False, False, 6)):
         draw = random.Random(seed)
         policy = ReturnPolicy(return_after=2, retry_rate=0.05)
         limits = Limits(overflow=0.02, underflow=0.03) if fixed else None
@@ -218,7 +220,7 @@ def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
         table = torch.cat([rows.run_row(policy, Run())[None], *map(rows.store_node, nodes)])
         states = {"eager": table.clone(), "kernel": table.to(device)}
         flags, reasons = set[float](), set[int]()
-        for step in range(steps * times):
+        for step in range(steps):
             for state in states.values():
                 state[:, rows.DOUBT] = 0
             for number, (role, slots, probes) in itertools.product(range(2), [*measurements(draw, step)]):  # type: ignore[misc]
@@ -248,7 +250,7 @@ def decisions_are_those_of_the_rules(device: str, times: int = 1) -> None:
                     reasons.add(int(one[row, rows.REASON]) % rows.OPERAND)
         if protect and not fixed:
             assert flags == {1.0, 10.0, 11.0}
-            assert len(reasons) > (4 if times > 1 else 1), reasons
+            assert len(reasons) > 6, reasons
 
 
 def networks_train_as_with_the_immediate_engine(device: str) -> None:
@@ -267,13 +269,5 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    wrong = {}
-    times = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    checks = {"decisions": lambda device: decisions_are_those_of_the_rules(device, times)} if times > 1 else CHECKS
-    for name, check in checks.items():
-        try:
-            check("cpu")
-        except Exception:
-            wrong[name] = traceback.format_exc()
-    print(json.dumps(wrong))
+    look_once()
+    say_what_went_wrong({name: functools.partial(check, "cpu") for name, check in CHECKS.items()})

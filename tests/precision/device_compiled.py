@@ -7,8 +7,6 @@ program: a line of JSON that says what went wrong in which.
 from __future__ import annotations
 
 import contextlib
-import json
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -25,6 +23,7 @@ from lightning_efficient.precision.device.forms import E4M3, E5M2, INT8, SLOT, F
 from lightning_efficient.precision.device.kernels import codes as encoding
 from lightning_efficient.precision.device.verdict import Seen
 from lightning_efficient.precision.probes import SIDE
+from tests.helpers.interpreter import say_what_went_wrong
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -135,11 +134,4 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    wrong = {}
-    for name, check in CHECKS.items():
-        try:
-            with caught():
-                check()
-        except Exception:
-            wrong[name] = traceback.format_exc()
-    print(json.dumps(wrong))
+    say_what_went_wrong({name: caught()(check) for name, check in CHECKS.items()})

@@ -83,6 +83,29 @@ def test_with_other_settings_all_learns_anew(
     assert node.tensors["input"].limits.underflow == other.get("thresholds", {}).get("underflow", 0.01)
 
 
+def test_on_other_hardware_it_is_measured_anew_whether_low_bits_pay(recwarn: pytest.WarningsRecorder) -> None:
+    before = plugin(only_if_faster=True)
+    node = before._make("layer", "linear")
+    node.learning.batches, node.products["forward"].status.low = 70, 20
+    node.learning.low_pays = node.products["grad_input"].low_pays = False
+    node.tensors["input"].limits.underflow = 0.5
+    state, here, old, other = (before.state_dict(), *(plugin(only_if_faster=True) for _ in range(3)))
+    here.load_state_dict(state)
+    old.load_state_dict({name: value for name, value in state.items() if name != "measured_on"})
+    assert here._make("layer", "linear").state_dict() == old._make("layer", "linear").state_dict() == node.state_dict()
+    torch.set_num_threads(2)
+    unasked, not_timed = plugin(), plugin()
+    not_timed.load_state_dict(unasked.state_dict() | {"measured_on": "another machine", "nodes": state["nodes"]})
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"other hardware \(.*1 torch threads; here: .*2 torch threads\).*anew"):
+        other.load_state_dict(state)
+    found = other._make("layer", "linear")
+    assert not found.learning.done
+    assert found.learning.low_pays is found.products["grad_input"].low_pays is None
+    assert found.products["forward"].status.low == 20
+    assert found.tensors["input"].limits.underflow == 0.5
+
+
 def test_a_checkpoint_is_for_devices_too() -> None:
     resumed = plugin()
     run = Run(eager)
