@@ -1,16 +1,18 @@
-"""Offloading in processes of its own: within a bound of memory, and killed with -9 at random moments."""
+"""Offloading in processes of its own: within a bound of memory, and killed with -9 at random moments.
+
+The bound is the budget that ``OffloadStrategy`` is given and 64 MiB. Held against it is all resident memory of the
+process, anonymous and of files, above its base: what it has with Python, torch, Lightning and this package imported and
+its data made, right before it makes a Trainer and a model.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
-import os
 import random
 import resource
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,7 @@ from lightning_efficient.offload.tiers.spill_header import verify
 
 __all__ = ["Bounds", "Kills", "kills", "trains_in_bounds"]
 
-_STAGING = 64 << 20  # for records on their way
-_ALLOWANCE = 64 << 20  # beside the budget and that: what torch, Lightning and a batch need
+_ALLOWANCE = 64 << 20  # beside the budget: what torch, Lightning and a batch need
 _STACKS = 96 << 20  # of threads, which count as allocated though next to nothing of them is used
 
 
@@ -53,11 +54,10 @@ class _Within(pl.Callback):
     Args:
         allowed: Bytes that ``RLIMIT_DATA`` counts.
         meter: Of resident memory.
-        from_step: Whose beginning starts the meter; until then the model is made.
     """
 
-    def __init__(self, allowed: int | None, meter: MemoryMeter, from_step: int) -> None:
-        self.allowed, self.meter, self.from_step = allowed, meter, from_step
+    def __init__(self, allowed: int | None, meter: MemoryMeter) -> None:
+        self.allowed, self.meter = allowed, meter
         self.losses: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -65,8 +65,8 @@ class _Within(pl.Callback):
             resource.setrlimit(resource.RLIMIT_DATA, (self.allowed,) * 2)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if len(self.losses) == self.from_step:
-            self.meter.start()
+        if not self.losses:
+            self.meter.start()  # until then the model was made
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         self.losses.append(float(outputs["loss"]))
@@ -78,21 +78,17 @@ class _Arm:
 
     Attributes:
         kinds: What is on the disk; empty: nothing is offloaded.
-        budget: Of what is placed, in bytes.
-        returns_memory: Whether freed memory goes back to the system at once (``MALLOC_MMAP_THRESHOLD_``).
+        budget: For all that the strategy has in memory, in bytes.
         limited: Whether the system gives no more than the bound.
-        from_step: From which on it is measured.
     """
 
     kinds: tuple[str, ...]
     budget: int
-    returns_memory: bool = True
     limited: bool = True
-    from_step: int = 0
 
     @property
     def bound(self) -> int:
-        return self.budget + _STAGING + _ALLOWANCE
+        return self.budget + _ALLOWANCE
 
 
 def _memory() -> dict[str, int]:
@@ -109,12 +105,9 @@ def _bounded_run(folder: Path, arm: _Arm, width: int, layers: int, steps: int) -
     base, meter = _memory(), MemoryMeter()
     meter.start()
     strategy: Any = OffloadStrategy(
-        memory_budget={"host": arm.budget},
-        offload_dir=folder,
-        place=dict.fromkeys(arm.kinds, "disk"),
-        staging=_STAGING,
+        memory_budget={"host": arm.budget}, offload_dir=folder, place=dict.fromkeys(arm.kinds, "disk")
     )
-    within = _Within(base["data"] + arm.bound + _STACKS if arm.limited else None, meter, arm.from_step)
+    within = _Within(base["data"] + arm.bound + _STACKS if arm.limited else None, meter)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, strategy=strategy if arm.kinds else "auto", max_epochs=1, callbacks=[within],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -152,23 +145,21 @@ def trains_in_bounds(folder: Path, *, quick: bool) -> Bounds:
     width, layers, steps = (1024, 48, 3) if quick else (2048, 16, 20)
     largest = 4 * width * width
     parameters = largest * layers
-    needed = parameters + largest  # with the gradient of one, which is updated as soon as it is there
+    state = 2 * largest
+    needed = parameters + largest + 2 * state  # the gradient of one, which is updated at once, and two records
     everything = ("optimizer_state", "gradient", "parameter")
     arms = {
         "AdamW in memory": _Arm((), needed),
         "state on a disk": _Arm(("optimizer_state",), needed),
-        "state on a disk, malloc as it is": _Arm(("optimizer_state",), needed, returns_memory=False, limited=False),
-        "state, gradients, parameters on a disk": _Arm(everything, 2 * largest, limited=False, from_step=1),
+        "state, gradients, parameters on a disk": _Arm(everything, 6 * largest, limited=False),
     }
     rows, found = [], {}
     for number, (name, arm) in enumerate(arms.items()):
         place = folder / str(number)
         place.mkdir()
-        with _environment("MALLOC_MMAP_THRESHOLD_", "1000000" if arm.returns_memory else None):
-            process = multiprocessing.get_context("spawn").Process(
-                target=_bounded_run, args=(place, arm, width, layers, steps)
-            )
-            process.start()
+        arguments = (place, arm, width, layers, steps)
+        process = multiprocessing.get_context("spawn").Process(target=_bounded_run, args=arguments)
+        process.start()
         process.join()
         found[name] = json.loads((place / "found.json").read_text())
         outcome = found[name].get("error", f"trained {len(found[name]['losses'])} steps")
@@ -184,29 +175,14 @@ def trains_in_bounds(folder: Path, *, quick: bool) -> Bounds:
     title = f"{parameters / 2**20:.0f} MiB of parameters within a bound"
     header = ("", "budget (MiB)", "bound (MiB)", "resident memory grew at most by (MiB)", "outcome")
     note = (
-        "The budget is what is placed there: all parameters and the gradient of the largest, or room for two layers; "
-        f"the bound is that, {_STAGING >> 20} MiB of staging and {_ALLOWANCE >> 20} MiB for torch, Lightning and a "
-        "batch. Held against it is all resident memory, anonymous and of files; in the first two rows the system "
-        "gives no more anonymous memory either (RLIMIT_DATA), from the start of training on. Where parameters are on "
-        "the disk the first step is not counted, before which the model was made in memory. All but the third row "
-        "start with MALLOC_MMAP_THRESHOLD_=1000000, so that freed memory goes back to the system; that row is no part "
-        "of rss_bound."
+        "The budget holds all parameters, the gradient of the largest, and the optimizer state of two on its way; or, "
+        "where everything is on the disk, what six of the parameters take. The bound is that and "
+        f"{_ALLOWANCE >> 20} MiB. Held against it is all resident memory, anonymous and of files, above what the "
+        "process has when everything is imported and the data are made, from the first step on (before it the model "
+        "is made in memory). In the first two rows the system gives no more anonymous memory either (RLIMIT_DATA), "
+        "from the start of training on. Nothing is said to the C library in the environment."
     )
     return Bounds(held, Table(title, header, rows, note))
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
-    """What processes find that are started meanwhile; None: nothing of this name."""
-    before = os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------

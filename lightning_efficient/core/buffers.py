@@ -6,34 +6,17 @@ import contextlib
 import ctypes
 import mmap
 import os
-import sys
 import threading
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["PAGE", "BufferPool", "HostBuffer", "return_freed_memory", "round_up"]
+__all__ = ["PAGE", "BufferPool", "HostBuffer", "round_up"]
 
 PAGE = mmap.PAGESIZE
 _PORTABLE = 1  # cudaHostRegisterPortable: for all devices
 _TOUCH = 8 << 20  # bytes that are touched between two looks at whether others want the interpreter
-
-
-def return_freed_memory() -> None:
-    """Give the system what was freed, where the C library keeps it.
-
-    That of GNU does, and before version 2.38 it does not use freed aligned memory, as that of tensors, again either.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _malloc_trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def round_up(nbytes: int) -> int:

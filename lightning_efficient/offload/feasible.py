@@ -17,17 +17,22 @@ from torch.optim import Optimizer
 
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.core.units import human_bytes
+from lightning_efficient.offload.on_the_way import OnTheWay
 from lightning_efficient.offload.placement import Attribute, Placement, Room, Rules, plan
 from lightning_efficient.offload.settings import Settings
 from lightning_efficient.offload.updates.subset_step import state_bytes
 
-__all__ = ["check_rooms", "check_staging", "plan_with_window", "window_bytes"]
+__all__ = ["check_rooms", "check_staging", "check_way", "plan_with_window", "share_room", "window_bytes"]
 
 _WINDOW = 2  # of the largest module: one is fetched while another computes
 
 
 def plan_with_window(
-    attributes: Sequence[Attribute], rooms: Sequence[Room], rules: Rules, at_once: Mapping[str, Collection[str]]
+    attributes: Sequence[Attribute],
+    rooms: Sequence[Room],
+    rules: Rules,
+    at_once: Mapping[str, Collection[str]],
+    way: OnTheWay | None = None,
 ) -> Placement:
     """See :func:`~.placement.plan`; where parameters go elsewhere, what stays leaves room for those that are in use.
 
@@ -36,30 +41,92 @@ def plan_with_window(
         rooms: The first one is where parameters are used.
         rules: Of the user.
         at_once: The names of the parameters that are used at once, by the module that does.
+        way: What is on its way has its memory in the first room too; None: beside it.
 
     Raises:
         ValueError: If the room is too small for what must be there and the largest module.
     """
+    if way is None:
+        return _planned(attributes, rooms, rules, at_once)
+    tight = _planned(attributes, rooms, rules, at_once, way)
+    ample = _planned(attributes, rooms, rules, at_once, way, ample=True)
+    return ample if _kept(ample) >= _kept(tight) else tight
+
+
+def _kept(placement: Placement) -> tuple[int, bool]:
+    """What stays where it is used of that which a step moves most often: parameters, and what backward needs."""
+    here = [row.attribute for row in placement.rows if row.tier == placement.rooms[0].tier]
+    parameters = sum(attribute.nbytes for attribute in here if attribute.kind == "parameter")
+    return parameters, any(attribute.kind == "activation" for attribute in here)
+
+
+def _planned(
+    attributes: Sequence[Attribute],
+    rooms: Sequence[Room],
+    rules: Rules,
+    at_once: Mapping[str, Collection[str]],
+    way: OnTheWay | None = None,
+    *,
+    ample: bool = False,
+) -> Placement:
+    """With room for the least that is on its way, or, if there is as much, for what is of use (``ample``)."""
     placement, first, reserved = plan(attributes, rooms, rules), rooms[0], 0
+
+    def with_room(nbytes: int) -> Placement:
+        return replace(plan(attributes, [Room(first.tier, nbytes), *rooms[1:]], rules), rooms=tuple(rooms))
+
+    def moving() -> int:
+        if way is None:
+            return 0
+        return way.preferred(placement) if ample else way.least(placement)
+
     while first.nbytes is not None:
         module, largest, away = _largest(placement, at_once)
-        wanted, free = min(_WINDOW * largest, away), first.nbytes - placement.used(first.tier)
-        if not away or free >= wanted:
+        wanted, used = min(_WINDOW * largest, away) + moving(), placement.used(first.tier)
+        if first.nbytes - used >= wanted:
             break
         if reserved >= wanted:  # nothing else is there that a plan could send away
-            if free < largest:
-                used = placement.used(first.tier)
+            if way is not None:
+                placement = with_room(used)  # what must be here, which is not room for nothing
+            least = moving()
+            if away and first.nbytes < used + largest + least and not ample:
+                enough = used + largest + least
                 raise ValueError(
                     f"memory_budget allows {human_bytes(first.nbytes)} of {first.tier} memory, which cannot be: module "
                     f"'{module}' uses parameters of {human_bytes(largest)} at a time, and {human_bytes(used)} of other "
-                    "tensors stay there (small parameters, and what `place` puts there). Give memory_budget at least "
-                    f"{used + largest:,} bytes, or make the module smaller."
+                    f"tensors stay there (small parameters, and what `place` puts there){_and_moving(least)}. Give "
+                    f"memory_budget at least {way.enough(placement, enough) if way else enough:,} bytes, or make the "
+                    "module smaller."
                 )
             break
         reserved = wanted
-        fewer = Room(first.tier, max(0, first.nbytes - reserved))
-        placement = replace(plan(attributes, [fewer, *rooms[1:]], rules), rooms=tuple(rooms))
+        placement = with_room(max(0, first.nbytes - reserved))
     return placement
+
+
+def _and_moving(least: int) -> str:
+    return f", and what is on its way needs {human_bytes(least)}" if least else ""
+
+
+def share_room(placement: Placement, at_once: Mapping[str, Collection[str]], way: OnTheWay | None) -> tuple[int, int]:
+    """How the room that a plan leaves where parameters are used is shared.
+
+    Args:
+        placement: The plan.
+        at_once: See :func:`plan_with_window`.
+        way: Likewise.
+
+    Returns:
+        The bytes for parameters that live elsewhere, their window, and the ``staging`` of what is on its way, which may
+        be more than fits, as :func:`check_way` says; 0 without ``way``.
+    """
+    first, (_, largest, away) = placement.rooms[0], _largest(placement, at_once)
+    if way is None or first.nbytes is None:
+        return window_bytes(placement), 0
+    free, least = first.nbytes - placement.used(first.tier), way.least(placement)
+    over = free - least - min(_WINDOW * largest, away)  # beside what both need
+    staging = way.fitted(placement, least + max(0, over // 2 if away > _WINDOW * largest else over))
+    return max(0, min(away, free - way.total(placement, staging))), staging
 
 
 def window_bytes(placement: Placement) -> int:
@@ -67,6 +134,31 @@ def window_bytes(placement: Placement) -> int:
     first = placement.rooms[0]
     away = sum(_away(placement).values())
     return away if first.nbytes is None else min(away, first.nbytes - placement.used(first.tier))
+
+
+def check_way(placement: Placement, way: OnTheWay | None) -> None:
+    """Whether the budget has room for what is on its way, beside what is there.
+
+    Args:
+        placement: The plan.
+        way: See :func:`plan_with_window`.
+
+    Raises:
+        ValueError: If it has not, naming what is enough.
+    """
+    first = placement.rooms[0]
+    if way is None or first.nbytes is None:
+        return
+    used, least = placement.used(first.tier), way.least(placement)
+    if not least or used + least <= first.nbytes:
+        return
+    staging = f"staging={way.given:,} bytes" if way.given is not None else "one record, the largest"
+    raise ValueError(
+        f"memory_budget allows {human_bytes(first.nbytes)} of {first.tier} memory, which cannot be: "
+        f"{human_bytes(used)} of tensors stay there, and what is on its way to and from other tiers needs "
+        f"{human_bytes(least)} at least ({staging}, and room for what else moves). Give memory_budget at least "
+        f"{way.enough(placement, used + least):,} bytes, or place less there."
+    )
 
 
 def _away(placement: Placement) -> dict[str, int]:

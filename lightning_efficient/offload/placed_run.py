@@ -11,10 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.core.freed_memory import ReturnsFreedMemory, return_freed_memory
 from lightning_efficient.core.units import human_bytes
-from lightning_efficient.offload.feasible import check_rooms, check_staging, plan_with_window, window_bytes
+from lightning_efficient.offload.feasible import check_rooms, check_staging, check_way, plan_with_window, share_room
 from lightning_efficient.offload.inventory import attributes_of, to_device
 from lightning_efficient.offload.limit import LimitMeter, Work
+from lightning_efficient.offload.on_the_way import STAGING_BYTES, OnTheWay
 from lightning_efficient.offload.placement import Attribute, Kind, Placement, Room, Row, Rules, plan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.settings import Settings
@@ -34,13 +36,8 @@ from lightning_efficient.offload.updates.host_steps import HostSteps
 from lightning_efficient.offload.updates.schedule import Updates
 from lightning_efficient.offload.updates.staging import Staging
 
-__all__ = ["TOGETHER_BYTES", "PlacedRun", "Schedule"]
+__all__ = ["PlacedRun", "Schedule"]
 
-TOGETHER_BYTES = 4 << 20
-"""Of parameters that are updated in one go, for records that are worth a disk's while."""
-_STAGING = 256 << 20  # bytes for records on their way, if nothing else is said and none is larger
-_PARTS = {"optimizer_state": 1, "activation": 2, "gradient": 4, "updates on the host": 2}
-"""What is on its way has memory of its own, by kind: so much of `staging` (a half, a quarter)."""
 Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 
 
@@ -106,19 +103,31 @@ class PlacedRun:
         self._staging: Staging | DeviceStaging | None = None
         self._accumulates_elsewhere = False
         self.placement = Placement((), ())
+        self._staged_bytes = 0  # what a budget leaves for `staging`
+        self._returns = ReturnsFreedMemory() if self.tiers.budgeted else None
         try:
             self._place()
         except BaseException:
-            self.tiers.close()
+            self._let_go_of_memory()
             raise
+
+    def _let_go_of_memory(self) -> None:
+        """The tiers are gone, and the C library is as it was."""
+        try:
+            self.tiers.close()
+        finally:
+            if self._returns is not None:
+                self._returns.close()
+
+    def _return_freed_memory(self) -> None:
+        """Of what has gone elsewhere, and was made before freed memory went back at once."""
+        if self.tiers.budgeted:
+            return_freed_memory()
 
     @property
     def staging_bytes(self) -> int:
-        """Memory for optimizer state on its way: as given, or enough for two of the largest records."""
-        if self._settings.staging_bytes is not None:
-            return self._settings.staging_bytes
-        sizes = [a.nbytes for a in self.attributes if self._elsewhere(a.kind, a.name) is not None]
-        return max(_STAGING, 2 * max(sizes, default=0) + TOGETHER_BYTES)
+        """Memory for optimizer state on its way: as given, or what is of use; less where a budget leaves less."""
+        return self._staged_bytes or self._way().wanted(self.placement)
 
     @property
     def waited_seconds(self) -> float:
@@ -161,18 +170,28 @@ class PlacedRun:
 
     def ways(self) -> list[str]:
         """Of what is elsewhere: the memory for it on its way, and the folder of what is on a disk."""
-        away = self._away()
-        kinds: set[str] = {row.attribute.kind for row in away}
-        if self._chosen.site == "host" and "optimizer_state" in kinds:
-            kinds.add("updates on the host")
-        most = sum(self._on_the_way(kind) for kind in kinds & _PARTS.keys())
-        parts = [f"staging up to {human_bytes(most)}, beside the budget"] if most else []
+        away, way = self._away(), self._way()
+        most = sum(self._on_the_way(kind) for kind in way.kinds(self.placement))
+        where = "beside"
+        if self.tiers.budgeted:
+            most, where = way.total(self.placement, self.staging_bytes), "within"
+        parts = [f"staging up to {human_bytes(most)}, {where} the budget"] if most else []
         on_disk = any(row.tier == "disk" for row in away)
         return [*parts, f"files in {self.tiers.directory.absolute()}"] if on_disk else parts
 
     def _on_the_way(self, kind: str) -> int:
         """Most memory for what is on its way."""
-        return self.staging_bytes // _PARTS[kind]
+        return OnTheWay.part(kind, self.staging_bytes)
+
+    def _way(self) -> OnTheWay:
+        return OnTheWay(
+            self._settings.staging_bytes, self._chosen.site == "host", disk_buffer_bytes=self.tiers.disk_buffer_bytes
+        )
+
+    @property
+    def _way_in_budget(self) -> OnTheWay | None:
+        """What is on its way, if that counts within a budget."""
+        return self._way() if self.tiers.budgeted else None
 
     def look(self) -> None:
         """As a batch begins: the means among the measurements are of the batches since the last look from now on."""
@@ -232,17 +251,18 @@ class PlacedRun:
             self.tiers.rooms(self._parameters, self._optimizers, self.placement),
             used_at_once(self._module),
         )
-        self.placement = plan_with_window(self.attributes, rooms, self._rules, at_once)
+        self.placement = plan_with_window(self.attributes, rooms, self._rules, at_once, self._way_in_budget)
         self._choose_site()
         streams = any(row.attribute.kind == "parameter" for row in self._away())
-        if self._chosen.site == "host" and not streams:  # what is streamed has its value with it
-            self._values_stay = True
+        if self._chosen.site == "host":
+            self._values_stay = not streams  # what is streamed has its value with it
             self.attributes = self._attributes()
-            with_values = plan_with_window(self.attributes, rooms, self._rules, at_once)
+            with_values = plan_with_window(self.attributes, rooms, self._rules, at_once, self._way_in_budget)
             self.placement = without_values_on_disk(with_values, self._plain)
-        self._window_bytes = window_bytes(self.placement)
+        self._window_bytes, self._staged_bytes = share_room(self.placement, at_once, self._way_in_budget)
         named = self.tiers.unbudgeted({row.tier for row in self._away()})
         check_rooms(self.placement, self._rules, named, self._settings.stays)
+        check_way(self.placement, self._way_in_budget)
         check_staging(self.placement, self._module, self._optimizers, self._settings, values_stay=self._values_stay)
         placed = {
             name: self.tiers.get(tier)
@@ -257,6 +277,7 @@ class PlacedRun:
             )
             self.tiers.commit()
             self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
+            self._return_freed_memory()
 
     def _choose_site(self) -> None:
         away = self._away()
@@ -270,7 +291,7 @@ class PlacedRun:
                 self._optimizers,
                 streams=any(row.attribute.kind == "parameter" for row in away),
                 master_weights=self._settings.master_weights,
-                staging_bytes=self._settings.staging_bytes or _STAGING,
+                staging_bytes=self._settings.staging_bytes or STAGING_BYTES,
                 directory=self.tiers.directory,
             )
 
@@ -286,11 +307,15 @@ class PlacedRun:
         came = [attribute for attribute in self.attributes if (attribute.kind, attribute.name) not in known]
         came_to = plan(came, self._left(self.placement.rooms, self.placement), self._rules)
         self.placement = Placement((*self.placement.rows, *came_to.rows), self.placement.rooms)
+        if (way := self._way_in_budget) is not None:
+            self._staged_bytes = max(self._staged_bytes, way.fitted(self.placement, 0))  # the largest record fits
 
     def _left(self, rooms: Sequence[Room], fixed: Placement) -> list[Room]:
         """What of the rooms is left beside what is fixed, and the parameters on their way."""
         taken = {room.tier: fixed.used(room.tier) for room in rooms}
         taken[self.tiers.fastest] += self._window_bytes
+        if (way := self._way_in_budget) is not None:
+            taken[self.tiers.fastest] += way.total(self.placement, self.staging_bytes)
         return [Room(r.tier, None if r.nbytes is None else max(0, r.nbytes - taken[r.tier])) for r in rooms]
 
     def _arrangement(self) -> list[list[int]]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_efficient.core.buffers import round_up
-from lightning_efficient.offload.placed_run import TOGETHER_BYTES, PlacedRun
+from lightning_efficient.offload.on_the_way import TOGETHER_BYTES
+from lightning_efficient.offload.placed_run import PlacedRun
 from lightning_efficient.offload.placement import Placement, Room, keep_or_replan
 from lightning_efficient.offload.saved.activations import SavedTensorOffload
 from lightning_efficient.offload.site_choice import without_values_on_disk
@@ -211,7 +212,7 @@ class OffloadSession(PlacedRun):
     def close(self) -> None:
         """Take everything down; what is only in the tiers is gone."""
         with contextlib.ExitStack() as ending:
-            ending.callback(self.tiers.close)
+            ending.callback(self._let_go_of_memory)
             if self._staging is not None:
                 ending.callback(self._staging.close)
                 self._staging = None
@@ -262,6 +263,8 @@ class OffloadSession(PlacedRun):
     def _begin(self) -> None:
         if self._staging is None:
             raise RuntimeError("start() comes first.")
+        if isinstance(self._staging, Staging):
+            self._staging.resize(self.staging_bytes)
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         self.gradients = self._gradient_store(names)
         self.engine = self._new_engine(names)
@@ -278,6 +281,7 @@ class OffloadSession(PlacedRun):
             )
         self.updates = self._new_updates()
         self.tiers.prepare(self._bytes_to_come)
+        self._return_freed_memory()
 
     def _bytes_to_come(self, tier: str) -> int:
         """What the first steps will reserve there, in pages: optimizer state, which a disk has twice, and gradients."""

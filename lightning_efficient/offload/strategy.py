@@ -33,8 +33,8 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
     Args:
         memory_budget: How much may be in the fastest memory (bytes, or a text such as ``"6GiB"``), or an amount for
             each tier: ``{"device": "auto", "host": "2GiB", "disk": "100GiB"}``. ``auto``, and a tier that is not
-            named, is what is free when training begins, less a fifth. It is of what is placed; ``staging`` and
-            activations come on top.
+            named, is what is free when training begins, less a fifth. An amount for the memory of the host, on a CPU,
+            is for all that the strategy holds there; others are of what is placed, and ``staging`` comes on top.
         offload_dir: Folder for what goes to a disk; what is relative, and ``offload`` for None, is below the Trainer's
             ``default_root_dir``.
         place: Where tensors go, whatever the plan would say: from a kind (``parameter``, ``gradient``,
@@ -51,11 +51,11 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
             there, and the state comes and goes; ``host``: by the CPU, which gets gradients and sends new values, and
             whose kernels may round differently; ``auto``: what is faster, measured when training begins. Without a
             GPU there is one place only.
-        staging: Most memory for optimizer state on its way, beside the budget: it is taken as it is needed, and one
-            record (the optimizer state of a parameter, or of small neighbours) must fit. None: 256 MiB, or what two of
-            the largest records take. What else is on its way has memory beside it: activations half as much,
-            gradients a quarter, gradients and values of updates on the host half, so that all kinds together take up
-            to 2.25 times ``staging``.
+        staging: Most memory for optimizer state on its way: it is taken as it is needed, and one record (the optimizer
+            state of a parameter, or of small neighbours) must fit. None: 256 MiB, or what two of the largest records
+            take; where a budget for the host counts it, what that leaves, and one record at least. What else is on its
+            way has memory beside it: activations half as much, gradients a quarter, gradients and values of updates on
+            the host half, so that all kinds together take up to 2.25 times ``staging``.
         master_weights: Keep parameters of 16 bits in float32 beside them, and update those.
         batch_feedback: Split a batch into micro-batches within the step when memory is short, go back to the step's
             beginning after an out-of-memory error, and merge them again when there is room; the batch that the

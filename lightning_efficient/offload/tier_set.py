@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient.core.torch_internals import local_part
 from lightning_efficient.offload.batches.free_memory import free_bytes
+from lightning_efficient.offload.on_the_way import disk_buffer_bytes
 from lightning_efficient.offload.placement import Placement, Room
 from lightning_efficient.offload.tiers import numa
 from lightning_efficient.offload.tiers.disk import DiskTier
@@ -28,6 +29,12 @@ _RESERVED = 0.2  # of the memory that is free at the start, where no budget is g
 
 class TierSet:
     """What there is beside the memory in which a run computes.
+
+    Attributes:
+        directory: See below.
+        fastest: The tier in which the run computes.
+        budgeted: Whether that is the memory of the host, with a budget that was given: for all that it holds.
+        disk_buffer_bytes: See :func:`~.on_the_way.disk_buffer_bytes`.
 
     Args:
         device: On which it computes.
@@ -49,6 +56,9 @@ class TierSet:
             tier = same.get(name, name)
             free = self._free_on_node(tier) if amount is None else amount
             self._budgets[tier] = min(free, self._budgets.get(tier, free))
+        least = self._budgets.get("host") if self.fastest == "host" else None
+        self.budgeted = least is not None
+        self.disk_buffer_bytes = disk_buffer_bytes(least)
         self._reserves: dict[str, int] = {}  # by device
         self._tiers: dict[str, DiskTier | HostTier] = {}
         self._made: Path | None = None
@@ -62,7 +72,7 @@ class TierSet:
         if name not in self._tiers:
             if name == "disk":
                 self._made = self.directory if not self.directory.exists() else self._made
-                self._tiers[name] = DiskTier(self.directory)
+                self._tiers[name] = DiskTier(self.directory, buffer_bytes=self.disk_buffer_bytes)
             else:
                 node = _node(name) if name.startswith("numa") else None
                 budget = self._budgets.get(name)

@@ -163,7 +163,8 @@ def test_a_disk_that_dies_leaves_an_ordinary_module(writes: int, monkeypatch: py
             raise OSError(5, "Input/output error")
         return os.pwritev(*arguments)
 
-    monkeypatch.setattr(tier_set, "DiskTier", lambda folder: DiskTier(folder, system=SystemCalls(pwritev=pwritev)))
+    calls = SystemCalls(pwritev=pwritev)
+    monkeypatch.setattr(tier_set, "DiskTier", lambda folder, **others: DiskTier(folder, system=calls, **others))
     with pytest.raises(OSError, match="Input/output error"):
         fit(None, build=delayed(), module=module, max_steps=60)
     assert set(threading.enumerate()) == before

@@ -110,7 +110,7 @@ def test_a_checkpoint_is_loaded_while_state_is_elsewhere_o3(schedule: str, tmp_p
 def evaluated(rank: int, root: Path) -> None:
     """Fit, evaluated, and fit again by the same Trainer; and evaluated by one that does not train."""
     found = []
-    for name, build in (("plain", plain), ("ours", lambda: ours(memory_budget="64KiB"))):
+    for name, build in (("plain", plain), ("ours", lambda: ours(memory_budget="192KiB"))):
         finished = run(root / name, build(), limit_val_batches=1)
         torch.distributed.barrier()
         trainer, module, data = finished.trainer, finished.module, demo_data()

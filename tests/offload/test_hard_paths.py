@@ -615,7 +615,8 @@ def test_a_disk_that_dies_leaves_an_ordinary_module(writes: int, way: str, monke
             raise OSError(5, "Input/output error")
         return os.pwritev(*arguments)
 
-    monkeypatch.setattr(tier_set, "DiskTier", lambda folder: DiskTier(folder, system=SystemCalls(pwritev=pwritev)))
+    calls = SystemCalls(pwritev=pwritev)
+    monkeypatch.setattr(tier_set, "DiskTier", lambda folder, **others: DiskTier(folder, system=calls, **others))
     module = Small()
     trainer = make_trainer(max_steps=20, strategy=OffloadStrategy(offload_dir="swap", **WAYS[way]))
     with pytest.raises(OSError, match="Input/output error"):

@@ -87,3 +87,15 @@ def test_a_cap_within_a_page_is_told_and_not_waited_for() -> None:
     with pytest.raises(MemoryError, match="Give `staging` more"):
         staging.room(SIZE - 1)
     staging.close()
+
+
+def test_records_may_become_larger() -> None:
+    placed = records(1)[0]
+    staging = Staging(SIZE - PAGE)
+    with pytest.raises(MemoryError, match="Give `staging` more"):
+        staging.read(placed)
+    staging.resize(SIZE)
+    staging.drop(staging.read(placed))
+    staging.resize(SIZE - PAGE)
+    assert staging.held_bytes == 0
+    staging.close()

@@ -121,7 +121,7 @@ def test_gradients_that_others_look_at_stay() -> None:
         MisconfigurationException, match=r"place\['gradient'\]='disk' cannot be: gradients leave .*Sees"
     ):
         fit(None, build=offload(place={"gradient": "disk"}), after=[SeesGradients()])
-    run = fit(None, build=offload(place=None, memory_budget="1KiB"), after=[SeesGradients()], max_steps=2)
+    run = fit(None, build=offload(place=None, memory_budget="540KiB"), after=[SeesGradients()], max_steps=2)
     assert "| gradient | backward to update | host |" in run.trainer.strategy.placement()
 
 
@@ -152,10 +152,10 @@ def test_everything_on_the_disk_o3_o6_o8(
 
 def test_a_model_that_is_larger_than_the_budget_o6(tmp_path: Path) -> None:
     place = {"parameter": "disk", "optimizer_state": "disk"}
-    run = fit(None, build=offload(place=place, memory_budget={"host": "150KiB"}), max_steps=4)
+    run = fit(None, build=offload(place=place, memory_budget={"host": "160KiB"}), max_steps=4)
     same(run, fit(None, max_steps=4))
     peak = max(m["offload/parameter_resident_bytes"] for _, m in run.logged if "offload/parameter_resident_bytes" in m)
-    assert 0 < peak <= 150 * 1024
+    assert 0 < peak <= 160 * 1024
     with pytest.raises(ValueError, match="budget"):
         fit(None, build=offload(place=place, memory_budget={"host": "10KiB"}), max_steps=1)
 
@@ -476,7 +476,7 @@ def assert_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch, most: int
         os.posix_fallocate(descriptor, offset, nbytes)
 
     full, steps = SystemCalls(fallocate=fallocate), Steps()
-    monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=full))
+    monkeypatch.setattr(tier_set, "DiskTier", lambda directory, **others: DiskTier(directory, system=full, **others))
     with pytest.raises(OSError, match=message):
         fit(None, build=offload(), before=[steps])
     assert steps.begun == 0
@@ -509,7 +509,7 @@ def test_a_disk_that_dies_stops_the_run_and_leaves_the_checkpoint(
         return os.pwritev(*arguments)
 
     dying = SystemCalls(pwritev=pwritev)
-    monkeypatch.setattr(tier_set, "DiskTier", lambda directory: DiskTier(directory, system=dying))
+    monkeypatch.setattr(tier_set, "DiskTier", lambda directory, **others: DiskTier(directory, system=dying, **others))
     checkpoint = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     with pytest.raises(OSError, match="Input/output error"):
         fit(None, build=offload(), after=[checkpoint], enable_checkpointing=True)

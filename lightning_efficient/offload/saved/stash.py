@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_efficient.core.buffers import return_freed_memory
+from lightning_efficient.core.freed_memory import return_freed_memory
 from lightning_efficient.offload.saved.fetched import Fetched
 from lightning_efficient.offload.saved.rooms import Rooms
 from lightning_efficient.offload.saved.stashed import Stashed, StashStatistics

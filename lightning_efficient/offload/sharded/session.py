@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_efficient.offload.placed_run import TOGETHER_BYTES
+from lightning_efficient.offload.on_the_way import TOGETHER_BYTES
 from lightning_efficient.offload.placement import Attribute, Placement
 from lightning_efficient.offload.sharded.engine import ShardedEngine, ShardedUpdates
 from lightning_efficient.offload.sharded.joint_session import JointSession

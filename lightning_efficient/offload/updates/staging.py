@@ -76,6 +76,13 @@ class Staging:
         """Memory of all buffers."""
         return self._pool.held_bytes
 
+    def resize(self, cap_bytes: int) -> None:
+        """Another cap, where nothing is on its way: records may be larger than before."""
+        with self._changed:
+            self._pool.cap_bytes = cap_bytes
+            if self._pool.held_bytes > cap_bytes:
+                self._pool.clear()
+
     def expect(self, records: Iterable[Placed]) -> None:
         """These are asked for next, in this order, each once; what was expected before is not any more."""
         with self._changed:
