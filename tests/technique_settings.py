@@ -7,6 +7,7 @@ A technique joins by adding a :class:`TechniqueSetting` to :data:`SETTINGS`; ``t
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 __all__ = [
     "CONTEXT",
     "EPOCH",
+    "RELATED",
     "SETTINGS",
     "STEPS",
     "TechniqueSetting",
@@ -108,6 +110,12 @@ class TechniqueSetting:
         for slot, entry in {**self.yaml, **strategy}.items():
             built[slot] = [_make(spec) for spec in entry] if isinstance(entry, list) else _make(entry)
         return built
+
+    @property
+    def technique(self) -> str:
+        """The class of its first object."""
+        [first, *_] = self.yaml.values()
+        return str((first[0] if isinstance(first, list) else first)["class_path"])
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -313,9 +321,34 @@ def named(name: str) -> TechniqueSetting:
     return next(setting for setting in SETTINGS if setting.name == name)
 
 
-def every(condition: Callable[[TechniqueSetting], Any] = lambda setting: True) -> pytest.MarkDecorator:
-    """Run a test with each ``setting`` for which ``condition`` holds."""
+RELATED = [
+    ["stack", "interleave-reset"],
+    ["share", "share-by-correlation"],
+    ["width", "stack-and-width"],
+    ["activations-lossless", "activations"],
+    ["activations-adaptive", "activations-budget"],
+    ["offload", "offload-everything", "offload-under-forward"],
+]
+"""Settings that do nearly the same."""
+
+
+def every(
+    condition: Callable[[TechniqueSetting], Any] = lambda setting: True, *, turn: int | None = None
+) -> pytest.MarkDecorator:
+    """Run a test with each ``setting`` for which ``condition`` holds.
+
+    Args:
+        condition: By default all.
+        turn: Of those that do nearly the same, only one: of which it is the turn. For promises that are near to
+            others, to which all are held; the tests take turns, so that each setting is in some of them.
+    """
     chosen = [setting for setting in SETTINGS if condition(setting)]
+    if turn is not None:
+        names = {setting.name for setting in chosen}
+        for related in RELATED:
+            among = [name for name in related if name in names]
+            names -= {name for place, name in enumerate(among) if place != turn % len(among)}
+        chosen = [setting for setting in chosen if setting.name in names]
     return pytest.mark.parametrize("setting", chosen, ids=lambda setting: setting.name)
 
 
@@ -325,7 +358,7 @@ def every_with(
     """Run a test with each ``setting`` for which ``condition`` holds, in some of several ways.
 
     Not in all of them, which takes half an hour: neighbours in the registry, which are of a kind, share the ways out
-    among them, and each has one or, of four and more, two.
+    among them, and each has one or, of four and more, two if there are fewer settings of its technique than ways.
 
     Args:
         ways: Arguments of the test by a name.
@@ -333,12 +366,13 @@ def every_with(
     """
     chosen = [setting for setting in SETTINGS if condition(setting)]
     names = list(ways)
-    places = {0, len(names) // 2} if len(names) > 3 else {0}
+    of_technique = Counter(setting.technique for setting in chosen)
     return pytest.mark.parametrize(
         ("setting", *next(iter(ways.values()))),
         [
             pytest.param(setting, *ways[way].values(), id=f"{way}-{setting.name}")
             for number, setting in enumerate(chosen)
-            for way in (names[(number + place) % len(names)] for place in sorted(places))
+            for place in ((0, len(names) // 2) if len(names) > max(3, of_technique[setting.technique]) else (0,))
+            for way in (names[(number + place) % len(names)],)
         ],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,16 @@ TECHNIQUES = {"growth", "checkpointing", "activation_compression", "offload", "p
 FILES = sorted(ROOT.rglob("*.py"))
 
 
+@cache
+def source(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Modules that a file imports at its top or inside functions, as dotted names."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(source(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -76,7 +83,7 @@ def test_private_symbols_of_lightning_live_in_compat(path: Path) -> None:
     """No attribute of a trainer or strategy that begins with an underscore, outside ``compat*.py``."""
     if path.name in ("compat.py", "compat_replay.py", "compat_resume.py", "compat_steps.py"):
         return
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = source(path)
     private = [
         f"{relative(path)}:{node.lineno} {ast.unparse(node)}"
         for node in ast.walk(tree)

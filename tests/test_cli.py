@@ -252,5 +252,5 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     assert len(list(tmp_path.rglob("last.ckpt"))) == 1
     assert "checkpoint/written" in next(tmp_path.rglob("growth+*+precision/efficiency_report.md")).read_text()
     assert "| peak memory of the process |" in next(tmp_path.rglob("comparison.md")).read_text()
-    (small / "growth.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
+    (small / "base.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
     assert compare(arguments) == 1

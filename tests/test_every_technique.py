@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import gc
 import multiprocessing
 import os
@@ -11,7 +13,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,17 @@ from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 from lightning_efficient.growth.arrangement import SHORTENED
 from tests.helpers.fitting import Run, StopAt, assert_continues, assert_same_tree, fit, make_trainer
 from tests.helpers.models import CheckpointedModel, CompiledModel, ManualModel, ScheduledModel, SilentModel
-from tests.technique_settings import EPOCH, STEPS, TechniqueSetting, demo_model, every, every_with, named
+from tests.technique_settings import (
+    EPOCH,
+    RELATED,
+    SETTINGS,
+    STEPS,
+    TechniqueSetting,
+    demo_model,
+    every,
+    every_with,
+    named,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:GPU available but not used"),
@@ -60,6 +72,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The run of a setting, or of plain Lightning, with nothing but it: made once, for all that compare with it."""
+
+    @functools.cache
+    def run(name: str) -> Run:
+        return fit(named(name) if name else None, root=tmp_path_factory.mktemp("usual"))
+
+    return lambda setting=None: run(setting.name if setting else "")
 
 
 def mean(values: list[float]) -> float:
@@ -98,63 +121,64 @@ def demo_names(module: pl.LightningModule) -> list[str]:
 
 
 @every()
-def test_trains_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
-    run = fit(setting, root=tmp_path)
+def test_trains_g8(setting: TechniqueSetting, usual: Callable[..., Run]) -> None:
+    run = usual(setting)
     assert_trained(run)
     assert run.trainer.global_step == STEPS
 
 
 @every(lambda setting: setting.exact)
-def test_changes_no_result_where_it_says_so(setting: TechniqueSetting, tmp_path: Path) -> None:
-    plain, with_it = fit(None), fit(setting, root=tmp_path)
-    with_it.events = []
-    assert_continues(with_it, plain)
+def test_changes_no_result_where_it_says_so(setting: TechniqueSetting, usual: Callable[..., Run]) -> None:
+    plain, with_it = usual(), usual(setting)
+    assert_continues(dataclasses.replace(with_it, events=[]), plain)
 
 
 @every()
 def test_resumes_bit_equal_around_each_switch_g5_g8_x1(setting: TechniqueSetting, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 4}
     whole = fit(setting, root=tmp_path, checkpoints={}, **arguments)
-    around = {step + offset for step in setting.switches for offset in (-1, 0, 1, 2)}
-    for step in sorted(around | {1, EPOCH - 1, EPOCH, EPOCH + 1, STEPS - 1}):
+    around = {step + offset for step in setting.switches for offset in (-1, 0, 1)}
+    for step in sorted(around | {1, EPOCH - 1, EPOCH, STEPS - 1}):
         resumed = fit(setting, root=tmp_path / "resumed", ckpt_path=whole.checkpoints[step], **arguments)
         assert len(resumed.losses) == STEPS - step, step
         assert_continues(resumed, whole)
 
 
-@every()
+@every(turn=0)
 def test_resumes_bit_equal_from_the_end_of_an_epoch_g8_x1(setting: TechniqueSetting, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"max_steps": -1, "max_epochs": 4, "limit_val_batches": 1}
     when = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
     whole = fit(setting, data=setting.data(batches=4), root=tmp_path, checkpoints=when, **arguments)
     assert sorted(whole.checkpoints) == [4, 8, 12, 16]
-    for step in (4, 8, 12):
+    for step in (4, 8):
         path = whole.checkpoints[step]
         resumed = fit(setting, data=setting.data(batches=4), root=tmp_path / "r", ckpt_path=path, **arguments)
         assert len(resumed.losses) == STEPS - step
         assert_continues(resumed, whole)
 
 
-@every()
+@every(turn=1)
 def test_resumes_bit_equal_while_gradients_accumulate_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
     arguments = {"accumulate_grad_batches": 2, "max_steps": 12}
-    whole = fit(setting, root=tmp_path, checkpoints={}, **arguments)
-    for step in {11, *setting.switches}:
+    steps = {11, *setting.switches}
+    whole = fit(setting, root=tmp_path, checkpoints=steps, **arguments)
+    for step in steps:
         resumed = fit(setting, root=tmp_path / "resumed", ckpt_path=whole.checkpoints[step], **arguments)
         assert_continues(resumed, whole)
 
 
-@every()
+@every(turn=2)
 def test_the_same_objects_resume_from_an_earlier_phase_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
     build, module, data = setting.build(), setting.model(), setting.data()
-    whole = fit(setting, module=module, data=data, build=build, root=tmp_path, checkpoints={})
-    for step in (2, *setting.switches):
+    steps = (2, *setting.switches)
+    whole = fit(setting, module=module, data=data, build=build, root=tmp_path, checkpoints=steps)
+    for step in steps:
         path = whole.checkpoints[step]
         again = fit(setting, module=module, data=setting.data(), build=build, root=tmp_path / "again", ckpt_path=path)
         assert_continues(again, whole)
 
 
-@every()
+@every(turn=3)
 def test_a_second_fit_of_the_trainer_continues_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
     first = 4
     run = fit(setting, root=tmp_path, after=[StopAt(first)])
@@ -167,19 +191,29 @@ def test_a_second_fit_of_the_trainer_continues_g8(setting: TechniqueSetting, tmp
 
 
 @every(lambda setting: setting.exact)
-def test_a_second_fit_is_that_of_plain_lightning_where_it_says_so(setting: TechniqueSetting, tmp_path: Path) -> None:
-    runs = []
-    for who in (None, setting):
-        run = fit(who, root=tmp_path, after=[StopAt(6)])
-        run.trainer.fit(run.module, run.trainer.datamodule)
-        runs.append(run)
-    assert runs[0].losses == runs[1].losses
-    assert_same_tree(runs[1].weights, runs[0].weights, "weights")
+def test_a_second_fit_is_that_of_plain_lightning_where_it_says_so(
+    setting: TechniqueSetting, fitted_twice: Run, tmp_path: Path
+) -> None:
+    run = fit_twice(setting, tmp_path)
+    assert run.losses == fitted_twice.losses
+    assert_same_tree(run.weights, fitted_twice.weights, "weights")
 
 
-@every()
+@pytest.fixture(scope="module")
+def fitted_twice(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """By plain Lightning."""
+    return fit_twice(None, tmp_path_factory.mktemp("twice"))
+
+
+def fit_twice(setting: TechniqueSetting | None, root: Path) -> Run:
+    run = fit(setting, root=root, after=[StopAt(6)])
+    run.trainer.fit(run.module, run.trainer.datamodule)
+    return run
+
+
+@every(turn=4)
 def test_evaluates_after_fit_and_checkpoints_of_earlier_phases_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
-    run = fit(setting, root=tmp_path, checkpoints={}, each_step=True, limit_val_batches=2)
+    run = fit(setting, root=tmp_path, checkpoints=(2, STEPS), each_step=True, limit_val_batches=2)
     early, last = run.checkpoints[2], run.checkpoints[STEPS]
     quiet = {"datamodule": setting.data(), "verbose": False}
     fresh = make_trainer(*setting.build().get("callbacks", []), limit_val_batches=2, default_root_dir=tmp_path)
@@ -231,28 +265,46 @@ def surroundings() -> tuple[set[int], set[int], int]:
     return {thread.ident for thread in threading.enumerate() if thread.ident}, children, int(hooks is not None)
 
 
-@every_with({name: {"interrupted_at": at} for name, at in {"whole": None, "0": 0, "2": 2, "9": 9}.items()})
-def test_leaves_nothing_behind(setting: TechniqueSetting, tmp_path: Path, interrupted_at: int | None) -> None:
-    def run(who: TechniqueSetting | None, where: Path) -> Run:
-        module = demo_model()
-        when = {"every_n_train_steps": 8}
-        if interrupted_at is None:
-            return fit(who, module=module, root=where, checkpoints=when)
-        interruption = Interruption(interrupted_at)
-        with pytest.raises(RuntimeError, match="interrupted on purpose"):
-            fit(who, module=module, root=where, checkpoints=when, after=[interruption])
-        return Run(interruption.trainer, module, who, [])
+def interrupted(setting: TechniqueSetting | None, root: Path, at: int | None) -> Run:
+    """A run that ends in step ``at``; None: as it should."""
+    module = demo_model()
+    when = {"every_n_train_steps": 8}
+    if at is None:
+        return fit(setting, module=module, root=root, checkpoints=when)
+    interruption = Interruption(at)
+    with pytest.raises(RuntimeError, match="interrupted on purpose"):
+        fit(setting, module=module, root=root, checkpoints=when, after=[interruption])
+    return Run(interruption.trainer, module, setting, [])
 
-    plain = run(None, tmp_path / "plain")
+
+@pytest.fixture(scope="module")
+def left_by_lightning(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int | None], tuple[Counter[str], set[Path]]]:
+    """What a plain run leaves behind: traces, and files."""
+
+    @functools.cache
+    def left(at: int | None) -> tuple[Counter[str], set[Path]]:
+        root = tmp_path_factory.mktemp("plain")
+        plain = interrupted(None, root, at)
+        return traces(plain.module, plain.trainer.optimizers), {path.relative_to(root) for path in root.rglob("*")}
+
+    return left
+
+
+@every_with({name: {"interrupted_at": at} for name, at in {"whole": None, "0": 0, "2": 2, "9": 9}.items()})
+def test_leaves_nothing_behind(
+    setting: TechniqueSetting, tmp_path: Path, interrupted_at: int | None, left_by_lightning: Callable[..., Any]
+) -> None:
+    expected_traces, expected_files = left_by_lightning(interrupted_at)
     before = surroundings()
-    ours = run(setting, tmp_path / "ours")
+    ours = interrupted(setting, tmp_path, interrupted_at)
     assert surroundings() == before
-    left = traces(ours.module, ours.trainer.optimizers) - traces(plain.module, plain.trainer.optimizers)
+    left = traces(ours.module, ours.trainer.optimizers) - expected_traces
     if interrupted_at is not None and len(ours.module.model.blocks) < 4:
         left.pop(f"model.blocks has {SHORTENED}")  # the mark by which the next run knows that layers are missing
     assert not left, f"left behind: {left}"
-    expected = {path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*")}
-    assert {path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*")} == expected
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == expected_files
 
 
 class Interruption(Callback):
@@ -275,7 +327,7 @@ def test_a_first_form_is_not_taken_for_the_full_model(setting: TechniqueSetting)
         fit(setting, module=left.module, enable_checkpointing=False)
 
 
-@every()
+@every(turn=5)
 def test_its_objects_serve_another_model_and_another_fit(setting: TechniqueSetting, tmp_path: Path) -> None:
     build = setting.build()
     whole = fit(setting, build=build, root=tmp_path)
@@ -349,28 +401,30 @@ def test_clips_gradients_g8(setting: TechniqueSetting, tmp_path: Path, algorithm
 def test_manual_optimization_g8(setting: TechniqueSetting, tmp_path: Path, optimizers: int, accumulate: int) -> None:
     arguments = {"max_steps": 12 * optimizers}
     model = lambda: setting.model(ManualModel, optimizers=optimizers, accumulate=accumulate)  # noqa: E731
-    whole = fit(setting, module=model(), root=tmp_path, checkpoints={}, **arguments)
+    steps = {7, *setting.switches}
+    saved = {step * optimizers for step in steps}
+    whole = fit(setting, module=model(), root=tmp_path, checkpoints=saved, **arguments)
     assert len(whole.optimizers) == optimizers
     assert_trained(whole, log_steps=accumulate, as_registered=False)
     for batch in whole.switched_at():
         assert whole.batches[batch][1] % accumulate == 0
-    for step in {7, *setting.switches}:
+    for step in steps:
         path = whole.checkpoints[step * optimizers]
         resumed = fit(setting, module=model(), root=tmp_path / "resumed", ckpt_path=path, **arguments)
         assert_continues(resumed, whole)
 
 
-@every()
-def test_bf16_mixed_precision_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
+@every(turn=1)
+def test_bf16_mixed_precision_g8(setting: TechniqueSetting, usual: Callable[..., Run], tmp_path: Path) -> None:
     def in_bf16() -> dict[str, Any]:
         return within(setting, MixedPrecision("bf16-mixed", "cpu"))
 
-    whole = fit(setting, root=tmp_path, checkpoints={}, **in_bf16())
+    step = (setting.switches or (8,))[-1]
+    whole = fit(setting, root=tmp_path, checkpoints=(step,), **in_bf16())
     assert_trained(whole)
-    assert whole.losses != fit(setting, root=tmp_path).losses
-    for step in setting.switches or (8,):
-        path = whole.checkpoints[step]
-        assert_continues(fit(setting, root=tmp_path / "r", ckpt_path=path, **in_bf16()), whole)
+    assert whole.losses != usual(setting).losses
+    path = whole.checkpoints[step]
+    assert_continues(fit(setting, root=tmp_path / "r", ckpt_path=path, **in_bf16()), whole)
 
 
 def within(setting: TechniqueSetting, precision: MixedPrecision) -> dict[str, Any]:
@@ -386,21 +440,23 @@ def half(scale: float) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
-@every(waits)
+@every(waits, turn=0)
 def test_fp16_mixed_precision_with_a_scaler_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
-    whole = fit(setting, root=tmp_path, checkpoints={}, **within(setting, half(2.0**8)))
+    step = (setting.switches or (8,))[0]
+    whole = fit(setting, root=tmp_path, checkpoints=(step,), **within(setting, half(2.0**8)))
     assert_trained(whole)
     scaler = whole.trainer.precision_plugin.scaler
     assert scaler.get_scale() == 2.0 ** (8 + STEPS // 3), "no step was skipped, and none forgotten"
-    for step in setting.switches or (8,):
-        resumed = fit(setting, root=tmp_path / "r", ckpt_path=whole.checkpoints[step], **within(setting, half(2.0**8)))
-        assert_continues(resumed, whole)
-        assert resumed.trainer.precision_plugin.scaler.get_scale() == scaler.get_scale()
+    resumed = fit(setting, root=tmp_path / "r", ckpt_path=whole.checkpoints[step], **within(setting, half(2.0**8)))
+    assert_continues(resumed, whole)
+    assert resumed.trainer.precision_plugin.scaler.get_scale() == scaler.get_scale()
 
 
-@every()
-def test_activation_checkpointing_inside_the_layers_g7(setting: TechniqueSetting, tmp_path: Path) -> None:
-    plain = fit(setting, root=tmp_path)
+@every(turn=2)
+def test_activation_checkpointing_inside_the_layers_g7(
+    setting: TechniqueSetting, usual: Callable[..., Run], tmp_path: Path
+) -> None:
+    plain = usual(setting)
     checkpointed = fit(setting, module=setting.model(CheckpointedModel), root=tmp_path)
     if setting.lossy:
         assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-3)
@@ -426,34 +482,41 @@ def dynamo() -> Iterator[None]:
     compiles,
 )
 @pytest.mark.usefixtures("dynamo")
-def test_compiled_x2(setting: TechniqueSetting, tmp_path: Path, backend: str, what: str) -> None:
-    plain = fit(setting, root=tmp_path)
+def test_compiled_x2(
+    setting: TechniqueSetting, usual: Callable[..., Run], tmp_path: Path, backend: str, what: str
+) -> None:
+    plain, step = usual(setting), (setting.switches or (8,))[-1]
     if what == "module" and (message := setting.refuses.get("compiling the step")):
         with pytest.raises(MisconfigurationException, match=message):
             fit(setting, compiled=torch.compile(setting.model(SilentModel), backend=backend), root=tmp_path)
         return
     if what == "network":
-        run = fit(setting, module=setting.model(CompiledModel, backend=backend), root=tmp_path, checkpoints={})
+        steps = (step, step + 1)
+        run = fit(setting, module=setting.model(CompiledModel, backend=backend), root=tmp_path, checkpoints=steps)
     else:
         module = setting.model(SilentModel)
         compiled = torch.compile(module, backend=backend)
-        run = fit(setting, module=module, compiled=compiled, root=tmp_path, checkpoints={})
+        run = fit(setting, module=module, compiled=compiled, root=tmp_path, checkpoints=(step,))
     assert_trained(run)
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
     if backend == "eager" and what == "network":
-        step = (setting.switches or (8,))[-1]
         for offset in (0, 1):
             path = run.checkpoints[step + offset]
             module = setting.model(CompiledModel, backend=backend)
             assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path), run)
 
 
-# Inductor takes a minute for each: of those that differ in what grows, and not in what is compiled, one of each kind.
-@every(lambda s: compiles(s) and s.name not in ("stack", "width", "share-by-correlation", "interleave-reset"))
+# Inductor takes long: of those that differ in what grows or in what they see, not in what is compiled, one of a kind.
+@every(
+    lambda s: (
+        compiles(s)
+        and s.name not in ("stack", "width", "share-by-correlation", "interleave-reset", "monitor", "offload")
+    )
+)
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
 @pytest.mark.usefixtures("dynamo")
-def test_compiled_with_inductor_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
-    plain = fit(setting, root=tmp_path)
+def test_compiled_with_inductor_x2(setting: TechniqueSetting, usual: Callable[..., Run], tmp_path: Path) -> None:
+    plain = usual(setting)
     run = fit(setting, module=setting.model(CompiledModel, backend="inductor"), root=tmp_path)
     assert_trained(run)
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
@@ -516,7 +579,9 @@ def parameters_of(run: Run, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     },
     averages,
 )
-def test_weight_averaging_g8(setting: TechniqueSetting, tmp_path: Path, kind: str, first: bool) -> None:
+def test_weight_averaging_g8(
+    setting: TechniqueSetting, usual: Callable[..., Run], tmp_path: Path, kind: str, first: bool
+) -> None:
     def averaging() -> WeightAveraging:
         return EMAWeightAveraging(decay=0.8) if kind == "ema" else WeightAveraging()
 
@@ -526,15 +591,14 @@ def test_weight_averaging_g8(setting: TechniqueSetting, tmp_path: Path, kind: st
             setting, each_step=True, **{where: [averaging()]}, limit_val_batches=1, val_check_interval=4, **arguments
         )
 
-    whole = run(root=tmp_path, checkpoints={})
-    bare = fit(setting, root=tmp_path, each_step=True)
-    assert whole.losses == bare.losses, "averaging watches and does not change the training"
+    switch = (setting.switches or (8,))[-1]
+    whole = run(root=tmp_path, checkpoints=(switch, switch + 1))
+    assert whole.losses == usual(setting).losses, "averaging watches and does not change the training"
     update = {"ema": lambda a, w, n: 0.8 * a + 0.2 * w, "mean": lambda a, w, n: a + (w - a) / (n + 1)}[kind]
     expected = independent_average(whole, update, whole.weights_at)
     at_the_end = parameters_of(whole, dict(whole.module.state_dict()))
     for name, value in at_the_end.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
-    switch = (setting.switches or (8,))[-1]
     for step in (switch, switch + 1):
         resumed = run(root=tmp_path / "resumed", ckpt_path=whole.checkpoints[step])
         assert_continues(resumed, whole)
@@ -559,7 +623,8 @@ def test_stochastic_weight_averaging_g8(setting: TechniqueSetting, tmp_path: Pat
             **arguments,
         )
 
-    whole = run(root=tmp_path, checkpoints={})
+    switch = (setting.switches or (8,))[-1]
+    whole = run(root=tmp_path, checkpoints=(switch, switch + 1))
     assert_trained(whole)
     initial = {name: value for name, value in fit_start(setting).items() if name in whole.weights_at[0]}
     starts = [initial, *whole.weights_at[1:-1:2]]  # at the beginning of each epoch
@@ -569,7 +634,6 @@ def test_stochastic_weight_averaging_g8(setting: TechniqueSetting, tmp_path: Pat
         torch.testing.assert_close(value, grown[name], rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
     # Lightning itself restores another learning rate than the one that SWA had set, so that only the loaded state,
     # not the rest of the run, can be compared: the averaged model as it was, and the loss of the next batch.
-    switch = (setting.switches or (8,))[-1]
     for step in (switch, switch + 1):
         saved = torch.load(whole.checkpoints[step], weights_only=True)
         loaded = AverageAtStart()
@@ -628,20 +692,38 @@ def test_refuses_averaging_by_name_g4(setting: TechniqueSetting, averaging: Any,
 # -- schedules and logs ------------------------------------------------------------------------------------------
 
 
-@every_with({name: {"schedule": name} for name in ("onecycle", "exponential", "plateau")})
-def test_the_users_learning_rates_are_unchanged_g8(setting: TechniqueSetting, tmp_path: Path, schedule: str) -> None:
-    def run(who: TechniqueSetting | None, name: str, **arguments: Any) -> Run:
-        return fit(who, module=demo_model(ScheduledModel, schedule=schedule), root=tmp_path / name, **arguments)
+@pytest.fixture(scope="module")
+def scheduled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The run of plain Lightning with a schedule, from its beginning or from a step."""
 
-    plain, whole = run(None, "plain", checkpoints={}), run(setting, "ours", checkpoints={})
+    @functools.cache
+    def run(schedule: str, step: int = 0) -> Run:
+        module, root = demo_model(ScheduledModel, schedule=schedule), tmp_path_factory.mktemp("scheduled")
+        checkpoints = {} if schedule == "plateau" and not step else None
+        return fit(
+            None, module=module, root=root, checkpoints=checkpoints,
+            ckpt_path=run(schedule).checkpoints[step] if step else None,
+        )  # fmt: skip
+
+    return run
+
+
+@every_with({name: {"schedule": name} for name in ("onecycle", "exponential", "plateau")})
+def test_the_users_learning_rates_are_unchanged_g8(
+    setting: TechniqueSetting, scheduled: Callable[..., Run], tmp_path: Path, schedule: str
+) -> None:
+    def run(name: str, **arguments: Any) -> Run:
+        return fit(setting, module=demo_model(ScheduledModel, schedule=schedule), root=tmp_path / name, **arguments)
+
+    step = (setting.switches or (8,))[-1]
+    plain, whole = scheduled(schedule), run("ours", checkpoints=(step,))
     assert_trained(whole, as_registered=False)
     assert whole.rates == plain.rates
     assert_same_tree(whole.schedulers, plain.schedulers, "schedulers")
     assert_same_tree(whole.optimizers[0]["options"], plain.optimizers[0]["options"], "options")
-    step = (setting.switches or (8,))[-1]
-    resumed = run(setting, "resumed", ckpt_path=whole.checkpoints[step])
+    resumed = run("resumed", ckpt_path=whole.checkpoints[step])
     if schedule == "plateau":  # Lightning saves before it updates this scheduler, and then misses one update
-        assert resumed.rates == run(None, "plain", ckpt_path=plain.checkpoints[step]).rates
+        assert resumed.rates == scheduled(schedule, step).rates
     else:
         assert_continues(resumed, whole)
 
@@ -654,31 +736,31 @@ def test_other_optimizers_resume_bit_equal_g8(setting: TechniqueSetting, tmp_pat
             fit(setting, module=module, root=tmp_path)
         return
     arguments = {"max_steps": 12}
+    step = (setting.switches or (5,))[-1]
+    steps = (step, step + 1)
     whole = fit(
         setting,
         module=setting.model(ScheduledModel, optimizer=optimizer),
         root=tmp_path,
-        checkpoints={},
+        checkpoints=steps,
         **arguments,
     )
     assert all(value.isfinite().all() for value in whole.weights.values())
-    for step in setting.switches[-1:] or (5,):
-        for offset in (0, 1):
-            path = whole.checkpoints[step + offset]
-            module = setting.model(ScheduledModel, optimizer=optimizer)
-            assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path, **arguments), whole)
+    for path in (whole.checkpoints[step] for step in steps):
+        module = setting.model(ScheduledModel, optimizer=optimizer)
+        assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path, **arguments), whole)
 
 
 @changes_parameters
 def test_optimizer_state_is_resumed_by_name_g8(setting: TechniqueSetting, tmp_path: Path) -> None:
     """Code that lists the parameters in another order after a restart would get others' moments by position."""
-    whole = fit(setting, module=setting.model(ScheduledModel), root=tmp_path, checkpoints={})
-    for step in setting.switches:
-        for offset in (0, 1):
-            module = setting.model(ScheduledModel, backwards=True)
-            resumed = fit(setting, module=module, root=tmp_path / "r", ckpt_path=whole.checkpoints[step + offset])
-            assert_same_tree(resumed.weights, whole.weights, "weights")
-            assert_same_tree(resumed.optimizers[0]["state"], whole.optimizers[0]["state"], "state")
+    steps = {step + offset for step in setting.switches for offset in (0, 1)}
+    whole = fit(setting, module=setting.model(ScheduledModel), root=tmp_path, checkpoints=steps)
+    for path in (whole.checkpoints[step] for step in steps):
+        module = setting.model(ScheduledModel, backwards=True)
+        resumed = fit(setting, module=module, root=tmp_path / "r", ckpt_path=path)
+        assert_same_tree(resumed.weights, whole.weights, "weights")
+        assert_same_tree(resumed.optimizers[0]["state"], whole.optimizers[0]["state"], "state")
 
 
 @changes_parameters
@@ -695,7 +777,7 @@ def test_logs_each_switch_g5(setting: TechniqueSetting, tmp_path: Path) -> None:
     assert all("->" in event.text and ": " in event.text for event in run.events)
 
 
-@every()
+@every(turn=3)
 def test_runs_without_a_logger_and_with_two(setting: TechniqueSetting, tmp_path: Path) -> None:
     silent = fit(setting, root=tmp_path, logger=False)
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -712,7 +794,9 @@ def test_runs_without_a_logger_and_with_two(setting: TechniqueSetting, tmp_path:
 
 
 @every()
-def test_comes_from_yaml_x1(setting: TechniqueSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comes_from_yaml_x1(
+    setting: TechniqueSetting, usual: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.argv", ["test"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "")  # the CLI leaves its seed in the environment; not for other tests
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
@@ -724,14 +808,21 @@ def test_comes_from_yaml_x1(setting: TechniqueSetting, tmp_path: Path, monkeypat
     cli = LightningCLI(
         ByteLanguageModel, StdlibDataModule, run=False, args=config, save_config_callback=None, parser_kwargs={}
     )
-    run = fit(setting, root=tmp_path)
     module = setting.model()
     cli.trainer.fit(module, setting.data())
-    assert_same_tree(dict(module.state_dict()), run.weights, "weights")
+    assert_same_tree(dict(module.state_dict()), usual(setting).weights, "weights")
 
 
 def test_names_are_unique() -> None:
-    from tests.technique_settings import SETTINGS
-
     assert len({setting.name for setting in SETTINGS}) == len(SETTINGS)
     assert named("stack") is SETTINGS[0]
+
+
+def test_of_related_settings_each_has_its_turn() -> None:
+    related = {name for names in RELATED for name in names}
+    assert sum(map(len, RELATED)) == len(related)
+    assert related < {setting.name for setting in SETTINGS}
+    turns = [{setting.name for setting in every(turn=turn).args[1]} for turn in range(6)]
+    assert set().union(*turns) == {setting.name for setting in SETTINGS}
+    assert all(len(turn.intersection(names)) == 1 for names in RELATED for turn in turns)
+    assert set.intersection(*turns) == {setting.name for setting in SETTINGS} - related

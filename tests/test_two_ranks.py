@@ -89,8 +89,8 @@ def ddp_run(rank: int, name: str, root: Path) -> dict[str, Any]:
     def go(**arguments: Any) -> Run:
         return fit(setting, build=setting.build(ranks="ddp"), root=root, after=[GradientsAgree()], **arguments, **DDP)
 
-    whole = go(checkpoints={})
     where = {step + offset for step in setting.switches[-1:] or (8,) for offset in (0, 1)}
+    whole = go(checkpoints=where)
     torch.distributed.barrier()  # rank 0 writes the checkpoints
     resumed = {step: summary(go(ckpt_path=whole.checkpoints[step])) for step in sorted(where)}
     return {"whole": summary(whole), "resumed": resumed}
@@ -304,7 +304,7 @@ def test_fsdp2_is_refused_with_a_route_g8_x2(tmp_path: Path) -> None:
 
 @changes_parameters
 def test_fsdp2_goes_on_from_a_first_phase_g8_x2(setting: TechniqueSetting, tmp_path: Path) -> None:
-    first = fit(setting, root=tmp_path, checkpoints={}, after=[StopAt(3)])
+    first = fit(setting, root=tmp_path, checkpoints=(3,), after=[StopAt(3)])
     checkpoint = first.checkpoints[3]
     sharded, same = run_on_two_ranks(train_sharded, tmp_path, checkpoint, tmp_path / "sharded")
     assert_same_tree(sharded["weights"], same["weights"], "weights")

@@ -221,9 +221,10 @@ class WithLoss(nn.Module):
         return F.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
 
 
-@pytest.mark.usefixtures("_both_codecs")
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_a_transformer_with_its_loss(autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("_both_codecs", "autocast"), [("in the graph", True), ("at once", False)], indirect=["_both_codecs"]
+)
+def test_a_transformer_with_its_loss(_both_codecs: None, autocast: bool) -> None:
     model, _, batch = language_loss(dropout=0.1)
     exact, errors, spread = None, {}, None
 
@@ -439,16 +440,16 @@ def test_what_inductor_writes_out_holds_the_bound(monkeypatch: pytest.MonkeyPatc
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return (torch.mm(x, same) * weight).sum()
 
-    for bits in (4, 8):
-        weight = torch.ones(64, 128, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(bits)):
-            loss = torch.compile(function, backend="inductor")(x, weight)
-        loss.backward()
-        assert weight.grad is not None
-        error = (weight.grad - x).abs()
-        assert (error > 0).double().mean() > 0.9
-        assert (error <= steps(x, bits) / 2 + 1e-6).all()
-        assert abs(float((weight.grad - x).mean())) < 5 * float(steps(x, bits).mean()) / (12 * x.numel()) ** 0.5
+    bits = 4  # what differs with 8 is less, and is in the test of the cache
+    weight = torch.ones(64, 128, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(*graph_hooks(bits)):
+        loss = torch.compile(function, backend="inductor")(x, weight)
+    loss.backward()
+    assert weight.grad is not None
+    error = (weight.grad - x).abs()
+    assert (error > 0).double().mean() > 0.9
+    assert (error <= steps(x, bits) / 2 + 1e-6).all()
+    assert abs(float((weight.grad - x).mean())) < 5 * float(steps(x, bits).mean()) / (12 * x.numel()) ** 0.5
 
 
 @needs_compiler
@@ -495,37 +496,37 @@ def fit(module: Any, *callbacks: pl.Callback, max_steps: int = 6) -> list[float]
 
 
 def network() -> Any:
-    return demo_model(CompiledModel, layers=3, backend="aot_eager")
+    return demo_model(CompiledModel, layers=1, backend="aot_eager")
 
 
-def in_place() -> Any:
-    module = demo_model(layers=3)
+def in_place(layers: int = 3) -> Any:
+    module = demo_model(layers=layers)
     module.model.compile(backend="aot_eager")
     return module
 
 
-def blocks() -> Any:
-    module = demo_model(layers=3)
+def blocks(layers: int = 3) -> Any:
+    module = demo_model(layers=layers)
     for place, block in enumerate(module.model.blocks):
         module.model.blocks[place] = torch.compile(block, backend="aot_eager")
     return module
 
 
-def whole() -> Any:
-    return torch.compile(demo_model(SilentModel, layers=3), backend="aot_eager")
+def whole(layers: int = 3) -> Any:
+    return torch.compile(demo_model(SilentModel, layers=layers), backend="aot_eager")
 
 
 @pytest.mark.parametrize("make", [blocks, whole])
-def test_a_schedule_costs_one_more_graph_and_validation_none(make: Callable[[], Any]) -> None:
-    plain = fit(make())
+def test_a_schedule_costs_one_more_graph_and_validation_none(make: Callable[[int], Any]) -> None:
+    plain = fit(make(2))
     before = graphs()
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     plugin = ActivationCompressionPlugin(schedule={"initial_bits": 8, "final_bits": 2, "begin": 1, "end": 5})
-    assert fit(make(), plugin) == pytest.approx(plain, rel=1e-3)
+    assert fit(make(2), plugin) == pytest.approx(plain, rel=1e-3)
     assert graphs() == before + 1
     assert plugin.measurements()["activations/ratio"] > 5
-    assert "| model.blocks.2.mlp.down | linear | 4 bits, compiled | 64.0 | 8.5 |" in plugin.summary()
+    assert "| model.blocks.1.mlp.down | linear | 4 bits, compiled | 64.0 | 8.5 |" in plugin.summary()
     assert "raw | 128.5" not in plugin.summary()  # the loss
 
 

@@ -265,19 +265,23 @@ def test_from_each_step_the_same_batches_and_weights_c6_c12(workers: int, accumu
         assert set(seen.values()) == {1}
 
 
-@pytest.mark.parametrize("estimates", [False, True], ids=["", "estimates"])
-@pytest.mark.parametrize("loader", LOADERS)
+WHEN: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "step": (EACH_STEP, {}, True),
+    "step, validating": (EACH_STEP, {"val_check_interval": 1, "limit_train_batches": 2}, True),
+    "validation": (AT_VALIDATION, {}, True),
+    "epoch": (AT_EPOCH_END, {}, False),
+    "part of an epoch": (AT_EPOCH_END, {"limit_train_batches": 2}, True),
+    "max_steps": (AT_EPOCH_END, {"max_steps": 7, **LONG}, False),
+}
+
+
 @pytest.mark.parametrize(
-    ("when", "trainer", "validates"),
-    [
-        (EACH_STEP, {}, True),
-        (EACH_STEP, {"val_check_interval": 1, "limit_train_batches": 2}, True),
-        (AT_VALIDATION, {}, True),
-        (AT_EPOCH_END, {}, False),
-        (AT_EPOCH_END, {"limit_train_batches": 2}, True),
-        (AT_EPOCH_END, {"max_steps": 7, **LONG}, False),
+    ("loader", "when", "trainer", "validates", "estimates"),
+    [  # the last changes from each to the next, in both directions: each pair is there, not each three
+        pytest.param(loader, *WHEN[when], bool((row + column) % 2), id=f"{when}-{loader}")
+        for row, loader in enumerate(LOADERS)
+        for column, when in enumerate(WHEN)
     ],
-    ids=["step", "step, validating", "validation", "epoch", "part of an epoch", "max_steps"],
 )
 def test_with_other_loaders_c12(
     loader: str, when: Any, trainer: Any, validates: bool, estimates: bool, tmp_path: Path

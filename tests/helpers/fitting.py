@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def fit(
     before: Iterable[Callback] = (),
     after: Iterable[Callback] = (),
     build: Mapping[str, Any] | None = None,
-    checkpoints: Mapping[str, Any] | None = None,
+    checkpoints: Mapping[str, Any] | Collection[int] | None = None,
     each_step: bool = False,
     compiled: Any = None,
     **trainer_arguments: Any,
@@ -214,7 +214,8 @@ def fit(
         before: Callbacks before those of the technique.
         after: Callbacks after them.
         build: The technique's objects; None: new ones.
-        checkpoints: Arguments of a ModelCheckpoint that keeps all it writes; ``{}``: after each step.
+        checkpoints: Arguments of a ModelCheckpoint that keeps all it writes; ``{}``: after each step; a set or a list
+            of steps: after those, for a file takes as long as a step.
         each_step: Whether to keep the weights of each step.
         compiled: What to hand to ``Trainer.fit`` in place of ``module``: a compiled form of it.
         **trainer_arguments: See :func:`make_trainer`.
@@ -229,8 +230,9 @@ def fit(
         built["strategy"].accelerator = None  # Lightning refuses the flag where an earlier Trainer has set this
     callbacks = [*before, *own, *after, Recorder(run, each_step)]
     if checkpoints is not None:
-        when = checkpoints or {"every_n_train_steps": 1}
-        callbacks.append(_NotedCheckpoint(run, dirpath=root / "checkpoints", save_top_k=-1, **when))
+        steps = None if isinstance(checkpoints, Mapping) else set(checkpoints)
+        when = checkpoints if isinstance(checkpoints, Mapping) and checkpoints else {"every_n_train_steps": 1}
+        callbacks.append(_NotedCheckpoint(run, steps, dirpath=root / "checkpoints", save_top_k=-1, **when))
     if root is not None:
         trainer_arguments["default_root_dir"] = root
     logger = trainer_arguments.setdefault("logger", ListLogger())
@@ -243,13 +245,14 @@ def fit(
 class _NotedCheckpoint(ModelCheckpoint):
     """Tells the run which file was written at which step; each file has a name of its own, also among ranks' runs."""
 
-    def __init__(self, run: Run, **arguments: Any) -> None:
+    def __init__(self, run: Run, steps: Collection[int] | None, **arguments: Any) -> None:
         super().__init__(filename="{step}-{epoch}", **arguments)
-        self.run = run
+        self.run, self.steps = run, steps
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        self.run.checkpoints[trainer.global_step] = Path(filepath)
+        if self.steps is None or trainer.global_step in self.steps:
+            super()._save_checkpoint(trainer, filepath)
+            self.run.checkpoints[trainer.global_step] = Path(filepath)
 
 
 def assert_continues(resumed: Run, whole: Run) -> None:
