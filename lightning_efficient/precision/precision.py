@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,14 +23,15 @@ from lightning_efficient.core.hardware import hardware
 from lightning_efficient.core.seeded import derive_seed
 from lightning_efficient.precision.account import LAYOUT, Account
 from lightning_efficient.precision.agreement import Agreement
-from lightning_efficient.precision.arguments import limits_of, whole_number
+from lightning_efficient.precision.arguments import limits_of, rounding_of, whole_number
 from lightning_efficient.precision.engine import Engine
-from lightning_efficient.precision.formats import FORMATS, AtRandom, format_named
+from lightning_efficient.precision.formats import format_named
 from lightning_efficient.precision.guard import Guard
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.map import PrecisionMap, precision_map
-from lightning_efficient.precision.nodes import Node, unmeasured
+from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.operations import Operations
+from lightning_efficient.precision.registry import Registry
 from lightning_efficient.precision.spikes import SpikeGuard
 from lightning_efficient.precision.status import ReturnPolicy
 from lightning_efficient.precision.wrapping import WrappingPrecision
@@ -118,32 +118,23 @@ class RollbackPrecision(WrappingPrecision):
             raise ValueError("inner= is another RollbackPrecision: give the plugin that it shall wrap.")
         super().__init__(inner or (MixedPrecision("bf16-mixed", "cpu") if high == "bf16" else Precision()))
         self._low, self._policy = format_named(low), ReturnPolicy(return_after, retry_rate)
-        if stochastic_rounding not in (True, False, None, "gradients"):
-            raise ValueError(
-                f"stochastic_rounding={stochastic_rounding!r}: it can be True, False, 'gradients' or None."
-            )
-        if stochastic_rounding and not self._low.at_random:
-            known = ", ".join(name for name, form in FORMATS.items() if form.at_random)
-            raise ValueError(f"stochastic_rounding: low={low!r} rounds to nearest only; these can do both: {known}.")
-        at_random: AtRandom = (
-            self._low.at_random and "gradients" if stochastic_rounding is None else stochastic_rounding
-        )
         self._limits, self._spikes = limits_of(thresholds), SpikeGuard.of(spike_guard)
         self._learn_until = None if pre_learning_steps == "auto" else pre_learning_steps
         self._timed = only_if_faster and not self._low.emulated
-        self._exclude, self._seed = tuple(exclude), seed
+        self._seed = seed
         self._learnt_with = {
             "low": low, "high": high, "thresholds": dict(thresholds) if thresholds is not None else None,
             "only_if_faster": only_if_faster,
         }  # fmt: skip
-        self.nodes: dict[str, Node] = {}
+        self._registry = Registry(self._new, exclude)
+        self.nodes = self._registry.nodes
         self._engine = Engine(
-            self._low, _HIGH[high], stochastic=at_random, protect=protect, seed=seed, adaptive=adaptive_bits,
-            timed=only_if_faster,
+            self._low, _HIGH[high], stochastic=rounding_of(stochastic_rounding, self._low), protect=protect, seed=seed,
+            adaptive=adaptive_bits, timed=only_if_faster,
         )  # fmt: skip
         self._operations = Operations(
-            self._engine, self._make, self._takes_part, plain_is_high=_plain_high(self.inner) == _HIGH[high],
-            mixed=isinstance(self.inner, MixedPrecision),
+            self._engine, self._registry.make, self._registry.takes_part,
+            plain_is_high=_plain_high(self.inner) == _HIGH[high], mixed=isinstance(self.inner, MixedPrecision),
         )  # fmt: skip
         self._module: pl.LightningModule | None = None
         self._known: weakref.ref[pl.LightningModule] | None = None
@@ -153,14 +144,12 @@ class RollbackPrecision(WrappingPrecision):
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self.nodes.clear()
+        self._registry.forget()
         self._operations.forget()
         self._engine.on_devices.clear()
         self._engine.run.high_in_a_row = self._engine.low_work = self._engine.work = 0
-        self._loaded: dict[str, Any] = {}
         self._batches = 0
         self._account = Account(self._engine, self.nodes)
-        self._met: set[str] = set()
         guards = self._spikes is not None or self.scaler is not None
         self._guard = Guard(self._spikes, self, self.scaler) if guards else None
 
@@ -243,12 +232,7 @@ class RollbackPrecision(WrappingPrecision):
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """What is new or other than it was learns anew."""
         self._operations.forget()
-        for name in (*change.added, *change.removed, *change.replaced):
-            for known in (self.nodes, self._loaded):
-                known.pop(name.removesuffix(".weight"), None)
-        for known in (self.nodes, self._loaded):  # a number may be another operation's now
-            for name in [name for name in known if "#" in name]:
-                del known[name]
+        self._registry.drop((*change.added, *change.removed, *change.replaced))
         self._account.all_learnt = False
         if self._guard is not None:
             self._guard.parameters_changed()
@@ -260,14 +244,12 @@ class RollbackPrecision(WrappingPrecision):
     def kept(self) -> Callable[[], None]:
         """Note what is known of the network; returns what goes back to that, as often as it is called."""
         self._engine.refresh(wait=True)
-        states = self._states()
+        states = self._registry.states()
         engine, batches = self._engine, self._batches
         counted = engine.run.high_in_a_row, engine.low_work, engine.work
 
         def back() -> None:
-            for name, node in self.nodes.items():
-                if not self._go_on(node, states.get(name)):
-                    node.load_state_dict(self._new(name, node.kind).state_dict())
+            self._registry.go_back(states)
             engine.run.high_in_a_row, engine.low_work, engine.work = counted
             engine.retries = []
             engine.put_back()
@@ -286,33 +268,9 @@ class RollbackPrecision(WrappingPrecision):
 
     # What
 
-    def _make(self, name: str, kind: str) -> Node:
-        if name in self.nodes:
-            return self.nodes[name]
-        node = self.nodes[name] = self._new(name, kind)
-        self._go_on(node, self._loaded.pop(name, None))
-        return node
-
-    @staticmethod
-    def _go_on(node: Node, state: Mapping[str, Any] | None) -> bool:
-        """From a state of a checkpoint, if that is of such a node."""
-        if state is None or state["kind"] != node.kind:
-            return False
-        node.load_state_dict(state)
-        return True
-
-    def _states(self) -> dict[str, Any]:
-        """Of all nodes; of those that have not come yet, as they were in the checkpoint."""
-        return self._loaded | {name: node.state_dict() for name, node in self.nodes.items()}
-
     def _new(self, name: str, kind: str) -> Node:
         learning = Learning(self._learn_until, timed=self._timed)
         return Node(name, kind, self._policy, self._limits, learning, adaptive=self._engine.adaptive)
-
-    def _takes_part(self, name: str) -> bool:
-        found = [pattern for pattern in self._exclude if fnmatch.fnmatchcase(name, pattern)]
-        self._met.update(found)
-        return not found
 
     def precision_map(self) -> PrecisionMap:
         """Of each product of each operation: its bits now, its counters, and the last reason to compute it again."""
@@ -341,7 +299,7 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.refresh(wait=True)
         return {
             "version": _VERSION, "batches": self._batches, "high_in_a_row": self._engine.run.high_in_a_row,
-            "nodes": self._states(), "learnt_with": self._learnt_with, "measured_on": self._hardware(),
+            "nodes": self._registry.states(), "learnt_with": self._learnt_with, "measured_on": self._hardware(),
             "account": self._account.state_dict(), "inner": self.inner.state_dict(),
             "guard": self._guard.state_dict() if self._guard is not None else None,
         }  # fmt: skip
@@ -359,27 +317,30 @@ class RollbackPrecision(WrappingPrecision):
         self._batches = state_dict["batches"]
         self._engine.run.high_in_a_row = state_dict["high_in_a_row"]
         self._account.load_state_dict(state_dict["account"])
-        self._loaded = dict(state_dict["nodes"])
-        before = state_dict.get("learnt_with", self._learnt_with)
-        if before != self._learnt_with and self._loaded:
-            self._loaded, self._account.all_learnt = {}, False
-            others = [f"{name}={before.get(name)!r}" for name, value in self._learnt_with.items()
-                      if before.get(name) != value]  # fmt: skip
-            rank_zero_warn(f"The checkpoint was trained with {', '.join(others)}: all operations learn anew.")
-        here, there = self._hardware(), state_dict.get("measured_on", "")
-        if there not in ("", here) and self._learnt_with["only_if_faster"] and self._loaded:
-            self._loaded = {name: unmeasured(state) for name, state in self._loaded.items()}
-            self._account.all_learnt = False
-            rank_zero_warn(
-                f"The checkpoint was written on other hardware ({there}; here: {here}): whether low bits are faster is "
-                "measured anew, while all operations learn once more in high bits."
-            )
-        self.nodes.clear()
+        self._load_nodes(state_dict)
         self._operations.forget()
         self._engine.on_devices.clear()
         self.inner.load_state_dict(state_dict["inner"])
         if self._guard is not None:
             self._guard.load_state_dict(state_dict.get("guard"))
+
+    def _load_nodes(self, state_dict: dict[str, Any]) -> None:
+        states, before = state_dict["nodes"], state_dict.get("learnt_with", self._learnt_with)
+        here, there = self._hardware(), state_dict.get("measured_on", "")
+        others = [f"{name}={before.get(name)!r}" for name, value in self._learnt_with.items()
+                  if before.get(name) != value]  # fmt: skip
+        elsewhere = there not in ("", here) and self._learnt_with["only_if_faster"]
+        if states and others:
+            rank_zero_warn(f"The checkpoint was trained with {', '.join(others)}: all operations learn anew.")
+            states = {}
+        elif states and elsewhere:
+            rank_zero_warn(
+                f"The checkpoint was written on other hardware ({there}; here: {here}): whether low bits are faster is "
+                "measured anew, while all operations learn once more in high bits."
+            )
+        if others or elsewhere:
+            self._account.all_learnt = False
+        self._registry.load(states, timed=not elsewhere)
 
 
 class _Lifecycle(pl.Callback):
@@ -393,8 +354,7 @@ class _Lifecycle(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         plugin = self._plugin
-        unmet = [pattern for pattern in plugin._exclude if pattern not in plugin._met]
-        plugin._account.batch_ended(trainer, plugin._guard_says(), unmet)
+        plugin._account.batch_ended(trainer, plugin._guard_says(), plugin._registry.unmet)
 
 
 def _agreement(trainer: pl.Trainer, like: Node) -> Agreement:

@@ -32,7 +32,7 @@ def plugin(**more: Any) -> RollbackPrecision:
 
 def trained() -> dict[str, Any]:
     before = plugin()
-    node = before._make("layer", "linear")
+    node = before._registry.make("layer", "linear")
     node.learning.batches, node.products["forward"].status.low = 70, 20
     node.tensors["input"].limits.underflow = 0.5
     return before.state_dict()
@@ -42,12 +42,12 @@ def test_the_first_batch_behind_a_checkpoint_is_done_again_with_what_is_in_it() 
     resumed, state = plugin(), trained()
     resumed.load_state_dict(state)
     back = resumed.kept()
-    node = resumed._make("layer", "linear")  # nodes come when they are computed
+    node = resumed._registry.make("layer", "linear")  # nodes come when they are computed
     assert node.learning.done
     node.products["forward"].status.low += 1
     back()
     assert node.state_dict() == state["nodes"]["layer"]
-    other = resumed._make("other", "linear")
+    other = resumed._registry.make("other", "linear")
     other.learning.batches = 3
     back()
     assert other.learning.batches == 0
@@ -57,7 +57,7 @@ def test_what_changes_before_it_is_computed_learns_anew_too() -> None:
     resumed = plugin()
     resumed.load_state_dict(trained())
     resumed.on_parameters_changed(None, ParameterChange(replaced=("layer.weight",)))  # type: ignore[arg-type]
-    assert not resumed._make("layer", "linear").learning.done
+    assert not resumed._registry.make("layer", "linear").learning.done
 
 
 @pytest.mark.parametrize(
@@ -77,29 +77,33 @@ def test_with_other_settings_all_learns_anew(
     assert not recwarn
     with pytest.warns(UserWarning, match=said):
         resumed.load_state_dict(trained())
-    assert same._make("layer", "linear").learning.done
-    node = resumed._make("layer", "linear")
+    assert same._registry.make("layer", "linear").learning.done
+    node = resumed._registry.make("layer", "linear")
     assert not node.learning.done
     assert node.tensors["input"].limits.underflow == other.get("thresholds", {}).get("underflow", 0.01)
 
 
 def test_on_other_hardware_it_is_measured_anew_whether_low_bits_pay(recwarn: pytest.WarningsRecorder) -> None:
     before = plugin(only_if_faster=True)
-    node = before._make("layer", "linear")
+    node = before._registry.make("layer", "linear")
     node.learning.batches, node.products["forward"].status.low = 70, 20
     node.learning.low_pays = node.products["grad_input"].low_pays = False
     node.tensors["input"].limits.underflow = 0.5
     state, here, old, other = (before.state_dict(), *(plugin(only_if_faster=True) for _ in range(3)))
     here.load_state_dict(state)
     old.load_state_dict({name: value for name, value in state.items() if name != "measured_on"})
-    assert here._make("layer", "linear").state_dict() == old._make("layer", "linear").state_dict() == node.state_dict()
+    assert (
+        here._registry.make("layer", "linear").state_dict()
+        == old._registry.make("layer", "linear").state_dict()
+        == node.state_dict()
+    )
     torch.set_num_threads(2)
     unasked, not_timed = plugin(), plugin()
     not_timed.load_state_dict(unasked.state_dict() | {"measured_on": "another machine", "nodes": state["nodes"]})
     assert not recwarn
     with pytest.warns(UserWarning, match=r"other hardware \(.*1 torch threads; here: .*2 torch threads\).*anew"):
         other.load_state_dict(state)
-    found = other._make("layer", "linear")
+    found = other._registry.make("layer", "linear")
     assert not found.learning.done
     assert found.learning.low_pays is found.products["grad_input"].low_pays is None
     assert found.products["forward"].status.low == 20
@@ -243,7 +247,7 @@ def test_where_autocast_is_off_the_bits_are_those_of_the_tensors(tmp_path: Path)
 def test_numbered_operations_learn_anew_when_the_network_changes() -> None:
     made = plugin()
     for name in ("layer", "other", "matmul#2"):
-        made._make(name, "matmul")
+        made._registry.make(name, "matmul")
     made.on_parameters_changed(None, ParameterChange(added=("layer.weight",)))  # type: ignore[arg-type]
     assert list(made.nodes) == ["other"]
 
