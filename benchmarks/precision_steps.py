@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 CLIP = 1.0
-LEARNING = 3  # steps
+LEARNING = 10  # steps, the fewest that a plugin with "auto" learns in
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Steps:
         data.setup("fit")
         self._batches = iter(data.train_dataloader())
         self._protected = not arm.endswith(_UNPROTECTED)
-        for _ in range(LEARNING + 1):  # and one in low bits, in which buffers and kernels are made
+        for _ in range(
+            (LEARNING if arm.startswith("int8") else 0) + 1
+        ):  # one more, in which buffers and kernels are made
             self()
 
     def __call__(self) -> None:

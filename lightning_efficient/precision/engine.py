@@ -34,6 +34,7 @@ from lightning_efficient.precision.kinds import Kind, Shapes
 from lightning_efficient.precision.nodes import Node, Role
 from lightning_efficient.precision.probes import measured_result
 from lightning_efficient.precision.retry import Retry
+from lightning_efficient.precision.signs import Probe
 from lightning_efficient.precision.status import Run
 
 __all__ = ["Call", "Engine", "Retry", "product"]
@@ -160,7 +161,7 @@ class Engine:
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
         high: Callable[[torch.dtype], Tensor],
-        probe: Callable[[Tensor], float | None],
+        probe: Callable[[Tensor], Probe | None],
     ) -> Tensor:
         """One product."""
         self.work += node.work
@@ -213,7 +214,7 @@ class Engine:
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
         high: Callable[[torch.dtype], Tensor],
-        probe: Callable[[Tensor], float | None],
+        probe: Callable[[Tensor], Probe | None],
     ) -> Tensor:
         """One product in high bits, whose numbers are taken for healthy."""
         start = time.perf_counter()
@@ -223,8 +224,8 @@ class Engine:
         computed = time.perf_counter()
         if not (one.measured.finite and other.measured.finite):
             return result
-        error = probe(low(one, other))
-        node.learn(role, one.measured, other.measured, measured_result(result).exponent, error)
+        found = probe(low(one, other))
+        node.learn(role, one.measured, other.measured, measured_result(result).exponent, found)
         node.learning.took(encoded - start + time.perf_counter() - computed, computed - encoded)
         return result
 
@@ -278,7 +279,7 @@ class Call:
             parts = [part.to(dtype) if part is not None else None for part in (x, weight, bias)]
             return kind.forward(*parts).to(result_type)  # type: ignore[arg-type]
 
-        def probe(result: Tensor) -> float | None:
+        def probe(result: Tensor) -> Probe | None:
             return kind.probe("forward", x, weight, bias, result, engine.place())
 
         if again:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
 from lightning_efficient.precision.integers import can_multiply, multiply
-from lightning_efficient.precision.probes import error_of_some
+from lightning_efficient.precision.probes import probe_of
+from lightning_efficient.precision.signs import Probe
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
 
@@ -55,8 +56,8 @@ class Kind(ABC):
 
     def probe(
         self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
-    ) -> float | None:
-        """Relative error of some results of a product, computed again exactly; None: it cannot be told."""
+    ) -> Probe | None:
+        """How far off some results of a product are, computed again exactly; None: it cannot be told."""
         return None
 
 
@@ -99,10 +100,10 @@ class MatMul(Kind):
 
     def probe(
         self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
-    ) -> float | None:
+    ) -> Probe | None:
         if (result if role == "grad_weight" else other).dim() != 2:
             return None
-        return error_of_some(*self._matrices(role, one, other), bias, result.reshape(-1, result.shape[-1]), at)
+        return probe_of(*self._matrices(role, one, other), bias, result.reshape(-1, result.shape[-1]), at)
 
     def _matrices(self, role: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied by what, of the operands of a product whose weight is a matrix."""

@@ -18,6 +18,7 @@ from lightning_efficient.precision.signs import (
     OF_GRADIENTS,
     Limits,
     Measured,
+    Probe,
     Tracker,
     aligned,
     apart,
@@ -49,7 +50,8 @@ class Product:
         result: Exponents of what it gives.
         distances: Between the exponents of its operands, the last ones.
         allowed: By how much that may be off.
-        error: Beyond which relative error of a probe it has failed.
+        sizes: Norms of the last blocks that were computed exactly.
+        error: How far off a block may be, over the largest of these norms: one alone may happen to be next to nothing.
         low_pays: On a GPU, whether low bits take less time; None: not known yet.
         known_wait: On a GPU: for how many products the host will leave out the low one, without asking the device.
     """
@@ -58,6 +60,7 @@ class Product:
     result: Tracker = field(default_factory=Tracker)
     distances: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY))
     allowed: float = _LEAST_APART
+    sizes: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
     error: float = _OFF["forward"]
     low_pays: bool | None = None
     known_wait: int = 0
@@ -67,18 +70,32 @@ class Product:
         """Distance of the operands' exponents."""
         return statistics.median(self.distances) if self.distances else 0.0
 
+    def off(self, probe: Probe | None) -> float | None:
+        """The relative error of a block; None if it cannot be told."""
+        if probe is None:
+            return None
+        size = max(probe.size, *self.sizes, 0.0)
+        return probe.off / size if size else None
+
+    def saw(self, probe: Probe | None) -> None:
+        """A block of a healthy product."""
+        if probe is not None and 0 < probe.size < math.inf:
+            self.sizes.append(probe.size)
+
     def agreed(self) -> list[float]:
         """What ranks agree on: the largest number of each."""
         return [
-            *self.status.agreed(), *self.result.agreed(), *aligned(self.distances), self.allowed, self.error,
+            *self.status.agreed(), *self.result.agreed(), *aligned(self.distances), *aligned(self.sizes), self.allowed,
+            self.error,
             -1.0 if self.low_pays is None else float(not self.low_pays), self.known_wait,
         ]  # fmt: skip
 
     def agree(self, values: list[float]) -> None:
         """What :meth:`agreed` returned, the largest of all ranks."""
-        status, result, distances, (self.allowed, self.error, slow, wait) = _split(
-            values, len(self.status.agreed()), len(self.result.agreed()), HISTORY
+        status, result, distances, sizes, (self.allowed, self.error, slow, wait) = _split(
+            values, len(self.status.agreed()), len(self.result.agreed()), HISTORY, HISTORY
         )
+        self.sizes = deque((value for value in sizes if value > -math.inf), maxlen=HISTORY)
         self.status.agree(status)
         self.result.agree(result)
         self.distances = deque((int(value) for value in distances if value > -math.inf), maxlen=HISTORY)
@@ -88,7 +105,7 @@ class Product:
         """Plain numbers and text."""
         return {
             "status": self.status.state_dict(), "result": self.result.state_dict(), "distances": list(self.distances),
-            "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
+            "sizes": list(self.sizes), "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
             "known_wait": self.known_wait,
         }  # fmt: skip
 
@@ -97,6 +114,7 @@ class Product:
         self.status.load_state_dict(state["status"])
         self.result.load_state_dict(state["result"])
         self.distances = deque(state["distances"], maxlen=HISTORY)
+        self.sizes = deque(state["sizes"], maxlen=HISTORY)
         self.allowed, self.error, self.low_pays = state["allowed"], state["error"], state["low_pays"]
         self.known_wait = state["known_wait"]
 
@@ -173,8 +191,8 @@ class Node:
         for product in self.products.values():
             product.low_pays = False
 
-    def learn(self, role: Role, one: Measured, other: Measured, result: int | None, error: float | None) -> None:
-        """A healthy product: what its tensors are like, the exponent of its result and the error of its probe."""
+    def learn(self, role: Role, one: Measured, other: Measured, result: int | None, probe: Probe | None) -> None:
+        """A healthy product: what its tensors are like, the exponent of its result, and a look at some of that."""
         product = self.products[role]
         for which, measured in zip(OPERANDS[role], (one, other), strict=True):
             self.tensors[which].learn(measured, fixed=not self.learns)
@@ -184,6 +202,8 @@ class Node:
             if self.learns and product.distances:
                 product.allowed = max(product.allowed, abs(distance - product.usual) + _APART_MARGIN)
             product.distances.append(distance)
+        error = product.off(probe)
+        product.saw(probe)
         if self.learns and error is not None:
             product.error = max(product.error, ERROR_MARGIN * error)
 
@@ -213,15 +233,17 @@ class Node:
             product.distances.append(one.exponent - other.exponent)
         return ""
 
-    def sign_of_result(self, role: Role, measured: Measured, error: float | None) -> str:
-        """Likewise of what a product gave, and of the relative error of a probe of that."""
+    def sign_of_result(self, role: Role, measured: Measured, probe: Probe | None) -> str:
+        """Likewise of what a product gave, and of a look at some of that."""
         product = self.products[role]
         if not measured.finite:
             return "result: values that are not finite"
+        error = product.off(probe)
         if error is not None and not error <= product.error:
             return f"result: {error:.2f} off where it was computed exactly (limit {product.error:.2f})"
         if not measured.all_zero and (sign := product.result.sign(measured)):
             return f"result: {sign}"
+        product.saw(probe)
         return ""
 
     def agreed(self) -> list[float]:

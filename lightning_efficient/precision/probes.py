@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.core.native import compiled
-from lightning_efficient.precision.signs import Measured, shared_exponent
+from lightning_efficient.precision.signs import Measured, Probe, shared_exponent
 
-__all__ = ["GROUP", "SIDE", "error_of_some", "measured_result", "places"]
+__all__ = ["GROUP", "SIDE", "measured_result", "places", "probe_of"]
 
 SIDE = 16
 """Rows and columns of the block that is computed again exactly."""
@@ -57,8 +57,8 @@ def measured_result(result: Tensor) -> Measured:
     return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
-def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
-    """Relative error of some numbers of ``one @ other + bias``, computed again.
+def probe_of(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> Probe:
+    """How far off some numbers of ``one @ other + bias`` are, which are computed again.
 
     Args:
         one: ``[M, K]``, of any strides.
@@ -66,9 +66,6 @@ def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tenso
         bias: ``[N]``.
         result: ``[M, N]``, to be checked.
         at: Others with each number.
-
-    Returns:
-        The norm of what is off over that of what is right; None where that is zero.
     """
     plain = result, *((bias,) if bias is not None else ())
     if _library_for(one, other) and all(_library_for(tensor) and tensor.is_contiguous() for tensor in plain):
@@ -80,7 +77,7 @@ def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tenso
             exact += bias[columns].float()
         found = result.index_select(0, rows).index_select(1, columns).float()
         size, off = float(exact.double().square().sum()), float((found - exact).double().square().sum())
-    return math.sqrt(off / size) if size else None
+    return Probe(math.sqrt(off), math.sqrt(size))
 
 
 def _sums_in_c(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> tuple[float, float]:

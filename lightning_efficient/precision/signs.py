@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ __all__ = [
     "RUN",
     "Limits",
     "Measured",
+    "Probe",
     "Tracker",
     "aligned",
     "apart",
@@ -67,6 +68,18 @@ class Measured:
     all_zero: bool = False
     finite: bool = True
     error: float | None = None
+
+
+class Probe(NamedTuple):
+    """Of some numbers of a result that are computed again exactly.
+
+    Attributes:
+        off: The norm of what the result is off there.
+        size: The norm of what it should be.
+    """
+
+    off: float
+    size: float
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_efficient.precision.agreement import Agreement
 from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.nodes import Node
-from lightning_efficient.precision.signs import Measured
+from lightning_efficient.precision.signs import Measured, Probe
 from lightning_efficient.precision.status import ReturnPolicy, Run
 
 
@@ -70,7 +70,7 @@ def test_a_failure_on_one_rank_counts_on_all() -> None:
     for rank, run in enumerate(ranks.runs):
         for name, found in ranks.nodes[rank].items():
             found.begin(0)
-            found.learn("forward", Measured(3 + rank, underflow=0.02 * rank), Measured(5), 4, 0.01)
+            found.learn("forward", Measured(3 + rank, underflow=0.02 * rank), Measured(5), 4, Probe(0.01, 1.0))
             status = found.products["forward"].status
             status.computed_low()
             if rank and name == "b":

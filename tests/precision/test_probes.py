@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_efficient.precision import probes
-from lightning_efficient.precision.probes import error_of_some, measured_result
+from lightning_efficient.precision.probes import measured_result, probe_of
 from lightning_efficient.precision.signs import Measured
 
 
@@ -24,6 +25,12 @@ def by(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("needs a C compiler")
     else:
         yield "c"
+
+
+def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
+    """Of a probe, the relative error."""
+    off, size = probe_of(one, other, bias, result, at)
+    return off / size if size else None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

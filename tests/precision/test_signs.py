@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_efficient.precision.nodes import Node
-from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Tracker, apart, shared_exponent
+from lightning_efficient.precision.signs import HISTORY, Limits, Measured, Probe, Tracker, apart, shared_exponent
 from lightning_efficient.precision.status import ReturnPolicy
 
 HEALTHY = Measured(exponent=5)
@@ -117,3 +117,27 @@ def test_of_gradients_most_may_become_zero_late_in_training_p9() -> None:
     assert "gradient: quantization error" in node.sign_of_operands("grad_weight", replace(late, error=0.71), HEALTHY)
     given = Node("a layer", "linear", ReturnPolicy(), Limits())
     assert "gradient: underflow" in given.sign_of_operands("grad_weight", late, HEALTHY)
+
+
+def test_a_block_that_happens_to_be_next_to_nothing_is_no_sign_p2() -> None:
+    """What it is off is held against the largest of the last blocks."""
+    node, fine = Node("a layer", "linear", ReturnPolicy()), Measured(3)
+    assert "1.50 off" in node.sign_of_result("grad_input", fine, Probe(1.5, 1.0)), "nothing else is known"
+    assert node.sign_of_result("grad_input", fine, Probe(0.5, 100.0)) == ""
+    for _ in range(HISTORY - 1):
+        assert node.sign_of_result("grad_input", fine, Probe(0.5, 0.01)) == ""
+    assert node.sign_of_result("grad_input", fine, Probe(0.0, 0.0)) == "", "a block of zeros that is right"
+    assert "off" in node.sign_of_result("grad_input", fine, Probe(150.0, 0.01))
+    assert "off" in node.sign_of_result("grad_input", fine, Probe(math.nan, 1.0))
+    assert node.sign_of_result("grad_input", fine, Probe(0.005, 0.01)) == ""
+    assert "50.00 off" in node.sign_of_result("grad_input", fine, Probe(0.5, 0.01)), "the large one is forgotten"
+    assert node.sign_of_result("forward", fine, None) == ""
+
+
+def test_how_far_off_a_block_may_be_is_learnt_p1() -> None:
+    node, fine = Node("a layer", "linear", ReturnPolicy()), Measured(3)
+    node.learn("grad_input", fine, fine, 3, Probe(0.8, 1.0))
+    node.learn("forward", fine, fine, 3, Probe(0.01, 1.0))
+    assert node.sign_of_result("grad_input", fine, Probe(3.1, 1.0)) == ""
+    assert "limit 3.20" in node.sign_of_result("grad_input", fine, Probe(3.3, 1.0))
+    assert "limit 0.25" in node.sign_of_result("forward", fine, Probe(0.26, 1.0)), "it is never less than that"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from lightning_efficient.precision.status import DECAY, LONGEST, ReturnPolicy, R
 
 __all__ = ["ROWS", "WIDTH", "Reason", "load_node", "operand_row", "product_row", "reason_of", "run_row", "store_node"]
 
-WIDTH = 40
+WIDTH = 48
 """Of a row."""
 ROWS = 6
 """Of a node."""
@@ -31,7 +32,7 @@ COUNT, EXPONENTS, OVERFLOW, UNDERFLOW, ERROR, RANGE = 0, 1, 9, 10, 11, 12
 # A product.
 HIGH, LOW, RETRIES, RECENT_LOW, RECENT_RETRIES, WAIT, LEFT, GOOD = range(8)
 REASON, VALUE, LIMIT, FLAG, DISTANCES, ALLOWED, PROBE, RESULT = 8, 9, 10, 11, 12, 21, 22, 23
-DOUBT = 36  # of the forward product: whether it was in high bits in this step
+DOUBT, SIZES = 36, 37  # of the forward product: whether it was in high bits in this step
 # Row 0.
 IN_A_ROW, RETURN_AFTER, RETRY_RATE, RECENT, LONGEST_WAIT = range(5)
 
@@ -129,6 +130,7 @@ def store_node(node: Node) -> Tensor:
         reason = Reason.of(status["reason"], role)
         row[REASON : LIMIT + 1] = [reason.code, reason.value, reason.limit]
         _store_history(row, DISTANCES, product.distances)
+        _store_history(row, SIZES, product.sizes)
         row[ALLOWED], row[PROBE] = product.allowed, product.error
         _store_tracker(row, RESULT, product.result)
     return torch.tensor(rows, dtype=torch.float64)
@@ -151,7 +153,8 @@ def load_product(row: list[float], role: Role, product: Product) -> None:
         "recent_low": recent_low, "recent_retries": recent_retries, "wait": int(wait), "left": int(left),
         "good": int(good), "signs": product.status.signs,
     })  # fmt: skip
-    product.distances = _history(row, DISTANCES)
+    product.distances = deque(map(int, _history(row, DISTANCES)), maxlen=HISTORY)
+    product.sizes = _history(row, SIZES)
     product.allowed, product.error = row[ALLOWED], row[PROBE]
     _load_tracker(row, RESULT, product.result)
 
@@ -171,17 +174,17 @@ def _store_tracker(row: list[float], at: int, tracker: Tracker) -> None:
 def _load_tracker(row: list[float], at: int, tracker: Tracker) -> None:
     overflow, underflow, error, spread = row[at + OVERFLOW : at + RANGE + 1]
     tracker.load_state_dict({
-        "exponents": list(_history(row, at)),
+        "exponents": [int(number) for number in _history(row, at)],
         "limits": {"overflow": overflow, "underflow": underflow, "error": error, "exponent_range": spread},
     })  # fmt: skip
 
 
-def _store_history(row: list[float], at: int, numbers: deque[int] | list[int]) -> None:
+def _store_history(row: list[float], at: int, numbers: Sequence[float]) -> None:
     row[at + COUNT] = len(numbers)
     row[at + EXPONENTS + HISTORY - len(numbers) : at + EXPONENTS + HISTORY] = list(numbers)
 
 
-def _history(row: list[float], at: int) -> deque[int]:
+def _history(row: list[float], at: int) -> deque[float]:
     count = int(row[at + COUNT])
     numbers = row[at + EXPONENTS + HISTORY - count : at + EXPONENTS + HISTORY]
-    return deque(map(int, numbers), maxlen=HISTORY)
+    return deque(numbers, maxlen=HISTORY)

@@ -21,7 +21,7 @@ from lightning_efficient.precision.device.rows import (
     store_node,
 )
 from lightning_efficient.precision.nodes import OPERANDS, Node, Role
-from lightning_efficient.precision.signs import Limits, Measured, quantization_error, shared_exponent
+from lightning_efficient.precision.signs import Limits, Measured, Probe, quantization_error, shared_exponent
 from lightning_efficient.precision.status import ReturnPolicy, Run
 
 __all__ = ["Seen", "decide"]
@@ -76,19 +76,19 @@ def decide(state: Tensor, measured: Tensor, probes: Tensor, seen: Seen) -> None:
     one, other = (
         _measured(measured[slot].tolist(), numel) for slot, numel in zip(seen.slots[:2], seen.numels, strict=True)
     )
-    result, error = _of_sample(measured[seen.slots[2]].tolist()), _error(probes, seen.probed)
+    result, probe = _of_sample(measured[seen.slots[2]].tolist()), _probe(probes, seen.probed)
     status = node.products[seen.role].status
     forward = product_row(seen.first, "forward")
     doubted = bool(state[forward, DOUBT])
     low = False
     if seen.learning:
         if one.finite and other.finite:
-            node.learn(seen.role, one, other, result.exponent, error)
+            node.learn(seen.role, one, other, result.exponent, probe)
         status.computed_high(run)
     elif (doubted and seen.role != "forward") or not status.allows_low(run):
         status.computed_high(run)
     else:
-        reason = _sign(node, seen, one, other, result, error)
+        reason = _sign(node, seen, one, other, result, probe)
         low = not reason
         if low:
             status.computed_low()
@@ -105,10 +105,10 @@ def decide(state: Tensor, measured: Tensor, probes: Tensor, seen: Seen) -> None:
     state[0, IN_A_ROW] = run.high_in_a_row
 
 
-def _sign(node: Node, seen: Seen, one: Measured, other: Measured, result: Measured, error: float | None) -> str:
+def _sign(node: Node, seen: Seen, one: Measured, other: Measured, result: Measured, probe: Probe | None) -> str:
     if not seen.protect:
         return "" if one.finite and other.finite else "values that are not finite"
-    return node.sign_of_operands(seen.role, one, other) or node.sign_of_result(seen.role, result, error)
+    return node.sign_of_operands(seen.role, one, other) or node.sign_of_result(seen.role, result, probe)
 
 
 def _measured(slot: list[int], numel: int) -> Measured:
@@ -132,9 +132,9 @@ def _of_sample(slot: list[int]) -> Measured:
     return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
-def _error(probes: Tensor, rows: int) -> float | None:
+def _probe(probes: Tensor, rows: int) -> Probe | None:
     off, size = probes[:rows].double().sum(0).tolist()
-    return math.sqrt(off / size) if size else None
+    return Probe(math.sqrt(off), math.sqrt(size)) if rows else None
 
 
 def _float(bits: int) -> float:

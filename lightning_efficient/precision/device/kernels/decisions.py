@@ -26,7 +26,7 @@ ERROR, RANGE = _C(layout.ERROR), _C(layout.RANGE)
 HIGH, LOW, RETRIES, RECENT_LOW = _C(layout.HIGH), _C(layout.LOW), _C(layout.RETRIES), _C(layout.RECENT_LOW)
 RECENT_RETRIES, WAIT, LEFT, GOOD = _C(layout.RECENT_RETRIES), _C(layout.WAIT), _C(layout.LEFT), _C(layout.GOOD)
 REASON, VALUE, LIMIT = _C(layout.REASON), _C(layout.VALUE), _C(layout.LIMIT)
-FLAG, DOUBT = _C(layout.FLAG), _C(layout.DOUBT)
+FLAG, DOUBT, SIZES = _C(layout.FLAG), _C(layout.DOUBT), _C(layout.SIZES)
 DISTANCES, ALLOWED, PROBE, RESULT = _C(layout.DISTANCES), _C(layout.ALLOWED), _C(layout.PROBE), _C(layout.RESULT)
 IN_A_ROW, RETURN_AFTER, RETRY_RATE = _C(layout.IN_A_ROW), _C(layout.RETURN_AFTER), _C(layout.RETRY_RATE)
 RECENT, LONGEST_WAIT = _C(layout.RECENT), _C(layout.LONGEST_WAIT)
@@ -133,12 +133,16 @@ def _learn(row, going, exponent, over, under, error, lanes, FIXED: tl.constexpr)
 
 
 @triton.jit
-def _probed(probes, rows, SIDE: tl.constexpr):
-    """The relative error, and whether there is one."""
+def _probed(probes, rows, product, lanes, SIDE: tl.constexpr):
+    """The relative error, whether there is one, the norm of the block, and whether that is one to remember."""
     places = tl.arange(0, SIDE)
     off = tl.sum(tl.load(probes + 2 * places, mask=places < rows, other=0.0).to(tl.float64), 0)
     size = tl.sum(tl.load(probes + 2 * places + 1, mask=places < rows, other=0.0).to(tl.float64), 0)
-    return tl.sqrt(off / tl.where(size == 0, 1.0, size)), size != 0
+    norm = tl.sqrt(size)
+    before = tl.load(product + SIZES + EXPONENTS + lanes)
+    known = lanes >= 8 - tl.load(product + SIZES + COUNT)
+    most = tl.maximum(tl.max(tl.where(known, before, 0.0), 0), norm)
+    return tl.sqrt(off) / tl.where(most == 0, 1.0, most), most != 0, norm, (norm > 0) & (norm < float("inf"))
 
 
 @triton.jit(do_not_specialize=["one_row", "other_row", "row", "forward_row", "one_slot", "other_slot", "slot",
@@ -176,7 +180,8 @@ def _decide(
             tl.store(product + ALLOWED, tl.maximum(allowed_off, off + SPREAD), mask=healthy & both & known)
         _append(product + DISTANCES, distance, healthy & both, lanes)
         if PROBES:
-            error, there = _probed(probes, probed, SIDE)
+            error, there, size, fit = _probed(probes, probed, product, lanes, SIDE)
+            _append(product + SIZES, size, healthy & fit, lanes)
             if not FIXED:
                 error = error * ERRORS
                 tl.store(product + PROBE, error, mask=healthy & there & (error > most_off))
@@ -204,7 +209,7 @@ def _decide(
             _append(product + DISTANCES, distance, allowed & (code == 0) & both, lanes)
             found = tl.where(largest < 0x7F800000, 0, NOT_FINITE)
             if PROBES:
-                error, there = _probed(probes, probed, SIDE)
+                error, there, size, fit = _probed(probes, probed, product, lanes, SIDE)
                 is_off = (code == 0) & (found == 0) & there & ((error <= most_off) == 0)
                 value, limit = tl.where(is_off, error, value), tl.where(is_off, most_off, limit)
                 found = tl.where(is_off, PROBED, found)
@@ -217,6 +222,8 @@ def _decide(
             is_range = (code == 0) & (found == VARIES)
             value, limit = tl.where(is_range, value3, value), tl.where(is_range, limit3, limit)
             code = tl.where((code == 0) & (found != 0), found + 3 * OPERAND, code)
+            if PROBES:
+                _append(product + SIZES, size, allowed & (code == 0) & fit, lanes)
         else:
             code = tl.where(finite1 & finite2, 0, NOT_FINITE)
             value, limit = over1 * 0, over1 * 0
