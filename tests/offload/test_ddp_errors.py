@@ -43,7 +43,7 @@ def dying_disk(rank: int, root: Path, where: int, after: int) -> str:
 
     if rank == where:
         dying = SystemCalls(pwritev=pwritev)
-        tier_set.DiskTier = lambda directory: DiskTier(directory, system=dying)
+        tier_set.DiskTier = lambda directory, **others: DiskTier(directory, system=dying, **others)
     try:
         fit(None, strategy=ours(), root=root, max_steps=400, **DDP)
     except Exception as error:

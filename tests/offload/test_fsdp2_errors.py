@@ -48,7 +48,7 @@ def dying_disk(rank: int, root: Path, where: int, after: int, name: str) -> str:
 
     if rank == where:
         dying = SystemCalls(pwritev=pwritev)
-        tier_set.DiskTier = lambda directory: DiskTier(directory, system=dying)
+        tier_set.DiskTier = lambda directory, **others: DiskTier(directory, system=dying, **others)
     case = ENDINGS[name]()
     strategy = ours(**case.pop("strategy", {}))
     try:
