@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, MaxMetric, MeanMetric
 from torchmetrics.wrappers import Running
 
+from lightning_efficient.core import watched_tensors
 from lightning_efficient.core.torch_internals import BatchNorm
 from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
@@ -373,9 +374,7 @@ def test_o7_a_batch_that_cannot_be_split_is_refused_in_the_first_step(tmp_path: 
 
 
 def test_o7_a_buffer_that_changes_for_the_first_time_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_efficient.offload.batches import rewind
-
-    monkeypatch.setattr(rewind, "_SMALL", 0)
+    monkeypatch.setattr(watched_tensors, "_SMALL", 0)
     fail = out_of_memory_at(1)
 
     def change(model: Model, loss: Tensor, batch: Any) -> Tensor:
