@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 .PHONY: demo test lint docs bench clean
 
 demo: $(VENV)/.run
-	$(BIN)/python -m lightning_efficient.demos.compare --steps 400
+	$(BIN)/python -m lightning_efficient.demos.compare --steps 260
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal
