@@ -13,7 +13,8 @@ __all__ = ["Learning"]
 
 _SETTLED = 10  # batches in which no limit grew
 _AT_LEAST, _AT_MOST = 10, 200
-_MEASURED = 8  # batches in which low bits are timed; the first, in which memory is still new, does not count
+_MEASURED = 8  # batches, then it is left alone if low bits clearly take longer; the first, memory still new, not timed
+_CLEARLY = 1.2  # times as long; whoever is nearer is timed until it has learnt
 
 
 class Learning:
@@ -39,15 +40,12 @@ class Learning:
 
     @property
     def done(self) -> bool:
-        """Whether it may compute in low bits."""
+        """Whether it may compute in low bits, or never will."""
+        if self.low_pays is False:
+            return True
         if self._until is not None:
             return self.batches > self._until
         return self.batches > _AT_LEAST and (self.settled >= _SETTLED or self.batches > _AT_MOST)
-
-    @property
-    def times(self) -> bool:
-        """Whether low bits are to be timed in this batch, all three products."""
-        return self._timed and not self.done and self.batches <= _MEASURED
 
     def begin(self, batch: int, limits: tuple[float, ...]) -> None:
         """The operation is computed in ``batch``, maybe not for the first time; ``limits`` are those learnt so far."""
@@ -61,8 +59,11 @@ class Learning:
         if self._timed and self._low and self._high and self.batches > 2:
             self._ratios.append(self._low / self._high)
         self._low = self._high = 0.0
-        if self.done and self._ratios:
-            self.low_pays = statistics.median(self._ratios) <= 1
+        if not self._ratios or not (self.done or self.batches > _MEASURED):
+            return
+        ratio = statistics.median(self._ratios)
+        if self.done or ratio > _CLEARLY:
+            self.low_pays = ratio <= 1
             self._ratios = []
 
     def untimed(self) -> None:

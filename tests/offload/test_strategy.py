@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -601,8 +602,9 @@ def test_state_on_a_numa_node_o9(caplog: pytest.LogCaptureFixture) -> None:
     assert "numa:0: optimizer_state" in caplog.text
     [*_, logged] = [metrics for _, metrics in run.logged if "offload/numa_0_read_bytes" in metrics]
     state = 2 * sum(p.numel() * 4 for p in run.module.parameters())  # of which small neighbours have gaps between
-    assert state <= logged["offload/numa_0_read_bytes"] < 1.1 * state
-    assert state <= logged["offload/numa_0_written_bytes"] < 1.1 * state
+    for moved in ("read", "written"):  # in one step, or, where a thread was late, in the next
+        tag = f"offload/numa_0_{moved}_bytes"
+        assert state <= statistics.median(values[tag] for _, values in run.logged if tag in values) < 1.1 * state
     assert logged["offload/numa_0_read_gigabytes_per_second"] > 0
     assert logged["offload/numa_0_write_gigabytes_per_second"] > 0
     assert logged["offload/total_numa_0_read_bytes"] >= 14 * state

@@ -42,10 +42,34 @@ def test_low_bits_pay_if_the_median_batch_was_faster(low: float, pays: bool) -> 
     learning = Learning(5, timed=True)
     for batch in range(6):
         learning.begin(batch, ())
-        assert learning.times == (batch < 5)
         for _ in range(3):  # the first batch is slow, and the third was disturbed
             learning.took(100.0 if batch in (0, 2) else low, 1.0)
     assert learning.low_pays is pays
+
+
+@pytest.mark.parametrize(("low", "batches"), [(1.3, 9), (1.1, 51), (0.9, 51)])
+def test_whoever_clearly_does_not_gain_is_left_alone_at_once(low: float, batches: int) -> None:
+    learning = Learning(50, timed=True)
+    for batch in range(60):
+        learning.begin(batch, ())
+        learning.took(100.0 if batch in (0, 2) else low, 1.0)
+        assert learning.done == (batch + 1 >= batches)
+    assert learning.batches == batches
+    assert learning.low_pays is (low < 1)
+
+
+def test_a_rank_that_gains_goes_with_one_that_does_not() -> None:
+    gains, loses = Learning(50, timed=True), Learning(50, timed=True)
+    for batch in range(10):
+        for learning, low in ((gains, 0.9), (loses, 1.3)):
+            learning.begin(batch, ())
+            learning.took(low, 1.0)
+    assert (gains.done, loses.done) == (False, True)
+    values = [max(pair) for pair in zip(gains.agreed(), loses.agreed(), strict=True)]
+    for learning in (gains, loses):
+        learning.agree(values)
+        assert learning.done
+        assert learning.low_pays is False
 
 
 def test_what_was_learnt_is_kept() -> None:
