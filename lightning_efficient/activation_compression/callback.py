@@ -126,6 +126,7 @@ class ActivationCompressionPlugin(Callback):
         self._held: list[Tensor] = []
         self._batch = (0, 0, 0)
         self._passes = self._step = 0
+        self._left: float | None = None  # bytes of the batch that goes on, if it is left to autograd
         self._compiled = CompiledModules(self._classifier, group_size)
         self._sees_compiled = self._compiled_step = False
         self._knows_operations = True
@@ -188,6 +189,8 @@ class ActivationCompressionPlugin(Callback):
         """Modules may have come with them."""
         if self._adaptive is not None:
             self._adaptive.again()
+        if self._budget is not None:
+            self._budget.again()
         if self._knows_operations:
             self._follow(trainer.lightning_module)
 
@@ -206,16 +209,20 @@ class ActivationCompressionPlugin(Callback):
         step = self._step = steps_done(trainer)
         self._take_rate(step)
         if self._budget is not None:
-            self._budget.begin(self._held, self._classifier)
+            self._budget.begin(step, self._held, self._classifier)
         if self._adaptive is not None:
             self._adapt()
             self._adaptive.begin(step, self._classifier, partial(momentum_of, trainer))
+        measuring = self._adaptive is not None and self._adaptive.measuring
+        plan = self._budget.plan if self._budget is not None and not measuring else None
+        self._left = plan.predicted_bytes if plan is not None and plan.uncompressed else None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._held = []
-        if self._budget is not None and self._budget.end(self._classifier):
+        seen = self._classifier.sizes if self._left is None else None
+        if self._budget is not None and self._budget.end(seen):
             self._events.append(telemetry.Event(compat.log_step(trainer), "activations", self._budget.event()))
             (rank_zero_info if self._budget.fits else rank_zero_warn)(self._budget.event())
         if self._adaptive is not None and self._adaptive.end(self._step, self._classifier, trainer.strategy.broadcast):
@@ -374,6 +381,10 @@ class ActivationCompressionPlugin(Callback):
     @contextlib.contextmanager
     def _compressing(self, module: nn.Module) -> Iterator[None]:
         classifier = self._classifier
+        if self._left is not None:
+            classifier.leave(int(self._left))
+            yield
+            return
         key = derive_seed(self._seed, *self._batch, self._passes)
         self._passes += 1
         seed_noise(key)

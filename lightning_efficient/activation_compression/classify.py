@@ -106,6 +106,12 @@ class Classifier:
         self.ledger.open()
         self.sizes = PassSizes()
 
+    def leave(self, nbytes: int) -> None:
+        """A forward pass begins in which autograd keeps what it saves, ``nbytes``."""
+        self.end()
+        self.ledger.open()
+        self.ledger.passed("", "all", "uncompressed", nbytes, nbytes)
+
     def end(self) -> None:
         """It is over; what it kept stays."""
         self.saved.clear()

@@ -13,6 +13,7 @@ from lightning_efficient.activation_compression.adaptive import AdaptiveRates, C
 from lightning_efficient.activation_compression.blocks import Blocks
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.collect import Collector, LayerMeasurement
+from lightning_efficient.activation_compression.ledger import PassSizes
 from lightning_efficient.activation_compression.plan import MemoryPlan, MemoryPlanner, make_plan
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.store import Unit
@@ -22,6 +23,7 @@ __all__ = ["AdaptiveControl", "BudgetControl"]
 Momentum = Callable[[Tensor], Tensor | None]
 
 _LEAST = 2  # bits of linear inputs in a plan, and while there is none
+_LOOK_AGAIN = 50  # steps: even a batch that fits uncompressed may save more one day than others of its shapes
 _CHANGE = 0.25  # bits on average by which a schedule has to go on before bits are given anew
 
 
@@ -63,6 +65,11 @@ class AdaptiveControl:
     def again(self) -> None:
         """The layers are others now: measure soon."""
         self._next, self._first = 0, {}
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the step that goes on is measured."""
+        return self._collector is not None
 
     def begin(self, step: int, classifier: Classifier, momentum: Callable[[], Momentum]) -> None:
         """A batch begins, after ``step`` optimizer steps."""
@@ -206,8 +213,12 @@ class BudgetControl:
         self._told.clear()
         self.blocks.impure.clear()
 
-    def begin(self, batch: Sequence[Tensor], classifier: Classifier) -> None:
-        """A batch begins."""
+    def again(self) -> None:
+        """The layers are others now: what they save is not known."""
+        self._planner = MemoryPlanner()
+
+    def begin(self, step: int, batch: Sequence[Tensor], classifier: Classifier) -> None:
+        """A batch begins, after ``step`` optimizer steps."""
         self._signature = " ".join("x".join(map(str, tensor.shape)) for tensor in batch)
         self._size = sum(tensor.numel() for tensor in batch)
         sizes = self._planner.predict(self._signature, self._size)
@@ -223,6 +234,7 @@ class BudgetControl:
                 group_size=self._group_size,
                 blocks=self.blocks.candidates,
                 host=any(tensor.is_cuda for tensor in batch),
+                known=self._planner.knows(self._signature) and step % _LOOK_AGAIN != 0,
             )
             self._rates.chosen = self.plan.levels
             classifier.offloaded, self.blocks.recomputed = self.plan.offloaded, frozenset(self.plan.recomputed)
@@ -241,10 +253,18 @@ class BudgetControl:
             return None
         return sum(level * sizes[unit] for unit, level in levels.items()) / total, sizes
 
-    def end(self, classifier: Classifier) -> bool:
-        """The batch is over; returns whether it was the first of its shapes."""
+    def end(self, sizes: PassSizes | None) -> bool:
+        """The batch is over.
+
+        Args:
+            sizes: What it saved; None: nobody looked.
+
+        Returns:
+            Whether it was the first of its shapes.
+        """
         recomputed = self.plan.recomputed if self.plan is not None else ()
-        self._planner.note(self._signature, self._size, classifier.sizes, recomputed)
+        if sizes is not None:
+            self._planner.note(self._signature, self._size, sizes, recomputed)
         if self.plan is None:
             return False
         self._plans[self._signature] = self.plan

@@ -51,6 +51,7 @@ class MemoryPlan:
         predicted_bytes: That it takes, at the end of the forward pass, with what the largest of ``recomputed`` needs
             while it is made again.
         budget_bytes: That it may take.
+        uncompressed: Whether all that autograd saves fits as it is, so that nothing need be looked at.
     """
 
     levels: Mapping[Unit, int]
@@ -58,6 +59,7 @@ class MemoryPlan:
     recomputed: tuple[str, ...]
     predicted_bytes: float
     budget_bytes: float
+    uncompressed: bool = False
 
     @property
     def fits(self) -> bool:
@@ -65,6 +67,8 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """In a few words."""
+        if self.uncompressed:
+            return "everything uncompressed"
         counts: dict[str, int] = defaultdict(int)
         for unit, level in self.levels.items():
             if not any(is_in(unit[1], block) for block in self.recomputed):
@@ -95,6 +99,10 @@ class MemoryPlanner:
         self._seen[signature] = size, found
         if len(self._seen) > _KEEP:
             del self._seen[next(iter(self._seen))]
+
+    def knows(self, signature: str) -> bool:
+        """Whether a batch of these shapes was seen."""
+        return signature in self._seen
 
     def predict(self, signature: str, size: int) -> PassSizes | None:
         """What a batch will save; None if none was seen yet."""
@@ -127,6 +135,7 @@ def make_plan(
     group_size: int,
     blocks: Iterable[str] = (),
     host: bool = False,
+    known: bool = False,
 ) -> MemoryPlan:
     """The least harm that fits: as many bits as possible, then the host, then fewer bits, then modules made again.
 
@@ -137,6 +146,7 @@ def make_plan(
         group_size: See :func:`quantize`.
         blocks: Modules that can be made again, in the order of the forward pass.
         host: Whether there is another memory than that of the device.
+        known: Whether ``sizes`` are what such a batch has saved, not what it is believed to: then it may be left alone.
     """
 
     def unit_bytes(unit: Unit, level: int) -> float:
@@ -148,6 +158,9 @@ def make_plan(
 
     fixed = sum(sizes.fixed.values())
     units = [unit for unit in sizes.numbers if unit[0] != "block"]
+    if known and sizes.saved_bytes <= budget_bytes:
+        raw = dict.fromkeys(units, EXACT)
+        return MemoryPlan(raw, frozenset(), (), sizes.saved_bytes, budget_bytes, uncompressed=True)
     offloaded: frozenset[Unit] = frozenset()
     levels: dict[Unit, int] = {}
     total = fixed

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_efficient import ActivationCompressionPlugin
 from lightning_efficient.activation_compression.batches import tensors_in
 from lightning_efficient.activation_compression.blocks import Blocks, find_blocks
-from lightning_efficient.activation_compression.classify import EXACT
+from lightning_efficient.activation_compression.classify import EXACT, Classifier
 from lightning_efficient.activation_compression.host import HostMemory, OnHost
 from lightning_efficient.activation_compression.ledger import PassSizes
 from lightning_efficient.activation_compression.operations import FLOORS
@@ -279,6 +279,9 @@ class Watch(pl.Callback):
         (tokens,) = tensors_in(batch)
         self.seen.append((tokens.shape[1] - 1, dict(self.plugin.measurements())))
 
+    def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+        self.weights = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
 
 class Hidden:
     """Nothing says that there are tensors in it."""
@@ -375,6 +378,39 @@ def test_every_size_stays_within_the_budget_and_as_predicted_a9() -> None:
     texts = [event.text for event in plugin.events()]
     assert len(texts) == len(set(Lengths.lengths))
     assert "Plan for saved tensors: a batch of 8x33 keeps " in texts[0]
+
+
+def test_what_fits_as_it_is_is_left_to_autograd_and_looked_at_now_and_then_a9(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin, looked = ActivationCompressionPlugin(memory_budget="2MiB"), []
+    begin = Classifier.begin
+    monkeypatch.setattr(Classifier, "begin", lambda *arguments: looked.append(plugin._step) or begin(*arguments))
+    watch = fit(plugin, steps=60)
+    fits = {length for length, values in watch.seen if values["activations/saved_bytes"] <= 2**21}
+    assert fits == {16, 24}
+    for step, (length, values) in enumerate(watch.seen):
+        assert (step in looked) == (length not in fits or step < len(Lengths.lengths) or step == 50), step
+        if step not in looked:
+            assert values["activations/kept_bytes"] == values["activations/saved_bytes"] <= 2**21
+
+
+def test_a_run_that_fits_as_it_is_has_the_weights_of_one_without_a_budget() -> None:
+    plugin = ActivationCompressionPlugin(memory_budget="1GiB", overrides={"*": "raw"})  # the first batch too
+    plain = fit(ActivationCompressionPlugin(bits="lossless"), steps=20)
+    found = fit(plugin, steps=20)
+    assert found.seen[-1][1]["activations/ratio"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(found.weights, plain.weights, strict=True))
+
+
+def test_after_growth_nothing_is_known_of_what_batches_save_a9() -> None:
+    plugin = ActivationCompressionPlugin(memory_budget="4MiB")
+    fit(plugin, steps=16)
+    assert plugin._budget is not None
+    plugin._budget.begin(1, [torch.zeros(8, 17)], plugin._classifier)
+    assert plugin._budget.plan is not None
+    assert plugin._budget.plan.describe() == "everything uncompressed"
+    plugin._budget.again()
+    plugin._budget.begin(1, [torch.zeros(8, 17)], plugin._classifier)
+    assert plugin._budget.plan is None
 
 
 def test_rates_that_follow_the_gradients_stay_within_the_budget_of_each_batch_a8_a9() -> None:
