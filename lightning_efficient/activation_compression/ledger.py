@@ -82,7 +82,7 @@ class Ledger:
             time="Took: encoding and decoding, on the host's clock."
             if clocked
             else "Took: not measured; the host's clock does not see what a device, or compiled code, encodes.",
-            memory="Saved: what backward needs, less what was kept of it, counted at the end of a forward pass.",
+            memory="Memory saved: what backward needs, less what was kept of it, counted at the end of a forward pass.",
             verdict=f"The last forward pass kept {kept} for backward, instead of {saved}." if self.by else "",
         )
 

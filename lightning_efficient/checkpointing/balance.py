@@ -45,6 +45,6 @@ def checkpoint_balance(
         gain_ms=1e3 * persisted_seconds,
         held_bytes=float(held_bytes),
         time=time,
-        memory="Holds: the buffers of the copies.",
+        memory="Memory held: the buffers of the copies.",
         verdict=f"It wrote {files}, the last of {human_bytes(file_bytes)}." if written else "",
     )

@@ -385,8 +385,8 @@ class GrowAndUnshareCallback(Callback):
             technique="growth",
             cost_ms=1e3 * self._switch_seconds,
             time="Took: the switches.",
-            memory="Saved: nothing at the peak, which the last phase sets; before it there were fewer parameters, "
-            "gradients and optimizer state.",
+            memory="Memory saved: nothing at the peak, which the last phase sets; before it, there were fewer "
+            "parameters and gradients, and less optimizer state.",
             verdict=f"It came to {progress.form()}."
             if progress and progress.complete
             else "The full model has not begun.",

@@ -125,16 +125,18 @@ class Comparison:
         differ = {name: cells for name, cells in values.items() if name not in same}
         return {name: differ[name] for name in sorted(differ, key=lambda name: name in _VOLATILE)}, same
 
-    def notes(self) -> list[str]:
-        """How it was measured, of all runs, each sentence once; first what is not known of some."""
-        own = [run for run in self.runs if not run.source]
-        notes = [note for run in self.runs if run.source for note in run.report.notes]
-        notes += [
-            f"{run.name} was interrupted ({run.report.interrupted}); its figures go up to there."
-            for run in own
+    def warnings(self) -> list[str]:
+        """What is not whole: runs without a report, and those that were interrupted."""
+        found = [note for run in self.runs if run.source for note in run.report.notes]
+        return found + [
+            f"{name} was interrupted ({run.report.interrupted}); its figures go up to there."
+            for name, run in zip(self.names, self.runs, strict=True)
             if run.report.interrupted
         ]
-        return list(dict.fromkeys([*notes, *(note for run in own for note in run.report.notes)]))
+
+    def notes(self) -> list[str]:
+        """How it was measured, of all runs, each sentence once."""
+        return list(dict.fromkeys(note for run in self.runs if not run.source for note in run.report.notes))
 
     def panels(self) -> list[Panel]:
         """The metric and the training loss, against steps and against time; memory; the time of batches."""

@@ -15,7 +15,7 @@ from lightning_efficient.monitoring.words import run_words, technique_words, una
 
 __all__ = ["page"]
 
-_TRADES = ("", "took, per batch", "saved, per batch", "of the batch without it", "memory saved", "memory held")
+_TRADES = ("", "took", "saved", "net", "memory saved", "memory held")
 
 
 def page(comparison: Comparison) -> str:
@@ -63,16 +63,12 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _said(comparison: Comparison) -> Iterator[str]:
+    letters = [_letter(place) for place in range(len(comparison.runs))]
+    for warning in comparison.warnings():
+        yield f"<p><b>{escape(warning)}</b></p>"
     for place in range(1, len(comparison.runs)):
-        words = escape(" ".join(run_words(comparison, place)))
-        yield f"<p>{_short(comparison, words)}</p>" if words else ""
-
-
-def _short(comparison: Comparison, words: str) -> str:
-    """Letters for names of runs, which are long; the legend says which is which."""
-    for place, name in sorted(enumerate(comparison.names), key=lambda item: -len(item[1])):
-        words = words.replace(escape(name), f'<b class="c{place % LOOKS}">{_letter(place)}</b>')
-    return words
+        words = escape(" ".join(run_words(comparison, place, letters)))
+        yield f"<p>{words}</p>" if words else ""
 
 
 def _side_by_side(comparison: Comparison) -> str:
@@ -108,10 +104,14 @@ def _balances(comparison: Comparison) -> Iterator[str]:
         report = comparison.runs[place].report
         if len(comparison.runs) > 1:
             yield f"<h3>{_chip(place, comparison.names[place])}</h3>"
-        yield _table(_TRADES, [[escape(trade.technique), *map(_measured, trade.cells())] for trade in found])
+        yield _table(_TRADES, [[escape(trade.technique), *map(_measured, trade.cells())] for trade in found], "trades")
+        yield (
+            "<p><small>Times are means per batch, the net in percent of the batch without the technique; memory is the "
+            "most of the run; – was not measured.</small></p>"
+        )
         yield "<dl>" + "".join(_technique(trade) for trade in found) + "</dl>"
-        rest = unaccounted_words(comparison.baseline.report, report, comparison.names[0]) if place else ""
-        yield f"<p>{_short(comparison, escape(rest))}</p>" if rest else ""
+        rest = unaccounted_words(comparison.baseline.report, report, _letter(0)) if place else ""
+        yield f"<p>{escape(rest)}</p>" if rest else ""
 
 
 def _measured(cell: str) -> str:
@@ -177,7 +177,7 @@ def _notes(comparison: Comparison) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "figures") -> str:
-    """Its cells are HTML already; of the ``kind`` ``figures``, ``words`` or ``events``."""
+    """Its cells are HTML already; of the ``kind`` ``figures``, ``trades``, ``words`` or ``events``."""
     titles = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(
         f'<tr><th class="label">{label}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

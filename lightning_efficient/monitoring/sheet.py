@@ -28,9 +28,7 @@ def terminal(comparison: Comparison, width: int = 100) -> str:
         found = trades(run.report)
         if found or place:
             lines += ["", f"{labels[place]}:"]
-        words = run_words(comparison, place) if place else []
-        for name, label in sorted(zip(comparison.names, labels, strict=True), key=lambda both: -len(both[0])):
-            words = [sentence.replace(name, label) for sentence in words]
+        words = run_words(comparison, place, labels) if place else []
         lines += textwrap.wrap(" ".join(words), width, initial_indent="  ", subsequent_indent="  ")
         said = [f"{trade.technique}: {technique_words(trade)}" for trade in found]
         said += [unaccounted_words(comparison.baseline.report, run.report, labels[0])] if place and found else []
@@ -41,12 +39,8 @@ def terminal(comparison: Comparison, width: int = 100) -> str:
             lines += [
                 _short(f"  step {event.step:>5}  {event.technique}: {event.text}", width) for event in run.report.events
             ]
-    lines += [
-        line
-        for run in comparison.runs
-        if run.source
-        for line in ("", *textwrap.wrap(" ".join(run.report.notes), width))
-    ]
+    for warning in comparison.warnings():
+        lines += ["", *textwrap.wrap(warning, width)]
     return "\n".join(lines)
 
 
@@ -60,7 +54,8 @@ def markdown(comparison: Comparison, plot: str = "", page: str = "") -> str:
     """
     names = list(comparison.names)
     parts = [f"# {comparison.title}"]
-    parts += [" ".join(run_words(comparison, place)) for place in range(1, len(names))]
+    parts += [f"**{warning}**" for warning in comparison.warnings()]
+    parts += [" ".join(run_words(comparison, place, names)) for place in range(1, len(names))]
     if page:
         parts.append(f"[The same as a page, with curves that tell their values]({page})")
     rows = [(row.label, *map(_cell, row.cells, row.changes)) for row in comparison.rows()]

@@ -36,7 +36,8 @@ td:last-child,th:last-child{padding-right:0}
 td small{display:inline-block;margin-left:.35em}
 td,tbody th{white-space:nowrap}tbody th.label{white-space:normal;min-width:9em}
 .words td{text-align:left;white-space:normal;min-width:9em}.words thead th{text-align:left}
-.events td{text-align:left;white-space:nowrap}.events td:last-child{white-space:normal;min-width:16em}
+.events td{text-align:left;white-space:nowrap}.events td:last-child{white-space:normal;min-width:12em}
+.events tbody th.label,.trades tbody th.label{min-width:0}
 .events thead th{text-align:left}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:14px}
 figure{margin:0;padding:10px 10px 4px;border:1px solid var(--line);border-radius:8px;background:var(--raised)}
@@ -56,14 +57,14 @@ circle{fill:transparent}circle:hover{fill:currentColor}
 .bar p{margin:0 0 4px}
 .bar div{display:flex;height:26px;background:var(--raised);border-radius:5px;overflow:hidden}
 .bar div i{display:block;height:100%;border-right:1px solid var(--ground)}
-.s0{background:var(--soft)}.s1{background:var(--c0)}.s2{background:var(--c1)}.s3{background:var(--c2)}
-.s4{background:var(--c3)}.s5{background:var(--c4)}
+.s0{background:var(--soft)}.s1{background:var(--c2)}.s2{background:var(--c3)}.s3{background:var(--c4)}
+.s4{background:var(--c5)}.s5{background:var(--c1)}
 .keys{display:flex;flex-wrap:wrap;gap:2px 18px;font-size:.85rem;color:var(--soft);padding-top:4px}
 .keys i{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.4em}
 dl{margin:1em 0}dt{font-weight:600;margin-top:.7em}dd{margin:0}
 dd small{display:block}
 details{margin-top:1.6em}summary{cursor:pointer;font-weight:600}
 @media (max-width:560px){main{padding:14px 16px 48px}.wide{margin:0 -16px;padding:0 16px}
-h1{font-size:1.4rem}th,td{padding-right:12px}table{font-size:.88rem}td small{display:block;margin-left:0}}
+h1{font-size:1.4rem}th,td{padding-right:10px}table{font-size:.88rem}td small{display:block;margin-left:0}}
 @media print{.charts{grid-template-columns:1fr 1fr}details{display:block}}
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lightning_efficient.monitoring.balance import Trade, batch_ms, full_size
 from lightning_efficient.monitoring.comparison import Comparison
@@ -16,9 +16,15 @@ _LITTLE = 0.02  # of a batch: differences as small as this are those of the mach
 _MOSTLY = 0.5  # of a peak
 
 
-def run_words(comparison: Comparison, place: int) -> list[str]:
-    """How the run at ``place`` did against the first one, a sentence each."""
-    first, name = comparison.names[0], comparison.names[place]
+def run_words(comparison: Comparison, place: int, labels: Sequence[str]) -> list[str]:
+    """How the run at ``place`` did against the first one, a sentence each.
+
+    Args:
+        comparison: Of all runs.
+        place: Of the run, not the first.
+        labels: What the runs are called.
+    """
+    first, name = labels[0], labels[place]
     report, base = comparison.runs[place].report, comparison.baseline.report
     sentences = []
     if comparison.metric:
@@ -47,10 +53,12 @@ def technique_words(trade: Trade) -> str:
         parts.append(f"Per batch it {' and '.join(both)}, {trade.percent:+.1f} % of the batch without it.")
     elif math.isfinite(trade.net_ms):
         parts.append("It took no time that could be measured.")
+    spared, held = human(trade.spared_bytes, "bytes"), human(trade.held_bytes, "bytes")
     if _some(trade.spared_bytes):
-        parts.append(f"It saved up to {human(trade.spared_bytes, 'bytes')} of memory.")
+        parts.append(f"It saved up to {spared} of memory.")
     if _some(trade.held_bytes):
-        parts.append(f"It held up to {human(trade.held_bytes, 'bytes')} for itself.")
+        more = ", which is more than it saved" if trade.held_bytes > trade.spared_bytes > 0 else ""
+        parts.append(f"It held up to {held} for itself{more}.")
     return " ".join(parts) or "What it cost and saved was not measured."
 
 

@@ -33,8 +33,8 @@ def offload_balance(placement: Placement, fastest: str, *, waited_seconds: float
         spared_bytes=float(sum(away.values())),
         held_bytes=float(held_bytes),
         time=time,
-        memory=f"Saved: what the plan has elsewhere than in the {fastest}'s memory. Holds: buffers of optimizer state "
-        "on its way.",
+        memory=f"Memory saved: what the plan has elsewhere than in the {fastest}'s memory. Memory held: buffers of "
+        "optimizer state on its way.",
         verdict=_verdict(placement, fastest, away),
     )
 

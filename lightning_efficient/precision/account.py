@@ -130,7 +130,7 @@ class Account:
             gain_ms=1e3 * engine.times.gain if clocked else None,
             held_bytes=snapshot_bytes,
             time=time if clocked else "Not measured: a device computes behind the host's back.",
-            memory="" if snapshot_bytes is None else "Holds: snapshots of the guard of the loss.",
+            memory="" if snapshot_bytes is None else "Memory held: snapshots of the guard of the loss.",
             verdict=f"{verdict}." if self._nodes else "",
         )
 

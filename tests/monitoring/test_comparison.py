@@ -107,7 +107,7 @@ def test_a_metric_that_rises_is_known_by_the_baseline(plain: RunReport) -> None:
 
 
 def test_words_say_why(both: Comparison, plain: RunReport, suite: RunReport) -> None:
-    words = " ".join(run_words(both, 1))
+    words = " ".join(run_words(both, 1, both.names))
     assert "val_loss of 2 in 1.6 s, plain in 2 s: 0.80 times the time." in words
     assert "Memory peaked at 560 MiB, 0.93 times that of plain. 500 MiB of that were taken before" in words
     assert "training itself took 60 MiB against 100 MiB, 0.60 times" in words
@@ -122,7 +122,16 @@ def test_a_run_that_never_came_there_says_so(plain: RunReport, suite: RunReport)
     comparison = Comparison([Run("suite", Path("s"), suite), Run("plain", Path("p"), plain)])
     (row,) = [row for row in comparison.rows() if row.label.startswith("training time to")]
     assert row.cells[1] == "not reached"
-    assert "plain did not come to suite's final val_loss of 1." in run_words(comparison, 1)
+    assert "plain did not come to suite's final val_loss of 1." in run_words(comparison, 1, comparison.names)
+
+
+def test_names_of_one_letter_and_what_was_interrupted(plain: RunReport, suite: RunReport) -> None:
+    broken = dataclasses.replace(suite, interrupted="KeyboardInterrupt")
+    comparison = Comparison([Run("a", Path("a"), plain), Run("e", Path("e"), broken)])
+    for text in (terminal(comparison), page(comparison), markdown(comparison)):
+        assert "e was interrupted (KeyboardInterrupt); its figures go up to there." in text
+    assert "B came to A&#x27;s final val_loss of 2 in 1.6 s, A in 2 s" in page(comparison)
+    assert "e came to a's final val_loss of 2 in 1.6 s, a in 2 s" in " ".join(terminal(comparison).split())
 
 
 def test_the_terminals_table_stays_within_its_width(both: Comparison, plain: RunReport) -> None:
