@@ -112,10 +112,12 @@ class Comparison:
         return [row for row in rows if any(cell != "not measured" for cell in row.cells)]
 
     def times(self, clock: Callable[[Point], float] | None = None) -> list[float | None]:
-        """When each run came to the baseline's last value of :attr:`metric`; None: it never did."""
+        """When each run came to the baseline's last value of :attr:`metric`; None: it never did; NaN: not measured."""
         target = self.baseline.report.metrics[self.metric][-1].value
         found = [run.report.metrics.get(self.metric, ()) for run in self.runs]
-        return [time_to(points, target, clock or _seconds, falling=self.falling) for points in found]
+        return [
+            time_to(points, target, clock or _seconds, falling=self.falling) if points else math.nan for points in found
+        ]
 
     def facts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Facts that differ between the runs, and those that are the same in all."""

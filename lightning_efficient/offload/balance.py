@@ -24,7 +24,10 @@ def offload_balance(placement: Placement, fastest: str, *, waited_seconds: float
     for row in placement.rows:
         if row.tier != fastest and row.attribute.nbytes:
             away[row.attribute.kind.replace("_", " "), row.tier] += row.attribute.nbytes
-    time = "Took: what computing waited for transfers; their threads take processor time besides, which is not in it."
+    time = (
+        "Took: what computing waited for transfers. Not in it: the processor time of their threads, and that updates "
+        "are made unit by unit, which takes `offload/update_ms` where a run without it makes them all at once."
+    )
     if waited_seconds is None:
         time = "Took: not measured; a device waits behind the host's back."
     return Balance(

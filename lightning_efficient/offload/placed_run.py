@@ -238,6 +238,8 @@ class PlacedRun:
         if self.updates is not None and self._staging is not None:
             waited = (self._host or self._staging).waited_seconds
             totals["wait_ms"] = (waited + self.engine.waited_seconds) * 1e3
+            if self._device.type == "cpu":
+                totals["update_ms"] = self.engine.update_seconds * 1e3
         if self.stream is not None:
             streamed = self.stream.statistics
             totals["parameter_wait_ms"] = streamed.wait_seconds * 1e3

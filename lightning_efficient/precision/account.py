@@ -109,14 +109,17 @@ class Account:
         engine = self._engine
         clocked = not any(other is not None for other in engine.on_devices.values())
         time = (
-            "Took: learning, products that failed, and those that took longer in few bits. Saved: what products took "
-            "less in few bits, guards included, than the same ones in high bits while they learnt. Finding the "
-            "operations in Python is not in it."
+            "Took: finding the operations, learning, products that failed, and those that took longer in few bits. "
+            "Saved: what products took less in few bits, guards included, than the same ones in high bits while they "
+            "learnt."
         )
         low, high = len(self._nodes) - len(self._high()), len(self._high())
         verdict = f"{low} of {low + high} operations train in {engine.low.name}"
         if not self.all_learnt:
-            verdict = f"Not all of its {low + high} operations had learnt yet"
+            verdict = (
+                f"Not all of its {low + high} operations had learnt yet, which each does when it is new: in high bits, "
+                "with few bits beside them"
+            )
         elif high and not low:
             verdict = (
                 f"All {high} operations were left in high bits: for products as small as these few bits would take "

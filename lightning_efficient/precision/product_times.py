@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 
 from lightning_efficient.precision.nodes import Product
 
@@ -13,12 +14,16 @@ class ProductTimes:
     """Sums over all products, in seconds.
 
     Attributes:
-        cost: Of learning, of products that failed, and of those that took longer in few bits.
+        cost: Of finding operations, of learning, of products that failed, and of those that took longer in few bits.
         gain: Of those that took less, guards included, than in high bits while they learnt.
     """
 
     def __init__(self) -> None:
         self.cost = self.gain = 0.0
+
+    def found(self, began: float) -> None:
+        """What a call of torch is was looked up, from the time ``began`` until now."""
+        self.cost += time.perf_counter() - began
 
     def learnt(self, product: Product, high: float, beside: float) -> None:
         """One in high bits; looking at few bits ``beside`` it took as long."""

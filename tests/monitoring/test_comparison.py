@@ -123,6 +123,11 @@ def test_a_run_that_never_came_there_says_so(plain: RunReport, suite: RunReport)
     (row,) = [row for row in comparison.rows() if row.label.startswith("training time to")]
     assert row.cells[1] == "not reached"
     assert "plain did not come to suite's final val_loss of 1." in run_words(comparison, 1, comparison.names)
+    blind = dataclasses.replace(plain, metrics={})
+    comparison = Comparison([Run("suite", Path("s"), suite), Run("blind", Path("b"), blind)])
+    (row,) = [row for row in comparison.rows() if row.label.startswith("training time to")]
+    assert row.cells[1] == "not measured"
+    assert "did not come" not in " ".join(run_words(comparison, 1, comparison.names))
 
 
 def test_names_of_one_letter_and_what_was_interrupted(plain: RunReport, suite: RunReport) -> None:

@@ -384,3 +384,8 @@ def test_each_product_is_timed_x5() -> None:
     assert bits.engine.times.gain == 0
     bits.step(lambda: module(x).square().sum())
     assert bits.engine.times.cost + bits.engine.times.gain > learnt
+    for node in bits.nodes.values():
+        node.stay_high("it was told to")
+    before = bits.engine.times.cost
+    bits.step(lambda: module(x).square().sum())
+    assert bits.engine.times.cost > before  # looking for operations takes time, also of those that are left alone
