@@ -17,10 +17,10 @@ import torch
 from benchmarks.harness import Options, Result, Table, spread, worst_case_median
 from lightning_efficient import EfficiencyMonitor, GrowAndUnshareCallback
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
-from lightning_efficient.demos.comparison import time_to
 from lightning_efficient.growth.learning_rate import LearningRateScale
 from lightning_efficient.growth.loading import build_growing
 from lightning_efficient.growth.sharing import sharing_leaders
+from lightning_efficient.monitoring.comparison import time_to
 from lightning_efficient.monitoring.report import RunReport
 from lightning_efficient.monitoring.series import Point
 

@@ -1,7 +1,8 @@
 """The command line: ``python -m lightning_efficient fit --config my.yaml``, or ``lightning-efficient fit ...``.
 
 A LightningCLI (fit, validate, test, predict) for the demo task and for your own classes: give them in YAML by
-``class_path``. Importing this package first is what makes the strategies' short names known.
+``class_path``. Importing this package first is what makes the strategies' short names known. Beside it,
+``lightning-efficient report RUN [RUN ...]`` shows runs side by side.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Instead of those of the process.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["report"]:
+        from lightning_efficient.monitoring.command import main as report
+
+        sys.exit(report(given[1:]))
     try:
         import jsonargparse  # noqa: F401
     except ImportError:

@@ -19,8 +19,21 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import lightning_efficient
 from lightning_efficient import compat
 from lightning_efficient.coordination import members
+from lightning_efficient.core.balance import Balance
 
-__all__ = ["Event", "Eventful", "Measured", "events", "lay_out", "log", "measurements", "run_facts"]
+__all__ = [
+    "Balance",
+    "Balanced",
+    "Event",
+    "Eventful",
+    "Measured",
+    "balances",
+    "events",
+    "lay_out",
+    "log",
+    "measurements",
+    "run_facts",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,14 @@ class Event:
     step: int
     technique: str
     text: str
+
+
+@runtime_checkable
+class Balanced(Protocol):
+    """An adapter that can say what it cost and saved in this fit."""
+
+    def balance(self) -> Balance:
+        """Up to now; after the fit, of all of it."""
 
 
 @runtime_checkable
@@ -86,6 +107,11 @@ def measurements(trainer: pl.Trainer) -> dict[str, float]:
 def events(trainer: pl.Trainer) -> list[Event]:
     """What happened to every :class:`Eventful` member of the run so far, by member."""
     return [event for member in members(trainer) if isinstance(member, Eventful) for event in member.events()]
+
+
+def balances(trainer: pl.Trainer) -> list[Balance]:
+    """What every :class:`Balanced` member of the run cost and saved so far."""
+    return [member.balance() for member in members(trainer) if isinstance(member, Balanced)]
 
 
 def lay_out(trainer: pl.Trainer, layout: Mapping[str, Mapping[str, list[object]]]) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_efficient.__main__ import main
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.demos.compare import main as compare
-from lightning_efficient.monitoring.report import read_report
+from lightning_efficient.monitoring.report import RunReport, read_report, write_report
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
@@ -208,6 +208,18 @@ def test_without_jsonargparse_it_says_what_to_install(monkeypatch: pytest.Monkey
         main(["fit"])
 
 
+def test_report_is_a_command_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)  # which it does not need
+    write_report(tmp_path / "a", RunReport("x", totals={"parameters": 7.0}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(tmp_path / "a"), str(tmp_path / "a"), "--out", str(tmp_path)])
+    assert stopped.value.code == 0
+    assert "parameters at the end" in capsys.readouterr().out
+    assert "a (2)" in (tmp_path / "comparison.html").read_text()
+
+
 def test_a_console_script_sees_packages_of_the_current_folder(tmp_path: Path) -> None:
     """Unlike ``python -m``, a console script does not have the folder on its path by itself."""
     package = tmp_path / "mine"
@@ -243,14 +255,19 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]
     assert compare(arguments) == 0
     printed = capsys.readouterr().out
-    assert "final validation bits per byte" in printed
+    assert "final val_bits_per_byte" in printed
     assert "growth: 2 layers -> 3 layers" in printed
     assert "offload: host: parameter" in printed
     assert "operations train in int8" in printed
-    assert "kept from forward to backward, at the end" in printed
-    assert len(list(tmp_path.rglob("comparison.png"))) == 1
+    assert "precision: All 24 operations were left in high bits" in printed or "operations train in int8" in printed
+    assert "for backward, instead of" in printed
+    assert max(map(len, printed[printed.index("A = plain") :].split("\nReport")[0].splitlines())) <= 120
+    assert len(list(tmp_path.rglob("comparison.png"))) == len(list(tmp_path.rglob("comparison.html"))) == 1
     assert len(list(tmp_path.rglob("last.ckpt"))) == 1
     assert "checkpoint/written" in next(tmp_path.rglob("growth+*+precision/efficiency_report.md")).read_text()
-    assert "| peak memory of the process |" in next(tmp_path.rglob("comparison.md")).read_text()
+    page = next(tmp_path.rglob("comparison.md")).read_text()
+    assert "| peak memory |" in page
+    for technique in ("growth", "checkpoint", "activations", "offload", "precision"):
+        assert f"\n| {technique} | " in page
     (small / "base.yaml").write_text("trainer: {callbacks: [{class_path: lightning_efficient.NoSuchThing}]}")
     assert compare(arguments) == 1

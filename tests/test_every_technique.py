@@ -27,7 +27,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_efficient import RollbackPrecision, compat
+from lightning_efficient import RollbackPrecision, compat, telemetry
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 from lightning_efficient.growth.arrangement import SHORTENED
 from tests.helpers.fitting import Run, StopAt, assert_continues, assert_same_tree, fit, make_trainer
@@ -788,6 +788,25 @@ def test_runs_without_a_logger_and_with_two(setting: TechniqueSetting, tmp_path:
     table = Path(loggers[0].log_dir, "metrics.csv").read_text()
     assert "train_loss" in table
     assert ("growth/parameters" in table) == setting.changes_parameters
+
+
+@every(lambda setting: setting.name != "monitor")
+def test_says_what_it_cost_and_saved_x5(setting: TechniqueSetting, usual: Callable[..., Run]) -> None:
+    run = usual(setting)
+    [balance] = telemetry.balances(run.trainer)
+    assert balance.technique in {tag.partition("/")[0] for tag in telemetry.measurements(run.trainer)} | {"checkpoint"}
+    assert balance.time  # how it was measured, or that it was not
+    measured = balance.measurements()
+    assert all(value >= 0 for value in measured.values())
+    if balance.technique != "checkpoint":  # which has nothing to save in this run
+        assert balance.verdict
+        assert f"{balance.technique}/cost_total_ms" in measured
+    if setting.changes_parameters:
+        assert measured["growth/cost_total_ms"] > 0  # of its switches
+    if balance.technique == "activations":
+        assert measured["activations/cost_total_ms"] > sum(
+            telemetry.measurements(run.trainer)[f"activations/{way}_ms"] for way in ("encode", "decode")
+        )  # of all batches, not of the last one
 
 
 # -- from a config -----------------------------------------------------------------------------------------------

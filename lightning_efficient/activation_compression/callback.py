@@ -128,7 +128,7 @@ class ActivationCompressionPlugin(Callback):
         self._passes = self._step = 0
         self._left: float | None = None  # bytes of the batch that goes on, if it is left to autograd
         self._compiled = CompiledModules(self._classifier, group_size)
-        self._sees_compiled = self._compiled_step = False
+        self._sees_compiled = self._compiled_step = self._clocked = False
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
         self._followed = contextlib.ExitStack()
@@ -156,6 +156,7 @@ class ActivationCompressionPlugin(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clocked = trainer.strategy.root_device.type == "cpu"
         self._undo.close()  # what follows is not for setup: after that come configure_model, and the run's length
         if self._schedule is not None:
             total = total_steps(trainer) if self._schedule.uses_fractions else math.inf
@@ -265,6 +266,11 @@ class ActivationCompressionPlugin(Callback):
         if self._budget is not None and self._budget.plan is not None:
             values["activations/planned_bytes"] = self._budget.plan.predicted_bytes
         return values
+
+    def balance(self) -> telemetry.Balance:
+        """What encoding and decoding took so far, and what the last forward pass did not keep."""
+        clocked = self._clocked and not (self._sees_compiled or self._compiled_step)
+        return self._classifier.ledger.balance(clocked=clocked)
 
     def events(self) -> Sequence[telemetry.Event]:
         """Each plan for a new size of batch."""

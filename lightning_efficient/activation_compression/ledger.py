@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_efficient.core.balance import Balance
+from lightning_efficient.core.units import human_bytes
+
 __all__ = ["Ledger", "PassSizes"]
 
 
@@ -19,16 +22,18 @@ class Ledger:
         live: Bytes that are kept now, by layer, whichever pass they are of; what compiled code keeps is not in it.
         encode_seconds: Of the host, in this pass.
         decode_seconds: Likewise.
+        earlier_seconds: Both, of all passes before.
     """
 
     def __init__(self) -> None:
         self.by: dict[tuple[str, str, str], tuple[int, int]] = {}
         self.live: dict[str, int] = {}
-        self.encode_seconds = self.decode_seconds = 0.0
+        self.encode_seconds = self.decode_seconds = self.earlier_seconds = 0.0
 
     def open(self) -> None:
         """Begin anew."""
         self.by = {}
+        self.earlier_seconds += self.encode_seconds + self.decode_seconds
         self.encode_seconds = self.decode_seconds = 0.0
 
     def add(self, layer: str, kind: str, way: str, nbytes: int, kept_nbytes: int) -> None:
@@ -61,6 +66,25 @@ class Ledger:
     def live_bytes(self) -> int:
         """Of all layers."""
         return sum(self.live.values())
+
+    def balance(self, *, clocked: bool) -> Balance:
+        """What encoding and decoding took so far, and what the last pass did not keep.
+
+        Args:
+            clocked: Whether the host's clock sees all of it.
+        """
+        seconds = self.earlier_seconds + self.encode_seconds + self.decode_seconds
+        kept, saved = human_bytes(self.kept_bytes), human_bytes(self.saved_bytes)
+        return Balance(
+            technique="activations",
+            cost_ms=seconds * 1e3 if clocked else None,
+            spared_bytes=float(self.saved_bytes - self.kept_bytes),
+            time="Took: encoding and decoding, on the host's clock."
+            if clocked
+            else "Took: not measured; the host's clock does not see what a device, or compiled code, encodes.",
+            memory="Memory saved: what backward needs, less what was kept of it, counted at the end of a forward pass.",
+            verdict=f"The last forward pass kept {kept} for backward, instead of {saved}." if self.by else "",
+        )
 
     def table(self) -> str:
         """In Markdown, in the order of the forward pass."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.checkpointing.autosave import Autosave
+from lightning_efficient.checkpointing.balance import checkpoint_balance
 from lightning_efficient.checkpointing.engine import CheckpointEngine, WhenBusy
 from lightning_efficient.checkpointing.exact_resume import ExactResume
 from lightning_efficient.checkpointing.outcomes import CheckpointSaveError, OnError, Outcomes
@@ -148,6 +149,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._warned_plain = False
         self._values: dict[str, float] = {}
         self._saves = self._skipped = self._written = 0
+        self._blocked_seconds = self._persisted_seconds = 0.0
 
     def __reduce__(self) -> Any:
         """A copy, in another process for one, is a new object with the same arguments; a subclass keeps its own."""
@@ -206,6 +208,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._saves += 1
         self._skipped += saved.skipped
         self._autosave.note_save()
+        self._blocked_seconds += saved.seconds
         self._values["checkpoint/blocked_ms"] = saved.seconds * 1e3
         self._values["checkpoint/copied_at_once_bytes"] = float(saved.copied_bytes)
         self._values["checkpoint/copied_later_bytes"] = float(saved.later_bytes)
@@ -443,6 +446,18 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         }
         return self._values | self._autosave.found() | own
 
+    def balance(self) -> telemetry.Balance:
+        """What saves and stalls cost, and what a save that waits for its file would have cost besides."""
+        return checkpoint_balance(
+            blocked_seconds=self._blocked_seconds,
+            stalled_seconds=self.engine.stalled_seconds,
+            persisted_seconds=self._persisted_seconds,
+            held_bytes=self.engine.pool.held_bytes,
+            written=self._written,
+            file_bytes=self._values.get("checkpoint/file_bytes", 0.0),
+            overhead=self._autosave.tuner.overhead,
+        )
+
     def events(self) -> Sequence[telemetry.Event]:
         """Every failure."""
         return tuple(self._outcomes.events)
@@ -452,6 +467,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
             self._values["checkpoint/upload_ms"] = written.upload_seconds * 1e3
             return
         self._written += 1
+        self._persisted_seconds += written.persist_seconds
         self._autosave.tuner.written(written.seconds)
         self._values |= {
             "checkpoint/copy_ms": written.copy_seconds * 1e3,

@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from lightning_efficient.demos.comparison import Comparison, write_comparison
-from lightning_efficient.monitoring.report import read_report
+from lightning_efficient.monitoring.command import write_comparison
+from lightning_efficient.monitoring.comparison import Comparison
+from lightning_efficient.monitoring.runs import read_run
+from lightning_efficient.monitoring.sheet import terminal
 
 __all__ = ["main"]
 
@@ -49,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         if status != 0:
             print(f"The {name} run failed with exit status {status}.", file=sys.stderr)
             return 1
-    plain, suite = (read_report(folder / name) for name in runs)
-    comparison = Comparison(plain, suite, names=tuple(runs))
-    print(f"\n{comparison.table()}\n")
-    path = write_comparison(folder, comparison)
-    print(f"Report: {path}   TensorBoard: tensorboard --logdir {folder}")
+    found = [read_run(folder / name) for name in runs]
+    comparison = Comparison(found, "val_bits_per_byte", "The demo task, plain and with the suite")
+    print(f"\n{terminal(comparison)}\n")
+    print(f"Report: {write_comparison(folder, comparison)}")
+    print(f"TensorBoard: tensorboard --logdir {folder}")
     print(f"Both runs took {time.monotonic() - began:.0f} s in all.")
     return 0
 

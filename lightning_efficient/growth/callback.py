@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -144,6 +145,7 @@ class GrowAndUnshareCallback(Callback):
         self._stepped = 0  # batches that ended in an optimizer step
         self._global_step = 0
         self._at_boundary = True
+        self._switch_seconds = 0.0
         self._events: list[telemetry.Event] = []
         self._triggers.reset()
 
@@ -255,8 +257,11 @@ class GrowAndUnshareCallback(Callback):
         self._step = self._steps(trainer)
         if self._at_boundary:
             check_optimizers_kept(trainer, progress.growing.optimizers())
+            began, before = time.perf_counter(), len(self._events)
             for switch in progress.advance(self._step):
                 self._after_switch(trainer, switch)
+            if len(self._events) > before:
+                self._switch_seconds += time.perf_counter() - began
         arrangement = progress.growing.arrangement
         if arrangement and self._triggers.correlation_due(progress.phase, self._step):
             self._triggers.watch(arrangement)
@@ -372,6 +377,20 @@ class GrowAndUnshareCallback(Callback):
     def measurements(self) -> Mapping[str, float]:
         """Phase, depth and what the parameters that are live now cost, plus the triggers' values."""
         return self._progress.measurements(self._step) if self._progress else {}
+
+    def balance(self) -> telemetry.Balance:
+        """What switches took; what smaller forms saved shows in the times of their batches."""
+        progress = self._progress
+        return telemetry.Balance(
+            technique="growth",
+            cost_ms=1e3 * self._switch_seconds,
+            time="Took: the switches.",
+            memory="Memory saved: nothing at the peak, which the last phase sets; before it, there were fewer "
+            "parameters and gradients, and less optimizer state.",
+            verdict=f"It came to {progress.form()}."
+            if progress and progress.complete
+            else "The full model has not begun.",
+        )
 
     def events(self) -> Sequence[telemetry.Event]:
         """Every switch, with its reason."""

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_efficient import compat, telemetry
+from lightning_efficient.monitoring.balance import is_balance
 from lightning_efficient.monitoring.batches import MeanLoss, batch_amount
 from lightning_efficient.monitoring.facts import machine_facts, timing_notes
 from lightning_efficient.monitoring.layout import tensorboard_layout
@@ -111,7 +112,8 @@ class EfficiencyMonitor(pl.Callback):
             self._global_step = trainer.global_step
             self._step = self._recorded_step = -1
             self._timer = StepTimer()
-            self._record.start(self._timer)
+            earlier = [balance.measurements() for balance in telemetry.balances(trainer)]
+            self._record.start(self._timer, {tag: value for values in earlier for tag, value in values.items()})
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -229,7 +231,9 @@ class EfficiencyMonitor(pl.Callback):
         record.raise_to(self._probe.largest)
         record.latest.update({name: values[name] for name in _LATEST})
         self._collect(trainer)
-        return {f"efficiency/{name}": values[name] for name in _LOGGED if name in values}
+        balance = {tag: series.last for tag, series in record.series.items() if is_balance(tag)}
+        own = {f"efficiency/{name}": values[name] for name in _LOGGED if name in values}
+        return own | {tag: value for tag, value in balance.items() if value is not None}
 
     def _lay_out(self, trainer: pl.Trainer, logged: Mapping[str, float]) -> None:
         if not self._layout_written:  # by now the techniques have said which tags they have
@@ -240,9 +244,9 @@ class EfficiencyMonitor(pl.Callback):
     def _collect(self, trainer: pl.Trainer, *, only_larger: bool = False) -> None:
         """Ask the techniques for their measurements and events."""
         for tag, value in telemetry.measurements(trainer).items():
-            last = self._record.last(tag)
-            if not only_larger or last is None or value > last:
-                self._record.add(tag, max(self._recorded_step, 0), value)
+            self._record.add(tag, max(self._recorded_step, 0), value, only_larger=only_larger)
+        for balance in telemetry.balances(trainer):
+            self._record.add_balance(balance, max(self._recorded_step, 0), only_larger=only_larger)
         rows = (EventRow(event.step, event.technique, event.text) for event in telemetry.events(trainer))
         self._record.events.update(dict.fromkeys(rows))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from lightning_efficient.monitoring.balance import is_balance
 from lightning_efficient.monitoring.units import label_of, technique_of, unit_of
 
 __all__ = ["chart_groups", "tensorboard_layout"]
@@ -18,13 +19,16 @@ def chart_groups(tags: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     """Technique to chart title to the tags of that chart, in the order of ``tags``.
 
     Bytes share a chart (peaks and totals have others, for they dwarf what they are made of), and so do bandwidths and
-    times of one unit; every other quantity has its own scale and thus its own chart. A chart holds at most five tags.
+    times of one unit; what a technique cost and saved has charts of its own, and every other quantity has its own scale
+    and thus its own chart. A chart holds at most five tags.
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for tag in dict.fromkeys(tags):
         charts = groups.setdefault(technique_of(tag), {})
         base = _UNIT_TITLES.get(unit_of(tag), label_of(tag))
-        if unit_of(tag) == "bytes":
+        if is_balance(tag):
+            base = f"cost and gain ({unit_of(tag)})"
+        elif unit_of(tag) == "bytes":
             base = _BYTES_TITLES.get(label_of(tag).partition(" ")[0], base)
         title = base
         number = 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from lightning_efficient.monitoring.balance import batch_ms, is_balance, trades
 from lightning_efficient.monitoring.report import RunReport
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import human, label_of, technique_of, unit_of
 
-__all__ = ["render", "summary"]
+__all__ = ["balance_section", "render", "summary", "table"]
 
 _TOTALS = {
     "batches": "Batches",
@@ -47,7 +48,8 @@ def render(report: RunReport, plots: Mapping[str, str]) -> str:
     """
     parts = [f"# {report.title}", summary(report)]
     parts += [_image(plots, name, caption) for name, caption in _OWN_PLOTS if name in plots]
-    parts += ["## Totals", _table(("", "Value"), _total_rows(report.totals))]
+    parts += ["## Totals", table(("", "Value"), _total_rows(report.totals))]
+    parts += balance_section(report)
     for technique in report.techniques:
         parts += [f"## {technique.replace('_', ' ').capitalize()}", *_technique(report, technique, plots)]
     if report.events:
@@ -55,8 +57,8 @@ def render(report: RunReport, plots: Mapping[str, str]) -> str:
             (str(number), str(event.step), event.technique, event.text)
             for number, event in enumerate(report.events, start=1)
         ]
-        parts += ["## Events", "The plots mark them by number.", _table(("No.", "Step", "From", "What"), rows)]
-    parts += ["## The run", _table(("", ""), report.facts.items())]
+        parts += ["## Events", "The plots mark them by number.", table(("No.", "Step", "From", "What"), rows)]
+    parts += ["## The run", table(("", ""), report.facts.items())]
     if report.notes:
         parts += ["## How it was measured", "\n".join(f"- {note}" for note in report.notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -108,14 +110,30 @@ def _progress(metrics: Mapping[str, Sequence[Point]]) -> list[str]:
 def _technique(report: RunReport, technique: str, plots: Mapping[str, str]) -> Iterable[str]:
     rows = []
     for tag, points in report.series.items():
-        if technique_of(tag) == technique and points:
+        if technique_of(tag) == technique and points and not is_balance(tag):
             unit, values = unit_of(tag), [point.value for point in points]
             cells = (values[0], values[-1], max(values))
             rows.append((label_of(tag), *(human(value, unit) for value in cells), f"`{tag}`"))
     if rows:
-        yield _table(("", "First", "Last", "Largest", "Tag"), rows)
+        yield table(("", "First", "Last", "Largest", "Tag"), rows)
     if technique in plots:
         yield _image(plots, technique, f"Measurements of {technique.replace('_', ' ')}.")
+
+
+def balance_section(report: RunReport) -> list[str]:
+    """What each technique cost and saved: a heading, a table, and how it was measured; empty without techniques."""
+    found = trades(report)
+    if not found:
+        return []
+    head = ("", "Time it took", "Time it saved", "A batch against one without it", "Memory saved", "Memory it holds")
+    per_batch = f"Times are means per batch, of {human(batch_ms(report), 'ms')}; memory is the largest of the run."
+    notes = [
+        f"- **{trade.technique}**: " + " ".join(part for part in (words.verdict, words.time, words.memory) if part)
+        for trade in found
+        if any((words := trade.words)[1:])
+    ]
+    rows = [(trade.technique, *trade.cells()) for trade in found]
+    return ["## What each technique cost and saved", per_batch, table(head, rows), "\n".join(notes)]
 
 
 def _total_rows(totals: Mapping[str, float]) -> Iterable[tuple[str, str]]:
@@ -145,7 +163,8 @@ def _image(plots: Mapping[str, str], name: str, caption: str) -> str:
     return f"![{caption}]({plots[name]})"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of Markdown."""
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)

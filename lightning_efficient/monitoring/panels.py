@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lightning_efficient.monitoring.charts import Line, Mark, Panel, running_median, scale
 from lightning_efficient.monitoring.series import quantile
 
-__all__ = ["Line", "Mark", "Panel", "draw"]
+__all__ = ["draw"]
 
 # Okabe and Ito's colours: told apart with every common form of colour blindness, and in grey print.
 # Wide below and thin or broken above: curves that lie upon one another are both seen.
@@ -29,63 +29,6 @@ _LOOKS: tuple[dict[str, Any], ...] = (
 )
 _INK, _GRID = "#333333", "#e3e3e3"
 _FEW_VALUES = 12
-# Unit to (from which value on, divisor, name), largest first.
-_SCALES: dict[str, tuple[tuple[float, float, str], ...]] = {
-    "bytes": tuple(
-        (1024**power, 1024**power, f"{letter}iB") for power, letter in zip((4, 3, 2, 1), "TGMK", strict=True)
-    ),
-    "ms": ((300_000, 60_000, "min"), (5000, 1000, "s")),
-    "s": ((3 * 3600, 3600, "h"), (300, 60, "min"), (0, 1, "s")),
-    "per_s": ((1e6, 1e6, "million per second"), (1e4, 1e3, "thousand per second"), (0, 1, "per second")),
-    "": ((1e9, 1e9, "billion"), (1e6, 1e6, "million"), (1e4, 1e3, "thousand"), (0, 1, "")),
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve: its name for the legend, and its points.
-
-    Attributes:
-        label: Name.
-        x: Steps, or seconds.
-        y: Values in the unit of the panel.
-        style: ``line``; ``thin`` for a noisy one; ``marked`` for points that matter each, if they are few; ``cloud``
-            for many noisy points, with their running median on top.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    style: str = "line"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A dashed line at an event, or at several that are too close to tell apart."""
-
-    x: float
-    number: int
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: What is shown.
-        lines: The curves, at most six.
-        unit: Of the values, as of :func:`~lightning_efficient.monitoring.units.unit_of`.
-        x_label: ``step``, or ``seconds``, which is shown in the unit that fits.
-        marks: Events.
-        from_zero: Whether the y-axis starts at 0.
-    """
-
-    title: str
-    lines: Sequence[Line]
-    unit: str = ""
-    x_label: str = "step"
-    marks: Sequence[Mark] = field(default=())
-    from_zero: bool = False
 
 
 def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> None:
@@ -104,13 +47,15 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int = 2) -> None:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    y_scale, y_unit = _scale([y for line in panel.lines for y in line.y], panel.unit)
+    y_scale, y_unit = scale([y for line in panel.lines for y in line.y], panel.unit)
     x_scale, x_unit = 1.0, "step"
     if panel.x_label == "seconds":
-        x_scale, x_unit = _scale([x for line in panel.lines for x in line.x], "s")
+        x_scale, x_unit = scale([x for line in panel.lines for x in line.x], "s")
         x_unit = f"training time ({x_unit})"
-    looks = _LOOKS if len(panel.lines) > 1 else ({"color": _LOOKS[0]["color"], "linewidth": 1.6},)
-    for line, look in zip(panel.lines, looks, strict=False):
+    for place, line in enumerate(panel.lines):
+        look = _LOOKS[(place if line.look is None else line.look) % len(_LOOKS)]
+        if len(panel.lines) == 1:
+            look = {"color": look["color"], "linewidth": 1.6}
         _draw_line(axes, [x / x_scale for x in line.x], [y / y_scale for y in line.y], line, look)
     _style(axes, panel.title)
     hidden = _limit_y(axes, [y / y_scale for line in panel.lines for y in line.y], y_unit, panel)
@@ -135,7 +80,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 def _draw_line(axes: Axes, x: list[float], y: list[float], line: Line, look: dict[str, Any]) -> None:
     if line.style == "cloud":
         axes.plot(x, y, ".", color=look["color"], alpha=0.4, markersize=4, markeredgewidth=0)
-        axes.plot(x, _running_median(y), color=look["color"], linewidth=1.6, label=line.label)
+        axes.plot(x, running_median(y), color=look["color"], linewidth=1.6, label=line.label)
     elif len(x) < 3 or (line.style == "marked" and len(x) <= 40):
         axes.plot(x, y, "o-", color=look["color"], linewidth=1.4, markersize=4, label=line.label)
     elif line.style in ("marked", "thin"):
@@ -202,16 +147,3 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
             color=_INK,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "#999999", "linewidth": 0.7},
         )
-
-
-def _running_median(values: list[float]) -> list[float]:
-    half = max(2, len(values) // 60)
-    return [quantile(values[max(0, i - half) : i + half + 1], 0.5) for i in range(len(values))]
-
-
-def _scale(values: Sequence[float], unit: str) -> tuple[float, str]:
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    for start, divisor, name in _SCALES.get(unit, ()):
-        if largest >= start:
-            return divisor, name
-    return 1.0, unit

@@ -7,8 +7,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning_efficient.monitoring.balance import is_balance
+from lightning_efficient.monitoring.charts import Line, Mark, Panel
 from lightning_efficient.monitoring.layout import chart_groups
-from lightning_efficient.monitoring.panels import Line, Mark, Panel, draw
+from lightning_efficient.monitoring.panels import draw
 from lightning_efficient.monitoring.report import RunReport
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import label_of, technique_of, unit_of
@@ -75,7 +77,7 @@ def _time_panels(report: RunReport) -> list[Panel]:
 
 
 def _technique_panels(report: RunReport, technique: str) -> list[Panel]:
-    tags = [tag for tag in report.series if technique_of(tag) == technique]
+    tags = [tag for tag in report.series if technique_of(tag) == technique and not is_balance(tag)]
     panels = []
     for title, members in chart_groups(tags).get(technique, {}).items():
         # The axis names the unit, so that the title need not.

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from lightning_efficient.monitoring.report import EventRow, RunReport
+from lightning_efficient.core.balance import Balance
+from lightning_efficient.monitoring.report import BalanceWords, EventRow, RunReport
 from lightning_efficient.monitoring.series import Series, quantile
 from lightning_efficient.monitoring.timing import StepTime, StepTimer
 
@@ -28,6 +29,7 @@ class RunRecord:
         latest: Values of which only the newest counts, such as the number of parameters.
         largest: Values of which only the largest counts, such as peak memory.
         events: What happened once, in order and without doubles.
+        balances: By technique, how it knows what it cost and saved.
         resumed: How many times the run was continued from a checkpoint.
     """
 
@@ -37,12 +39,14 @@ class RunRecord:
         self.latest: dict[str, float] = {}
         self.largest: dict[str, float] = {}
         self.events: dict[EventRow, None] = {}
+        self.balances: dict[str, BalanceWords] = {}
         self.resumed = 0
         self.batch_unit = "samples"
         self.series: dict[str, Series] = {}
         self.metrics: dict[str, Series] = {}
         self._sums = {"batches": 0.0, "optimizer_steps": 0.0, "amount": 0.0, "data_wait_seconds": 0.0}
         self._earlier = {"train_seconds": 0.0, "train_cpu_seconds": 0.0, "validation_seconds": 0.0}
+        self._sums_seen: dict[str, float] = {}  # where the sums of others stood at last, by tag
         self._window: deque[StepTime] = deque(maxlen=1000)
         self._window_start = (0.0, 0.0)  # seconds of training and amount at the last :meth:`window`
 
@@ -51,9 +55,15 @@ class RunRecord:
         """Training batches that ended, over all parts of the run."""
         return int(self._sums["batches"])
 
-    def start(self, timer: StepTimer) -> None:
-        """A part of the run starts."""
+    def start(self, timer: StepTimer, totals: Mapping[str, float] | None = None) -> None:
+        """A part of the run starts.
+
+        Args:
+            timer: Its stop-watch.
+            totals: Where the sums of balances stand, by tag: that is of earlier fits.
+        """
         self.timer = timer
+        self._sums_seen = dict(totals or {})
         self._window.clear()
         self._window_start = (self.clocks()[0], self._sums["amount"])
 
@@ -85,9 +95,22 @@ class RunRecord:
         self._window_start = (seconds, amount)
         return values
 
-    def add(self, tag: str, step: int, value: float) -> None:
-        """A measurement under ``tag``."""
-        self._of(self.series, tag).append(step, *self.clocks(), value)
+    def add(self, tag: str, step: int, value: float, *, only_larger: bool = False) -> None:
+        """A measurement under ``tag``; ``only_larger``: if it is larger than the last one."""
+        last = self.last(tag)
+        if not only_larger or last is None or value > last:
+            self._of(self.series, tag).append(step, *self.clocks(), value)
+
+    def add_balance(self, balance: Balance, step: int, *, only_larger: bool = False) -> None:
+        """What a technique cost and saved; sums go on over all parts of the run."""
+        for tag, value in balance.measurements().items():
+            if tag.endswith("_total_ms"):
+                before = self._sums_seen.get(tag, 0.0)
+                self._sums_seen[tag] = value
+                value = (self.last(tag) or 0.0) + (value - before if value >= before else value)  # it may begin anew
+            self.add(tag, step, value, only_larger=only_larger)
+        words = BalanceWords(balance.technique, balance.time, balance.memory, balance.verdict)
+        self.balances[balance.technique] = words
 
     def add_metric(self, name: str, step: int, value: float) -> None:
         """The training loss or a validation metric."""
@@ -114,6 +137,7 @@ class RunRecord:
             series={tag: series.points() for tag, series in self.series.items()},
             events=tuple(sorted(self.events)),
             notes=notes,
+            balances=tuple(self.balances.values()),
             batch_unit=self.batch_unit,
             resumed=self.resumed,
             interrupted=interrupted,

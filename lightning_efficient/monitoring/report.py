@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import technique_of
 
-__all__ = ["EventRow", "RunReport", "read_report", "write_report"]
+__all__ = ["REPORT_JSON", "BalanceWords", "EventRow", "RunReport", "read_report", "write_report"]
 
+REPORT_JSON = "efficiency_report.json"
 _FORMAT = 1
 _OWN = "efficiency"
 
@@ -24,6 +25,15 @@ class EventRow(NamedTuple):
     step: int
     technique: str
     text: str
+
+
+class BalanceWords(NamedTuple):
+    """What the figures of :mod:`.balance` say of a technique, in words; the twin of :class:`.telemetry.Balance`."""
+
+    technique: str
+    time: str
+    memory: str
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class RunReport:
         series: Tag ``<technique>/<quantity>_<unit>`` to its points.
         events: What happened once, oldest first.
         notes: How it was measured, one sentence each.
+        balances: Of each technique that says what it cost and saved, how it knows.
         batch_unit: What the throughput counts: ``tokens`` or ``samples``.
         resumed: How many times the run was continued from a checkpoint.
         interrupted: What ended it early, or the empty string.
@@ -50,6 +61,7 @@ class RunReport:
     series: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     events: Sequence[EventRow] = ()
     notes: Sequence[str] = ()
+    balances: Sequence[BalanceWords] = ()
     batch_unit: str = "samples"
     resumed: int = 0
     interrupted: str = ""
@@ -71,6 +83,7 @@ class RunReport:
             "series": {tag: _columns(points) for tag, points in self.series.items()},
             "events": [list(event) for event in self.events],
             "notes": list(self.notes),
+            "balances": [list(words) for words in self.balances],
             "batch_unit": self.batch_unit,
             "resumed": self.resumed,
             "interrupted": self.interrupted,
@@ -96,6 +109,7 @@ class RunReport:
             series={tag: _points(columns) for tag, columns in state["series"].items()},
             events=tuple(EventRow(*event) for event in state["events"]),
             notes=tuple(state["notes"]),
+            balances=tuple(BalanceWords(*words) for words in state.get("balances", ())),  # older ones have none
             batch_unit=state["batch_unit"],
             resumed=state["resumed"],
             interrupted=state["interrupted"],
@@ -116,7 +130,7 @@ def write_report(path: str | Path, report: RunReport) -> Path:
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "efficiency_report.json").write_text(json.dumps(report.to_dict(), allow_nan=False), encoding="utf-8")
+    (folder / REPORT_JSON).write_text(json.dumps(report.to_dict(), allow_nan=False), encoding="utf-8")
     plots = save_plots(report, folder)
     target = folder / "efficiency_report.md"
     target.write_text(render(report, plots), encoding="utf-8")
@@ -127,7 +141,7 @@ def read_report(path: str | Path) -> RunReport:
     """The report in the folder ``path``, or in the JSON file ``path``."""
     source = Path(path)
     if source.is_dir():
-        source = source / "efficiency_report.json"
+        source = source / REPORT_JSON
     return RunReport.from_dict(json.loads(source.read_text(encoding="utf-8")))
 
 

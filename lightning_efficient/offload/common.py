@@ -71,6 +71,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         self._undo = contextlib.ExitStack()
         self._control: BatchController | None = None
         self._measured: Mapping[str, float] | None = None  # at the end
+        self._balance: telemetry.Balance | None = None  # likewise
         self._schedule, self._why = "after_backward", ""
         self._in_backward = False  # that of Lightning, not one within the user's step
         self._loaded: Mapping[str, Any] | None = None
@@ -94,6 +95,14 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         if self._control is not None and self._control.limit is not None:
             values["samples_per_part"] = float(self._control.limit)
         return {f"offload/{name}": value for name, value in values.items()}
+
+    def balance(self) -> telemetry.Balance:
+        """What computing waited, and what is elsewhere; after training, the last values."""
+        if self._balance is not None:
+            return self._balance
+        if self._session is None:
+            return telemetry.Balance("offload", verdict="Nothing was offloaded yet." if self.enabled else "It was off.")
+        return self._session.balance()
 
     def events(self) -> Sequence[telemetry.Event]:
         """What was placed anew."""
@@ -124,7 +133,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
 
     def setup(self, trainer: pl.Trainer) -> None:
         self._end()
-        self._events, self._measured = [], None
+        self._events, self._measured, self._balance = [], None, None
         self._begun = self.enabled
         self._trainer = trainer
         super().setup(trainer)
@@ -203,7 +212,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         self.finish_updates()
 
     def teardown(self) -> None:
-        self._measured = self.measurements()
+        self._measured, self._balance = self.measurements(), self.balance()
         self._loaded = None  # what was loaded for an evaluation is not for a fit that follows
         self.stop_batch_feedback()
         self._undo.close()

@@ -11,8 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_efficient.core.balance import Balance
 from lightning_efficient.core.freed_memory import ReturnsFreedMemory, return_freed_memory
 from lightning_efficient.core.units import human_bytes
+from lightning_efficient.offload.balance import offload_balance
 from lightning_efficient.offload.feasible import check_rooms, check_staging, check_way, plan_with_window, share_room
 from lightning_efficient.offload.inventory import attributes_of, to_device
 from lightning_efficient.offload.limit import LimitMeter, Work
@@ -213,6 +215,12 @@ class PlacedRun:
         values |= self.tiers.measurements(self._means.means())
         return values | self._chosen.measurements() | self.limit.measurements()
 
+    def balance(self) -> Balance:
+        """What computing waited so far, and what is elsewhere now."""
+        waited = self.waited_seconds if self._device.type == "cpu" else None
+        held = self._staging.held_bytes if self._staging is not None else 0
+        return offload_balance(self.placement, self.tiers.fastest, waited_seconds=waited, held_bytes=held)
+
     def _work(self) -> Work:
         """So far."""
         host = self._host.busy_seconds if self._host is not None else 0.0
@@ -230,6 +238,8 @@ class PlacedRun:
         if self.updates is not None and self._staging is not None:
             waited = (self._host or self._staging).waited_seconds
             totals["wait_ms"] = (waited + self.engine.waited_seconds) * 1e3
+            if self._device.type == "cpu":
+                totals["update_ms"] = self.engine.update_seconds * 1e3
         if self.stream is not None:
             streamed = self.stream.statistics
             totals["parameter_wait_ms"] = streamed.wait_seconds * 1e3

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_efficient import compat, telemetry
+from lightning_efficient.core.balance import Balance
 from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.status import SIGNS
@@ -65,7 +66,7 @@ class Account:
             return
         self.all_learnt = True
         low = self._engine.low
-        high = [name for name, node in nodes.items() if all(map(node.stays_high, ROLES))]
+        high = self._high()
         text = f"{len(nodes) - len(high)} of {len(nodes)} operations train in {low.name}"
         text += ", emulated (nothing is faster)" if low.emulated else ""
         if high:
@@ -98,6 +99,47 @@ class Account:
             if count := sum(status.signs[place] for status in statuses):
                 values[f"precision/retries_{(sign or 'other').replace(' ', '_')}"] = float(count)
         return values
+
+    def balance(self, snapshot_bytes: float | None) -> Balance:
+        """What few bits cost and saved so far.
+
+        Args:
+            snapshot_bytes: That a guard of the loss holds; None: there is none, or nothing yet.
+        """
+        engine = self._engine
+        clocked = not any(other is not None for other in engine.on_devices.values())
+        time = (
+            "Took: finding the operations, learning, products that failed, and those that took longer in few bits. "
+            "Saved: what products took less in few bits, guards included, than the same ones in high bits while they "
+            "learnt."
+        )
+        low, high = len(self._nodes) - len(self._high()), len(self._high())
+        verdict = f"{low} of {low + high} operations train in {engine.low.name}"
+        if not self.all_learnt:
+            verdict = (
+                f"Not all of its {low + high} operations had learnt yet, which each does when it is new: in high bits, "
+                "with few bits beside them"
+            )
+        elif high and not low:
+            verdict = (
+                f"All {high} operations were left in high bits: for products as small as these few bits would take "
+                "longer, or cannot be. What it took is finding that out"
+            )
+        elif high:
+            verdict += f"; {high} were left in high bits, for few would take longer there, or cannot be"
+        return Balance(
+            technique="precision",
+            cost_ms=1e3 * engine.times.cost if clocked else None,
+            gain_ms=1e3 * engine.times.gain if clocked else None,
+            held_bytes=snapshot_bytes,
+            time=time if clocked else "Not measured: a device computes behind the host's back.",
+            memory="" if snapshot_bytes is None else "Memory held: snapshots of the guard of the loss.",
+            verdict=f"{verdict}." if self._nodes else "",
+        )
+
+    def _high(self) -> list[str]:
+        """Names of the operations that stay in high bits."""
+        return [name for name, node in self._nodes.items() if all(map(node.stays_high, ROLES))]
 
     def _by_operation(self) -> dict[str, float]:
         values: dict[str, float] = {}

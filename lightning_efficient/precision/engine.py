@@ -33,6 +33,7 @@ from lightning_efficient.precision.formats import AtRandom, Encoded, Format, is_
 from lightning_efficient.precision.kinds import Kind, Shapes
 from lightning_efficient.precision.nodes import Node, Role
 from lightning_efficient.precision.probes import measured_result
+from lightning_efficient.precision.product_times import ProductTimes
 from lightning_efficient.precision.retry import Retry
 from lightning_efficient.precision.signs import Probe
 from lightning_efficient.precision.status import Run
@@ -51,6 +52,7 @@ class Engine:
         low_work: Multiplications in low bits.
         work: All.
         steps: That have begun.
+        times: What few bits cost and saved on the host.
         on_devices: Engines for tensors there; None: there are no kernels, and each product is waited for.
 
     Args:
@@ -79,6 +81,7 @@ class Engine:
         self._last: tuple[weakref.ref[Tensor], int, Encoded] | None = None
         self.on_devices: dict[torch.device, DeviceEngine | None] = {}
         self.steps = 0
+        self.times = ProductTimes()
 
     def begin(self, seed: int, batch: int = 0) -> None:
         """A step begins: weights may have changed."""
@@ -167,7 +170,8 @@ class Engine:
         self.work += node.work
         if self.force_high or node.stays_high(role):
             return high(self.high)
-        status, run = node.products[role].status, self.run
+        began, known = time.perf_counter(), node.products[role]
+        status, run = known.status, self.run
         if self.learning or not node.learning.done:
             result = self._learn(node, role, operands, low, high, probe)
             status.computed_high(run)
@@ -188,15 +192,14 @@ class Engine:
         reason = self._sign(node, role, one, other)
         if not reason:
             result = low(one, other)
-            if not self._protect:
-                status.computed_low()
-                self.low_work += node.work
-                return result
-            reason = node.sign_of_result(role, measured_result(result), probe(result))
+            if self._protect:
+                reason = node.sign_of_result(role, measured_result(result), probe(result))
             if not reason:
                 status.computed_low()
                 self.low_work += node.work
+                self.times.low(known, time.perf_counter() - began)
                 return result
+        self.times.failed(time.perf_counter() - began)
         result = high(self.high)
         status.failed(reason, run)
         self._doubt(node, role)
@@ -226,7 +229,9 @@ class Engine:
             return result
         found = probe(low(one, other))
         node.learn(role, one.measured, other.measured, measured_result(result).exponent, found)
-        node.learning.took(encoded - start + time.perf_counter() - computed, computed - encoded)
+        took = encoded - start + time.perf_counter() - computed
+        node.learning.took(took, computed - encoded)
+        self.times.learnt(node.products[role], computed - encoded, took)
         return result
 
     def place(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -96,19 +97,22 @@ class Operations(TorchFunctionMode):
         if func in _WITHIN:
             with self:
                 return _WITHIN[func](*args, **kwargs)
-        found = product_of(name, args, kwargs)
+        began, found = time.perf_counter(), product_of(name, args, kwargs)
         graph = isinstance(func, OpOverload) or isinstance(found, str)
         if found is None or (graph and not torch.is_grad_enabled()):
+            self.engine.times.found(began)
             return func(*args, **kwargs)  # so do graphs call what is not covered, for which it was counted already
         if isinstance(found, Product):
-            result = self._product(found)
+            result = self._product(found, began)
             if result is not None:
                 return found.finish(result) if found.finish is not None else result
         else:
             self.skip(name, found)
+        self.engine.times.found(began)
         return func(*args, **kwargs)
 
-    def _product(self, found: Product) -> Tensor | None:
+    def _product(self, found: Product, began: float) -> Tensor | None:
+        """Its result; None: torch may do it. ``began``: when somebody began to look what it is."""
         x, weight = found.x, found.weight
         if computes_nothing(x):
             return None
@@ -129,6 +133,7 @@ class Operations(TorchFunctionMode):
         if node.learning.low_pays is False and self._plain_is_high:
             self.engine.work += 3 * node.work
             return None
+        self.engine.times.found(began)
         return product(self.engine, node, kind_of(found.kind, found.arguments), x, weight, found.bias)
 
     def _node(self, name: str, kind: str) -> Node | None:

@@ -282,6 +282,10 @@ class RollbackPrecision(WrappingPrecision):
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
         return self._account.measurements() | self._guard_says()
 
+    def balance(self) -> telemetry.Balance:
+        """What few bits, and looking after them, cost and saved in this process."""
+        return self._account.balance(self._guard_says().get("precision/snapshot_bytes"))
+
     def _guard_says(self) -> dict[str, float]:
         return self._guard.measurements() if self._guard is not None else {}
 

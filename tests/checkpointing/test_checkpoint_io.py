@@ -483,7 +483,12 @@ def test_a_save_asked_for_by_a_signal_is_there_when_it_returns_c10(tmp_path: Pat
 def test_growth_in_the_same_run_c2(tmp_path: Path) -> None:
     """Parameters that come and go are followed."""
     grow = {"stages": [{"depth": 2, "until": 4}, {"depth": 4}]}
-    _, whole = train(tmp_path, GrowAndUnshareCallback(**grow), AsyncCheckpointIO(verify="checksum"), every(tmp_path, 1))
+    io = AsyncCheckpointIO(verify="checksum")
+    _, whole = train(tmp_path, GrowAndUnshareCallback(**grow), io, every(tmp_path, 1))
+    balance = io.balance()
+    assert balance.cost_ms > io.measurements()["checkpoint/blocked_ms"] > 0  # of all saves, not of the last one
+    assert balance.gain_ms > 0
+    assert "files, the last of" in balance.verdict
     _, plain = train(tmp_path / "plain", GrowAndUnshareCallback(**grow))
     assert_same_tree(dict(whole.state_dict()), dict(plain.state_dict()), "weights")
     for step in (3, 4, 5):

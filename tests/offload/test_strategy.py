@@ -237,7 +237,25 @@ class SawBatches(pl.Callback):
 def test_measurements_are_logged_o4() -> None:
     run = fit(None, build=offload(), max_steps=4)
     tags = set().union(*(metrics for _, metrics in run.logged))
-    assert {"offload/wait_ms", "offload/disk_bytes", "offload/disk_read_gigabytes_per_second"} <= tags
+    assert {
+        "offload/wait_ms",
+        "offload/update_ms",
+        "offload/disk_bytes",
+        "offload/disk_read_gigabytes_per_second",
+    } <= tags
+
+
+def test_its_balance_says_what_it_moved_and_that_it_would_have_fitted_x5() -> None:
+    run = fit(None, build=offload(), max_steps=4)
+    balance = run.trainer.strategy.balance()
+    trained = sum(p.numel() for p in run.module.parameters())
+    assert balance.spared_bytes == pytest.approx(2 * 4 * trained, rel=0.1)  # both of Adam's moments
+    last = run.trainer.strategy.measurements()
+    assert balance.cost_ms is not None
+    assert balance.cost_ms >= 0
+    assert last["offload/update_ms"] > last["offload/wait_ms"]
+    assert "of optimizer state on disk, because it was told to" in balance.verdict
+    assert "would have fitted" in balance.verdict
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

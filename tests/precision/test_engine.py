@@ -15,6 +15,7 @@ from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import Encoded, SharedExponent, format_named
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.operations import Operations
+from lightning_efficient.precision.product_times import ProductTimes
 from lightning_efficient.precision.status import ReturnPolicy
 
 
@@ -347,3 +348,44 @@ def test_the_last_exponent_is_the_next_guess_and_changes_no_result(
     assert inputs[1] == inputs[2] == inputs[3] + 2  # type: ignore[operator]
     assert len({*weights[1:]}) == 1
     assert gradients[1] == gradients[2] == gradients[3] + 2  # type: ignore[operator]
+
+
+# -- what it cost and saved --------------------------------------------------------------------------------------------
+
+
+def test_products_are_held_against_those_in_high_bits_x5() -> None:
+    times, node = ProductTimes(), Node("a", "linear", ReturnPolicy(20))
+    product = node.products["forward"]
+    times.low(product, 5.0)  # with which it cannot be compared
+    assert (times.cost, times.gain) == (0.0, 0.0)
+    for high in (9.0, 1.0, 2.0):
+        times.learnt(product, high, 0.5)
+    assert times.cost == 1.5
+    times.low(product, 0.5)
+    times.low(product, 2.25)
+    times.failed(0.25)
+    assert (times.cost, times.gain) == (2.0, 1.5)
+    again = Node("a", "linear", ReturnPolicy(20))
+    again.load_state_dict(node.state_dict())
+    assert list(again.products["forward"].high_times) == [9.0, 1.0, 2.0]
+    old = node.state_dict()
+    for state in old["products"].values():
+        del state["high_times"]  # a checkpoint of an earlier version
+    again.load_state_dict(old)
+    assert not again.products["forward"].high_times
+
+
+def test_each_product_is_timed_x5() -> None:
+    module, x = nn.Linear(16, 16), torch.randn(4, 16)
+    bits = LowBits(module)
+    bits.step(lambda: module(x).square().sum(), learning=True)
+    learnt = bits.engine.times.cost
+    assert learnt > 0
+    assert bits.engine.times.gain == 0
+    bits.step(lambda: module(x).square().sum())
+    assert bits.engine.times.cost + bits.engine.times.gain > learnt
+    for node in bits.nodes.values():
+        node.stay_high("it was told to")
+    before = bits.engine.times.cost
+    bits.step(lambda: module(x).square().sum())
+    assert bits.engine.times.cost > before  # looking for operations takes time, also of those that are left alone

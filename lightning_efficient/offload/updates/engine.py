@@ -44,6 +44,7 @@ class UpdateEngine:
         host: Likewise.
         updating: Whether an update has begun and not ended; also if it failed, and weights may be half new.
         waited_seconds: For tiers to commit; what records on their way were waited for, ``staging`` knows.
+        update_seconds: In :meth:`update`, with what it waited there.
 
     Args:
         optimizers: The user's, of classes that :func:`~.subset_step.check_parameter_by_parameter` admits.
@@ -78,7 +79,7 @@ class UpdateEngine:
             self.units = [before.same(unit) for unit in self.units]
         self.unit_of = {parameter: unit for unit in self.units for parameter in unit.parameters}
         self.updating = False
-        self.waited_seconds = 0.0
+        self.waited_seconds = self.update_seconds = 0.0
         for unit in self.units:
             if before is not None:
                 before.make_way(unit)
@@ -189,7 +190,7 @@ class UpdateEngine:
             with self._torn_if_that_fails():
                 self.host.begin(unit, group, gradients, self._keep, self.stream)
             return
-        self.updating = True
+        self.updating, begin = True, time.perf_counter()
         optimizer = unit.optimizer
         with (
             torch.inference_mode(False),  # validation begins in it, and state that is made in it could not be changed
@@ -222,6 +223,7 @@ class UpdateEngine:
             if unit.tier is not None:
                 self._keep(unit, lease, [turn.state for turn in turns])
         self.updating = False
+        self.update_seconds += time.perf_counter() - begin
 
     def _lease(self, unit: Unit) -> Lease | None:
         """The bytes of the unit's record, if it has one."""
