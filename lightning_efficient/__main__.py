@@ -1,7 +1,7 @@
 """The command line: ``python -m lightning_efficient fit --config my.yaml``, or ``lightning-efficient fit ...``.
 
 A LightningCLI (fit, validate, test, predict) for the demo task and for your own classes: give them in YAML by
-``class_path``. Importing this package first is what makes the strategies' short names known. Beside it,
+``class_path``. Importing this package first is what makes the strategies' strings known. Beside it,
 ``lightning-efficient report RUN [RUN ...]`` shows runs side by side.
 """
 
@@ -32,6 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # a console script does not see your own package there, `python -m` does
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningCLI
+
+    import lightning_efficient
+
+    for name in lightning_efficient.__all__:
+        getattr(lightning_efficient, name)  # only classes that have been imported can be given by their name alone
 
     LightningCLI(
         pl.LightningModule,

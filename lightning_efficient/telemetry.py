@@ -2,19 +2,25 @@
 
 A technique measures with plain numbers under tags ``<technique>/<quantity>_<unit>``. Its adapter hands them to
 :func:`log` on the main thread; :class:`~lightning_efficient.EfficiencyMonitor` collects those of all adapters that are
-:class:`Measured` for the report at the end of the run.
+:class:`Measured` for the report at the end of the run. What a person reads in the terminal goes through :func:`say`:
+one line at the start, said together (:func:`introduce`), and what happens later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import lightning
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import lightning_efficient
 from lightning_efficient import compat
@@ -24,15 +30,19 @@ from lightning_efficient.core.balance import Balance
 __all__ = [
     "Balance",
     "Balanced",
+    "Described",
     "Event",
     "Eventful",
     "Measured",
     "balances",
+    "beside_the_bar",
     "events",
+    "introduce",
     "lay_out",
     "log",
     "measurements",
     "run_facts",
+    "say",
 ]
 
 
@@ -75,6 +85,14 @@ class Eventful(Protocol):
         """All events of the run so far, oldest first."""
 
 
+@runtime_checkable
+class Described(Protocol):
+    """A callback or strategy that has a part in the line at the start of a run; it calls :func:`introduce`."""
+
+    def start_line(self, trainer: pl.Trainer) -> str:
+        """What it does in this run and what that is expected to bring, in a few words, its name first."""
+
+
 def due(trainer: pl.Trainer) -> bool:
     """Whether this batch is one that is logged; for measurements that cost time, asked before they are taken."""
     return compat.should_log(trainer) and not compat.accumulating(trainer)
@@ -93,6 +111,36 @@ def log(trainer: pl.Trainer, metrics: Mapping[str, float], *, force: bool = Fals
     step = compat.log_step(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
+
+
+def introduce(trainer: pl.Trainer, member: Described) -> None:
+    """Say, once and in one line, which techniques are on; each calls it at the end of its ``on_train_start``.
+
+    The last one to start says it for all: by then every one knows what it is about to do.
+
+    Args:
+        trainer: The running Trainer.
+        member: Who has started.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    there = [one for one in (*callbacks, trainer.strategy) if isinstance(one, Described)]  # in the order of the hook
+    if there[-1:] == [member]:
+        lines = (one.start_line(trainer) for one in there)
+        say(trainer, " | ".join((f"lightning-efficient {lightning_efficient.__version__}", *lines)))
+
+
+def say(trainer: pl.Trainer | None, text: str) -> None:
+    """A line in the log of rank 0, for a person."""
+    with beside_the_bar(trainer):
+        rank_zero_info(text)
+
+
+def beside_the_bar(trainer: pl.Trainer | None) -> AbstractContextManager[None]:
+    """What is written to the terminal within it has lines of its own: the progress bar of the run makes way."""
+    if trainer is not None and isinstance(trainer.progress_bar_callback, TQDMProgressBar):
+        bars: AbstractContextManager[None] = tqdm.external_write_mode()
+        return bars
+    return contextlib.nullcontext()
 
 
 def measurements(trainer: pl.Trainer) -> dict[str, float]:

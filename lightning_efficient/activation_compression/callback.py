@@ -12,9 +12,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.activation_compression.batches import tensors_in
@@ -35,9 +34,10 @@ from lightning_efficient.activation_compression.settings import (
     parse_overrides,
     parse_schedule,
 )
+from lightning_efficient.activation_compression.words import compiled_in_words, rate_in_words
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
-from lightning_efficient.core.torch_internals import graph_hooks_are_shown_graphs
+from lightning_efficient.core.torch_internals import gathered, graph_hooks_are_shown_graphs
 from lightning_efficient.run_length import steps_done, total_steps
 
 __all__ = ["ActivationCompressionPlugin"]
@@ -177,14 +177,21 @@ class ActivationCompressionPlugin(Callback):
         self._knows_operations = not self._compiled_step
         if compiled and not self._sees_compiled:
             self._compiled_step = self._knows_operations = False
-            rank_zero_info(
-                "ActivationCompressionPlugin cannot see into compiled modules with this torch: all that they save gets "
-                "4 bits at least, after their forward pass."
-            )
-        elif compiled:
-            rank_zero_info(f"ActivationCompressionPlugin compresses inside {self._what_is_compiled(compiled)}.")
         if self._knows_operations:
             self._follow(pl_module)
+        telemetry.introduce(trainer, self)
+
+    def start_line(self, trainer: pl.Trainer) -> str:
+        """In how many bits, where that can be said, and what of it is otherwise in compiled modules."""
+        kept = rate_in_words(self._rates, self._schedule, self._curve)
+        if self._budget is not None and self._curve is None:
+            kept = self._budget.in_words()
+        if self._adaptive is not None:
+            kept += ", shared out as gradients bear it"
+        parts = [f"ActivationCompressionPlugin keeps what backward needs {kept}"]
+        if compiled := compat.compiled_parts(trainer.lightning_module):
+            parts.append(compiled_in_words(compiled, self._rates, seen=self._sees_compiled))
+        return "; ".join(parts)
 
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """Modules may have come with them."""
@@ -225,7 +232,10 @@ class ActivationCompressionPlugin(Callback):
         seen = self._classifier.sizes if self._left is None else None
         if self._budget is not None and self._budget.end(seen):
             self._events.append(telemetry.Event(compat.log_step(trainer), "activations", self._budget.event()))
-            (rank_zero_info if self._budget.fits else rank_zero_warn)(self._budget.event())
+            if self._budget.fits:
+                telemetry.say(trainer, self._budget.event())
+            else:
+                rank_zero_warn(self._budget.event())
         if self._adaptive is not None and self._adaptive.end(self._step, self._classifier, trainer.strategy.broadcast):
             self._adapt()
         if telemetry.due(trainer):
@@ -332,20 +342,6 @@ class ActivationCompressionPlugin(Callback):
             planned = self._budget.plan.levels if self._budget is not None and self._budget.plan is not None else {}
             self._rates.chosen = {**planned, **choice.bits}
 
-    def _what_is_compiled(self, compiled: list[str]) -> str:
-        what = ", ".join(outermost(compiled)) if compiled[0] else "the compiled LightningModule"
-        if self._rates.error_bound is not None:
-            return f"{what}: after the forward pass, for how many bits a bound takes is not known before"
-        asked = self._rates.bits
-        bits = stored_bits(asked)
-        if bits == EXACT:
-            return f"{what}: masks only, for all is exact"
-        words = f"{what}: {bits} bits, and 8 for losses"
-        if bits == asked:
-            return words
-        given = "floats of 8 bits" if asked == FP8 else f"{asked} bits"
-        return f"{words}; codes there are whole numbers of 4 or 8 bits, and not {given}"
-
     def _follow(self, module: pl.LightningModule) -> None:
         self._followed.close()
         compiled = outermost(compat.compiled_parts(module))
@@ -431,8 +427,7 @@ def momentum_of(trainer: pl.Trainer) -> Callable[[Tensor], Tensor | None]:
 
 
 def _mean_magnitude(values: Tensor) -> Tensor:
-    mean = values.abs().sum() / values.numel()
-    return mean.full_tensor() if isinstance(mean, DTensor) else mean
+    return gathered(values.abs().sum() / values.numel())
 
 
 def _name_in(module: nn.Module, weight: Tensor) -> str:

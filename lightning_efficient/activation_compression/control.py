@@ -17,6 +17,7 @@ from lightning_efficient.activation_compression.ledger import PassSizes
 from lightning_efficient.activation_compression.plan import MemoryPlan, MemoryPlanner, make_plan
 from lightning_efficient.activation_compression.rates import LayerRates
 from lightning_efficient.activation_compression.store import Unit
+from lightning_efficient.core.units import human_bytes
 
 __all__ = ["AdaptiveControl", "BudgetControl"]
 
@@ -205,6 +206,11 @@ class BudgetControl:
         self._sizes: Mapping[Unit, float] = {}  # that are predicted of the batch that goes on
         self._plans: dict[str, MemoryPlan] = {}
         self._told: set[str] = set()
+
+    def in_words(self) -> str:
+        """How what backward needs is kept."""
+        amount = f"{self.budget:.0%} of what it takes" if self._is_part else human_bytes(self.budget)
+        return f"within {amount}, with a plan for each size of batch"
 
     def reset(self) -> None:
         """Forget all: another model, or another run."""

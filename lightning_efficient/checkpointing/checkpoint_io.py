@@ -297,6 +297,17 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._exact.on_train_start(trainer)
         self._random.restore_again()
+        telemetry.introduce(trainer, self)
+
+    def start_line(self, trainer: pl.Trainer) -> str:
+        """Who saves, and how."""
+        if self._autosave.drives:
+            who = f"saves as often as takes {self._arguments['max_overhead']:.1%} of the time"
+        elif trainer.checkpoint_callbacks:
+            who = "saves when ModelCheckpoint says"
+        else:
+            return "AsyncCheckpointIO has nothing to save by itself (no ModelCheckpoint, and frequency='advise')"
+        return f"AsyncCheckpointIO {who}: copied beside the next step, written in the background"
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._exact.on_train_epoch_start(trainer)

@@ -6,7 +6,6 @@ import sys
 import weakref
 from pathlib import Path
 
-import psutil
 import torch
 
 __all__ = ["MemoryMeter"]
@@ -31,6 +30,8 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
+        import psutil  # not before somebody measures
+
         self._process = psutil.Process()
         self._kernel_mark = False
         self._largest_sample = 0

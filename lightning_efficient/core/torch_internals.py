@@ -19,7 +19,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.storage import TypedStorage, UntypedStorage
@@ -36,6 +35,7 @@ __all__ = [
     "counting",
     "first_step_post_hook",
     "forward_is_compiled",
+    "gathered",
     "global_step_hooks",
     "grad_within_modes",
     "graph_hooks_are_shown_graphs",
@@ -45,6 +45,7 @@ __all__ = [
     "innermost_pack_hook",
     "innermost_saved_tensors_hooks",
     "is_of_checkpointing",
+    "is_spread",
     "likely_size",
     "local_part",
     "not_compiling",
@@ -309,14 +310,27 @@ def unhooked_step(optimizer: Optimizer) -> None:
         vars(optimizer).update(own)
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks, a DTensor: there is none before somebody imports what takes long to."""
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is spread over ranks, who all must call this; of any other, itself."""
+    whole: Any = tensor
+    return whole.full_tensor() if is_spread(tensor) else tensor
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor that is spread over ranks, which may be nothing; of any other, itself."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    part: Any = tensor
+    return part._local_tensor if is_spread(tensor) else tensor
 
 
 def spread_of(tensor: Tensor) -> Any:
     """How a tensor is spread over ranks: to be compared, and for :func:`spread_over_ranks`; None if it is not."""
-    return tensor._spec if isinstance(tensor, DTensor) else None
+    spread: Any = tensor
+    return spread._spec if is_spread(tensor) else None
 
 
 def spread_over_ranks(local: Tensor, how: Any) -> Tensor:
@@ -326,7 +340,11 @@ def spread_over_ranks(local: Tensor, how: Any) -> Tensor:
         local: That part.
         how: See :func:`spread_of`.
     """
-    return local if how is None else DTensor(local, how, requires_grad=False)
+    if how is None:
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, how, requires_grad=False)
 
 
 def in_backward() -> bool:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_efficient import compat, telemetry
@@ -236,18 +236,24 @@ class GrowAndUnshareCallback(Callback):
             trial=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
         )
         telemetry.log(trainer, self.measurements(), force=True)
-        if total is not None:
-            begins = "goes on" if self._step else "begins"
-            rank_zero_info(
-                f"GrowAndUnshareCallback: training {begins} with {progress.form()}"
-                f" ({progress.growing.parameters_text()}); {self._triggers.plan_text(self._step)}"
+        if total is not None and length_is_a_default(trainer) and progress.uses_fractions:
+            rank_zero_warn(
+                "GrowAndUnshareCallback counts in fractions of the run, and the Trainer was given no length: "
+                f"Lightning plans 1000 epochs, {total:g} steps. Set max_steps or max_epochs, or give `until` in steps."
             )
-            if length_is_a_default(trainer) and progress.uses_fractions:
-                rank_zero_warn(
-                    "GrowAndUnshareCallback counts in fractions of the run, and the Trainer was given no length: "
-                    f"Lightning plans 1000 epochs, {total:g} steps. Set max_steps or max_epochs, or give `until` in "
-                    "steps."
-                )
+        telemetry.introduce(trainer, self)
+
+    def start_line(self, trainer: pl.Trainer) -> str:
+        """With which form training begins, and when that changes."""
+        progress = self._grown()
+        if progress.complete:
+            return "GrowAndUnshareCallback: the model has grown, nothing is to come"
+        growing, begins = progress.growing, "goes on" if self._step else "begins"
+        only_shares = self.settings.mode == "share" and growing.width == "wide"
+        gain = "less of gradients and optimizer state" if only_shares else "cheaper steps"
+        form = f"{progress.form()} ({growing.parameters_text()}) for {gain}"
+        plan = self._triggers.plan_text(self._step)
+        return f"GrowAndUnshareCallback {begins} with {form}{f'; {plan}' if plan else ''}"
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -309,7 +315,7 @@ class GrowAndUnshareCallback(Callback):
             compat.rewrap_ddp(trainer.strategy)
         self._attach_mean_gradient()
         self._events.append(telemetry.Event(compat.log_step(trainer), "growth", switch.text))
-        rank_zero_info(f"GrowAndUnshareCallback at step {self._step}: {switch.text}")
+        telemetry.say(trainer, f"GrowAndUnshareCallback at step {self._step}: {switch.text}")
         change = switch.change
         announce(trainer, ParameterChange(change.added, change.removed, change.replaced, reason=switch.text))
         self._offload_if_complete(trainer)

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.monitoring.balance import is_balance
@@ -180,7 +180,7 @@ class EfficiencyMonitor(pl.Callback):
         # What still grew belongs to the run (a last checkpoint); what shrank was let go of by the teardown.
         self._collect(trainer, only_larger=True)
         try:
-            self._write()
+            self._write(trainer)
         except OSError as error:
             rank_zero_warn(f"The efficiency report could not be written to {self._folder!r}: {error}")
 
@@ -191,7 +191,7 @@ class EfficiencyMonitor(pl.Callback):
         self._interrupted = type(exception).__name__
         try:
             self._finish(trainer, pl_module)
-            self._write()
+            self._write(trainer)
         except Exception:
             _log.warning("The efficiency report of the interrupted run could not be written.", exc_info=True)
         self._timer = None
@@ -256,10 +256,10 @@ class EfficiencyMonitor(pl.Callback):
             if self._interrupted or self._recorded_step < self._step:
                 self._measure(trainer, module)
 
-    def _write(self) -> None:
+    def _write(self, trainer: pl.Trainer) -> None:
         if self._folder is not None:
             path = write_report(self._folder, self.run_report())
-            rank_zero_info(f"EfficiencyMonitor wrote {path}")
+            telemetry.say(trainer, f"EfficiencyMonitor wrote {path}")
 
     def _report_folder(self, trainer: pl.Trainer) -> str | None:
         """Where the report goes, or None; all ranks must ask, since Lightning broadcasts its log folder."""

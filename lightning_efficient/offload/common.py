@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -65,6 +65,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         self.settings = parse_settings(**arguments)
         self.enabled = enabled
         self._begun = enabled
+        self._introduced = False
         self._session: OffloadSession | None = None
         self._trainer: pl.Trainer | None = None
         self._events: list[telemetry.Event] = []
@@ -116,6 +117,8 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
             self._begun = True
             self._open(trainer)
             self._start(trainer)
+            if self._introduced:
+                telemetry.say(trainer, self.start_line(trainer))
 
     def before_parameters_change(self, trainer: pl.Trainer) -> None:
         """All optimizer state is in the optimizers again."""
@@ -134,7 +137,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
     def setup(self, trainer: pl.Trainer) -> None:
         self._end()
         self._events, self._measured, self._balance = [], None, None
-        self._begun = self.enabled
+        self._begun, self._introduced = self.enabled, False
         self._trainer = trainer
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
@@ -159,6 +162,28 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         if self._trainer is not None and self._begun:
             self._start(self._trainer)
         own_memory(self.optimizers)  # what is left in them
+        if self._trainer is not None:
+            telemetry.introduce(self._trainer, self)
+            self._introduced = True
+
+    def start_line(self, trainer: pl.Trainer) -> str:
+        """What is where, when it is updated, and what that does to the results."""
+        if self._session is None:
+            return f"{type(self).__name__} waits: nothing is offloaded yet"
+        schedule, settings = f"schedule {self._schedule}: {self._why}", self.settings
+        if self._schedule == "delayed":
+            results = (
+                f"each update from step {settings.delay_after + 1} on comes one step late, so that results differ from "
+                "those of plain training"
+            )
+        elif settings.master_weights:
+            results = "updates in full precision"
+        else:
+            rounded = " but for the host's rounding" if self._session.updates_on_host else ""
+            whole = " while no batch is split" if settings.batch_feedback else ""
+            results = f"the same weights as in memory{rounded}{whole}"
+        parts = self._session.summary(), schedule, *self._session.ways(), results
+        return f"{type(self).__name__}: {'; '.join(parts)}"
 
     def part_training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._session is None:
@@ -308,16 +333,8 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
 
     def _start(self, trainer: pl.Trainer) -> None:
         """Place what belongs to training, and take over the updates."""
-        if self._session is None:
-            return
-        self._session.start()
-        parts = self._session.summary(), f"schedule {self._schedule}: {self._why}", *self._session.ways()
-        rank_zero_info(f"{type(self).__name__}: {'; '.join(parts)}")
-        if self._schedule == "delayed":
-            rank_zero_info(
-                f"{type(self).__name__}(schedule='delayed'): each update from step {self.settings.delay_after + 1} on "
-                "comes one step late, so that results differ from those of plain training."
-            )
+        if self._session is not None:
+            self._session.start()
 
     def _join_updates(self) -> None:
         """What the host has begun to update is whole."""
@@ -357,7 +374,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
             return
         text = f"{self._session.summary()} ({why})"
         self._events.append(telemetry.Event(compat.log_step(trainer), "offload", text))
-        rank_zero_info(f"{type(self).__name__}, placed anew: {text}")
+        telemetry.say(trainer, f"{type(self).__name__}, placed anew: {text}")
 
     def _end(self) -> None:
         if self._session is not None:

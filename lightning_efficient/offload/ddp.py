@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
@@ -180,13 +180,3 @@ class OffloadDDPStrategy(OffloadMixin, DDPStrategy):
 
     def _new_session(self, *args: Any, **kwargs: Any) -> OffloadSession:
         return ShardedSession(Ranks(self.root_device, self.num_processes), *args, **kwargs)
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="DDP with optimizer state divided, on device, host memory and disk"
-        )
-
-
-if OffloadDDPStrategy.strategy_name not in StrategyRegistry:
-    OffloadDDPStrategy.register_strategies(StrategyRegistry)

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.constants import default_pg_timeout
@@ -184,13 +184,3 @@ class OffloadFSDP2Strategy(OffloadMixin, ModelParallelStrategy):
 
     def _new_session(self, *args: Any, **kwargs: Any) -> OffloadSession:
         return LocalShardSession(Ranks(self.root_device, self.num_processes), *args, site="device", **kwargs)
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="FSDP2 with optimizer state on device, host memory and disk"
-        )
-
-
-if OffloadFSDP2Strategy.strategy_name not in StrategyRegistry:
-    OffloadFSDP2Strategy.register_strategies(StrategyRegistry)

@@ -152,6 +152,11 @@ class PlacedRun:
 
     # -- measurements ------------------------------------------------------------------------------------------------
 
+    @property
+    def updates_on_host(self) -> bool:
+        """Whether a device's updates are computed on the host, whose kernels round differently."""
+        return self._chosen.site == "host"
+
     def summary(self) -> str:
         """In a few words, what is where."""
         parts = []

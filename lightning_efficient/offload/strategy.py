@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_efficient.offload.common import OffloadMixin
@@ -121,11 +121,3 @@ class OffloadStrategy(OffloadMixin, SingleDeviceStrategy):
     def model_to_device(self) -> None:
         if not self._begun or self.root_device.type == "cpu":
             super().model_to_device()  # else each parameter goes to its place, past the device
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register(cls.strategy_name, cls, description="Device, host memory and disk as one memory")
-
-
-if OffloadStrategy.strategy_name not in StrategyRegistry:
-    OffloadStrategy.register_strategies(StrategyRegistry)

@@ -9,15 +9,16 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.core.balance import Balance
 from lightning_efficient.precision.engine import Engine
+from lightning_efficient.precision.formats import Format
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.status import SIGNS
 
-__all__ = ["LAYOUT", "Account"]
+__all__ = ["LAYOUT", "Account", "in_words"]
 
 _LINES = 20  # for retries; then a line for every hundredth
 LAYOUT: dict[str, dict[str, list[object]]] = {
@@ -29,6 +30,18 @@ LAYOUT: dict[str, dict[str, list[object]]] = {
     }
 }
 """Of TensorBoard's page of scalars."""
+
+
+def in_words(low: Format, high: str, learn_until: int | None, *, timed: bool, guarded: bool) -> str:
+    """What is done, for the line at the start of a run; the arguments are those of ``RollbackPrecision``."""
+    learns = "until limits settle" if learn_until is None else f"for {learn_until} batches"
+    where = "faster and healthy" if timed else "healthy"
+    emulated = " (emulated: nothing is faster)" if low.emulated else ""
+    spikes = "; batches whose loss spikes are done again" if guarded else ""
+    return (
+        f"RollbackPrecision computes products in {high} {learns}, then in {low.name}{emulated} where that is {where}, "
+        f"and again in {high} at a sign of failure{spikes}"
+    )
 
 
 class Account:
@@ -72,20 +85,21 @@ class Account:
         if high:
             text += f"; {len(high)}, for which it would take longer or cannot be, stay high: {', '.join(high[:5])}"
             text += ", ..." if len(high) > 5 else ""
-        rank_zero_info(f"RollbackPrecision: {text}.")
+        telemetry.say(trainer, f"RollbackPrecision: {text}.")
         if unmet:
             rank_zero_warn(
                 f"RollbackPrecision: no operation is called as exclude={list(unmet)} says; see precision_map()."
             )
         self.events.append(telemetry.Event(compat.log_step(trainer), "precision", text))
 
-    def note_retries(self) -> None:
+    def note_retries(self, trainer: pl.Trainer | None) -> None:
         """Say what the engine has computed again since the last time."""
         retries, self._engine.retries = self._engine.retries, []
         for retry in retries:
             self._said += 1
             if self._said <= _LINES or self._said % 100 == 0:
-                rank_zero_info(f"{retry.node}, {retry.role} in high bits again (retry {self._said}): {retry.reason}")
+                text = f"{retry.node}, {retry.role} in high bits again (retry {self._said}): {retry.reason}"
+                telemetry.say(trainer, text)
 
     def measurements(self) -> dict[str, float]:
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""

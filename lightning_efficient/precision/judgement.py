@@ -14,9 +14,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_efficient import compat
+from lightning_efficient.core.torch_internals import gathered
 from lightning_efficient.precision.scaling import scale_of
 from lightning_efficient.precision.spikes import HEALTHY, NOT_FINITE, OVERFLOW, Level, SpikeGuard, judge
 
@@ -120,8 +120,7 @@ class Judgement:
         if not gradients or any(gradient.layout is not torch.strided for gradient in gradients):
             return None
         norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return norm / scale_of(self._scaler, norm.device)
+        return gathered(norm) / scale_of(self._scaler, norm.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -21,7 +21,7 @@ from lightning_efficient import compat, telemetry
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.hardware import hardware
 from lightning_efficient.core.seeded import derive_seed
-from lightning_efficient.precision.account import LAYOUT, Account
+from lightning_efficient.precision.account import LAYOUT, Account, in_words
 from lightning_efficient.precision.agreement import Agreement
 from lightning_efficient.precision.arguments import limits_of, rounding_of, whole_number
 from lightning_efficient.precision.engine import Engine
@@ -208,7 +208,7 @@ class RollbackPrecision(WrappingPrecision):
                 "The loss holds gradients of gradients, as a gradient penalty does, and products in few bits are "
                 "differentiable once. Leave the operations that they go through out: RollbackPrecision(exclude=[...])."
             ) from error
-        self._account.note_retries()
+        self._account.note_retries(self._trainer)
 
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         """The guard has it done again if need be."""
@@ -355,6 +355,12 @@ class _Lifecycle(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         telemetry.lay_out(trainer, LAYOUT)
+        telemetry.introduce(trainer, self)
+
+    def start_line(self, trainer: pl.Trainer) -> str:
+        plugin = self._plugin
+        low, high = plugin._low, str(plugin._learnt_with["high"])
+        return in_words(low, high, plugin._learn_until, timed=plugin._timed, guarded=plugin._spikes is not None)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         plugin = self._plugin

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.core.units import human_bytes
@@ -47,7 +46,8 @@ class Reports:
             self._incidents.lines.append((compat.log_step(trainer), text))
         count = sum(counts[name] for name in _OUTCOMES)
         if trainer.is_global_zero and (count <= _LINES or count % 100 == 0):
-            _log.warning(text)
+            with telemetry.beside_the_bar(trainer):
+                _log.warning(text)
 
     def lost(self, buffers: Sequence[str]) -> None:
         """These could not be put back."""
@@ -64,7 +64,7 @@ class Reports:
             self._said_memory = True
             text = f"up to {ring.most} snapshots of {human_bytes(ring.needed_bytes)} in the host's memory"
             if ring.most:
-                rank_zero_info(f"The spike guard keeps {text}.")
+                telemetry.say(trainer, f"The spike guard keeps {text}.")
             else:
                 _log.warning("The spike guard has no memory for a snapshot: memory_cap must be at least %s.",
                              human_bytes(ring.needed_bytes))  # fmt: skip

@@ -10,7 +10,6 @@ import gc
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 __all__ = ["empty_caches", "free_bytes", "is_out_of_memory", "memory_pressure"]
@@ -66,6 +65,8 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - allocated
         allowed = torch.cuda.get_per_process_memory_fraction(device) * total
         return max(0, min(driver + cached, int(allowed) - allocated))
+    import psutil  # not before somebody asks
+
     return max(0, min([int(psutil.virtual_memory().available), *_left_by_cgroups(), *_left_by_limits()]))
 
 
