@@ -6,13 +6,16 @@ BIN = $(VENV)/bin
 PIP_EXTRA ?=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test matrix lint docs bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m lightning_efficient.demos.compare --steps 260
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+matrix: $(VENV)/.dev  # what goes together, all of it: about two hours on two cores; it goes on where it was stopped
+	$(BIN)/python -m tests.matrix
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

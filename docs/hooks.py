@@ -16,6 +16,7 @@ PAGES = {
     "lightning_efficient/precision/README.md": "techniques/precision.md",
     "lightning_efficient/monitoring/README.md": "techniques/monitoring.md",
     "docs/architecture.md": "architecture.md",
+    "docs/compatibility.md": "compatibility.md",
     "docs/growth-recipe.md": "growth-recipe.md",
     "docs/api.md": "api.md",
     "benchmarks/results/growth_cpu-x86_64.md": "benchmarks.md",

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_efficient.core.torch_internals import compiled_entry
 
@@ -31,6 +31,7 @@ __all__ = [
     "step_is_compiled",
     "trainer_of",
     "validation_metrics",
+    "writes_files",
 ]
 
 
@@ -75,6 +76,13 @@ def shard_over_all(strategy: ModelParallelStrategy) -> None:
     if strategy._data_parallel_size == "auto":
         ranks = strategy.num_nodes * strategy.num_processes
         strategy._data_parallel_size = max(1, ranks // int(strategy._tensor_parallel_size))
+
+
+def writes_files(strategy: Strategy) -> bool:
+    """Whether checkpoints of this strategy are files that go through its checkpoint IO."""
+    if isinstance(strategy, ModelParallelStrategy):
+        return not strategy._save_distributed_checkpoint
+    return strategy.lightning_restore_optimizer and not strategy.restore_checkpoint_after_setup
 
 
 def defer_links(

@@ -85,6 +85,10 @@ class KeptState(Protocol):
 class SnapshotSource(Protocol):
     """Whoever keeps the last complete states of the run in memory, to be gone back to at once."""
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether it is told to keep any."""
+
     def last_good(self) -> KeptState | None:
         """The newest complete one, or None."""
 

@@ -219,7 +219,6 @@ SETTINGS = [
         yaml={"callbacks": [{"class_path": "lightning_efficient.AsyncCheckpointIO", "init_args": {"in_memory": 1}}]},
         exact=True,
         volatile=("checkpoint/",),
-        refuses={"sharding": "ModelParallelStrategy writes checkpoints by itself"},
     ),
     TechniqueSetting(
         name="activations-lossless",

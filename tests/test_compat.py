@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
@@ -377,6 +377,13 @@ def test_compiled_parts_are_found(what: str) -> None:
         pl.trainer.trainer._maybe_unwrap_optimized(compiled)  # as `Trainer.fit` does
     assert compat.compiled_parts(model) == expected
     assert compat.step_is_compiled(model) == (what == "module")
+
+
+def test_whose_checkpoints_are_files() -> None:
+    assert compat.writes_files(DDPStrategy())
+    assert not compat.writes_files(ModelParallelStrategy())
+    assert compat.writes_files(ModelParallelStrategy(save_distributed_checkpoint=False))
+    assert not compat.writes_files(FSDPStrategy())
 
 
 @pytest.mark.parametrize(("tensor_parallel", "expected"), [(1, 4), (2, 2)])

@@ -12,18 +12,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
-from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
 from tests.helpers.fitting import Run, StopAt, assert_same_tree, fit, make_trainer
-from tests.helpers.models import CompiledModel, ManualModel, ShiftedLossModel
+from tests.helpers.models import CompiledModel, ManualModel, ShardedModel, ShiftedLossModel
 from tests.helpers.ranks import RankError, run_on_two_ranks
+from tests.helpers.summaries import DDP, assert_ranks_agree, assert_resumed, summary, whole_summary
 from tests.technique_settings import SETTINGS, STEPS, TechniqueSetting, demo_model, every, named
-
-DDP = {"devices": 2, "use_distributed_sampler": False}
 
 changes_parameters = every(lambda setting: setting.changes_parameters)
 
@@ -36,50 +31,6 @@ class GradientsAgree(Callback):
         both = [torch.empty_like(mine) for _ in range(2)]
         torch.distributed.all_gather(both, mine)
         assert torch.equal(*both), f"gradients are not reduced at step {trainer.global_step}"
-
-
-def summary(run: Run) -> dict[str, Any]:
-    """What two ranks, or two runs, are compared by."""
-    return {
-        "began_at": run.began_at,
-        "weights": run.weights,
-        "optimizers": run.optimizers,
-        "schedulers": run.schedulers,
-        "losses": run.losses,
-        "batches": run.batches,
-        "rates": run.rates,
-        "names": run.names,
-        "events": [(event.step, event.text) for event in run.events],
-        "logged": run.logged_values(run.first_log_step),
-        "checkpoints": run.checkpoints,
-        "switched_at": run.switched_at(),
-    }
-
-
-def assert_ranks_agree(one: dict[str, Any], other: dict[str, Any], *, divided: bool = False) -> None:
-    """Two ranks did the same with different batches.
-
-    Args:
-        one: The :func:`summary` of a rank.
-        other: That of the other.
-        divided: Whether each has a part of the optimizer state, and reports events of its own memory.
-    """
-    for key in ("weights", "schedulers", "rates", "names", *(() if divided else ("optimizers", "events"))):
-        assert_same_tree(one[key], other[key], key)
-    for mine, theirs in zip(one["optimizers"], other["optimizers"], strict=True) if divided else ():
-        assert not set(mine["state"]) & set(theirs["state"])
-        assert set(mine["state"]) | set(theirs["state"]) == {name for group in mine["names"] for name in group}
-    assert one["batches"] != other["batches"]
-    assert one["losses"] != other["losses"]
-
-
-def assert_resumed(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
-    for key in ("weights", "optimizers", "schedulers", "events"):
-        assert_same_tree(resumed[key], whole[key], key)
-    done = len(whole["losses"]) - len(resumed["losses"])
-    for key in ("losses", "batches", "rates", "names"):
-        assert resumed[key] == whole[key][done:], key
-    assert resumed["logged"] == {key: v for key, v in whole["logged"].items() if key in resumed["logged"]}
 
 
 def ddp_run(rank: int, name: str, root: Path) -> dict[str, Any]:
@@ -212,28 +163,6 @@ def smooth(values: list[float]) -> list[float]:
 # -- FSDP2 -------------------------------------------------------------------------------------------------------
 
 
-class ShardedModel(ByteLanguageModel):
-    """Sharded by its user, in the way of FSDP2."""
-
-    def configure_model(self) -> None:
-        if getattr(self, "sharded", False):
-            return
-        self.sharded = True
-        mesh = self.device_mesh["data_parallel"]
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-
-
-def whole_summary(run: Run) -> dict[str, Any]:
-    """See :func:`summary`; sharded tensors are put together."""
-
-    def whole(value: Any) -> Any:
-        return value.full_tensor() if isinstance(value, DTensor) else value
-
-    return pytree.tree_map(whole, summary(run))
-
-
 def sharded_runs(rank: int, names: list[str], root: Path) -> dict[str, Any]:
     """Each setting's run, and its resumption from the middle."""
     results = {}
@@ -251,7 +180,7 @@ def sharded_runs(rank: int, names: list[str], root: Path) -> dict[str, Any]:
 
 
 def test_fsdp2_ranks_stay_equal_and_resume_x2(tmp_path: Path) -> None:
-    names = ["monitor", "activations", "offload", "precision"]  # one of each that shards
+    names = ["monitor", "activations"]  # the others that shard are together in test_matrix.py
     settings = [named(name) for name in names]
     assert all(setting.works_on("fsdp2") for setting in settings)
     ranks = run_on_two_ranks(sharded_runs, tmp_path, names, tmp_path / "runs")
@@ -299,7 +228,7 @@ def test_fsdp2_is_refused_with_a_route_g8_x2(tmp_path: Path) -> None:
     for said in run_on_two_ranks(sharding_is_refused, tmp_path, list(refusing)):
         for name, message in refusing.items():
             assert message in said[name]
-            assert ("load_grown(..., grown=True)" if named(name).changes_parameters else "Use strategy=") in said[name]
+            assert "load_grown(..., grown=True)" in said[name]
 
 
 @changes_parameters

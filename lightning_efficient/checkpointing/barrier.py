@@ -17,17 +17,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.core.before_update import right_before_update
-from lightning_efficient.core.torch_internals import storage_key
+from lightning_efficient.core.torch_internals import local_part, storage_key
 
 __all__ = ["UpdateBarrier", "owned_tensors"]
 
 
 def owned_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """The tensors that only a step of ``optimizer`` changes: its parameters and its state."""
+    """The tensors that only a step of ``optimizer`` changes: its parameters and its state, as far as they are here."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield parameter
-            yield from (value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
+            values = (parameter, *optimizer.state.get(parameter, {}).values())
+            yield from (local_part(value) for value in values if isinstance(value, Tensor))
 
 
 class UpdateBarrier:

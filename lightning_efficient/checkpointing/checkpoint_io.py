@@ -28,6 +28,7 @@ from lightning_efficient.checkpointing.trainer import (
     SavedByModelCheckpoint,
     refuse_combinations,
     refuse_in_backward,
+    refuse_past_loading,
 )
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
 from lightning_efficient.checkpointing.writer import Written
@@ -252,6 +253,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         present = trainer.strategy.checkpoint_io
         if present is not self:
             refuse_combinations(trainer, present, AsyncCheckpointIO)
+            refuse_past_loading(trainer, resume=self.resume, local_dir=self._arguments["local_dir"])
             self._replaced = present
             trainer.strategy.checkpoint_io = self
         self._trainer = trainer
@@ -410,6 +412,11 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         return [*parameters, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
 
     # -- what is kept in memory ---------------------------------------------------------------------------------------
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether checkpoints stay in memory after they are written."""
+        return bool(self._arguments["in_memory"])
 
     def last_good(self) -> KeptState | None:
         """The newest checkpoint in memory, or None; there is none without ``in_memory``."""

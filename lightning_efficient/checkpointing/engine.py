@@ -25,7 +25,7 @@ from lightning_efficient.checkpointing.staging import DeviceStaging, Staging
 from lightning_efficient.checkpointing.streaming import write_streaming
 from lightning_efficient.checkpointing.writer import BackgroundWriter, Failure, Written
 from lightning_efficient.core.buffers import BufferPool, HostBuffer
-from lightning_efficient.core.torch_internals import storage_key
+from lightning_efficient.core.torch_internals import spread_of, storage_key
 
 __all__ = ["CheckpointEngine", "WhenBusy"]
 
@@ -208,6 +208,8 @@ class CheckpointEngine:
             module: With its buffers.
             owners: With their state, after the first step.
         """
+        if any(spread_of(parameter) is not None for parameter in module.parameters()):
+            return  # how large it is when it has been put together is seen then
         tensors = [*module.state_dict().values(), *(tensor for owner in owners for tensor in owned_tensors(owner))]
         storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
         sizes = {storage_key(storage): storage.nbytes() for storage in storages}

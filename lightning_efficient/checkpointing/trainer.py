@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -18,7 +19,7 @@ from lightning_efficient import compat
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.places import Places
 
-__all__ = ["SavedByModelCheckpoint", "refuse_combinations", "refuse_in_backward"]
+__all__ = ["SavedByModelCheckpoint", "refuse_combinations", "refuse_in_backward", "refuse_past_loading"]
 
 # Gloo's threads need Python's lock to let go of what was sent. A process of ``ddp_spawn`` may end right after this, and
 # they abort it if they have not had the lock by then (torch 2.13).
@@ -43,11 +44,32 @@ def refuse_combinations(trainer: pl.Trainer, present: CheckpointIO, kind: type) 
             "of them."
         )
     strategy = trainer.strategy
-    if strategy.restore_checkpoint_after_setup or not strategy.lightning_restore_optimizer:
+    if not compat.writes_files(strategy):
+        instead = "strategy='auto' or 'ddp'"
+        if isinstance(strategy, ModelParallelStrategy):
+            instead = f"{type(strategy).__name__}(save_distributed_checkpoint=False)"
         raise MisconfigurationException(
             f"{type(strategy).__name__} writes checkpoints by itself, past any checkpoint IO, so that {kind.__name__} "
-            f"would not see them. Use strategy='auto' or 'ddp', or leave {kind.__name__} out."
+            f"would not see them. Use {instead}, or leave {kind.__name__} out."
         )
+
+
+def refuse_past_loading(trainer: pl.Trainer, **given: Any) -> None:
+    """Refuse arguments that say how a checkpoint is loaded, where the strategy loads it by itself.
+
+    Args:
+        trainer: The Trainer.
+        **given: Their values; None: not given.
+
+    Raises:
+        MisconfigurationException: Naming it, and what to do instead.
+    """
+    for name, value in given.items():
+        if value is not None and trainer.strategy.restore_checkpoint_after_setup:
+            raise MisconfigurationException(
+                f"{type(trainer.strategy).__name__} loads checkpoints by itself, past any checkpoint IO, so that "
+                f"AsyncCheckpointIO({name}={value!r}) would do nothing there. Leave {name} out."
+            )
 
 
 def refuse_in_backward(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

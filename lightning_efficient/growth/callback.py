@@ -284,6 +284,14 @@ class GrowAndUnshareCallback(Callback):
         compares = any(phase.until is not None and phase.until.correlation_below is not None for phase in phases)
         return compares or self.settings.width is not None
 
+    @property
+    def scales_learning_rate(self) -> bool:
+        """Whether learning rates are multiplied right before the optimizer's step.
+
+        Asked by strategies that would update parameters before that, in backward.
+        """
+        return self._grown().scales_learning_rate
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._triggers.unwatch()
 

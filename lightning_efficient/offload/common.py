@@ -111,6 +111,11 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
 
     # -- the roles that it plays for other techniques ------------------------------------------------------------------
 
+    @property
+    def splits_batches(self) -> bool:
+        """Whether parts of a batch may be done by themselves, and again."""
+        return self.settings.batch_feedback
+
     def enable_offload(self, trainer: pl.Trainer) -> None:
         """Begin to offload, from the next step on."""
         if not self._begun:

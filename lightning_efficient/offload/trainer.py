@@ -95,6 +95,8 @@ def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
     module = trainer.lightning_module
     if not module.automatic_optimization:
         return "the LightningModule optimizes manually"
+    if judge := _judge(trainer):
+        return f"{judge} looks at gradients first, and may do the batch again"
     if compat.step_is_compiled(module):
         return "the training step is compiled as a whole, and does not show when it uses which weights"
     if is_overridden("optimizer_zero_grad", module):
@@ -103,6 +105,12 @@ def _needs_the_update_at_once(trainer: pl.Trainer) -> str:
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return "the gradient scaler decides about each step"
     return ""
+
+
+def _judge(trainer: pl.Trainer) -> str:
+    """Who decides whether a batch counts when its gradients are there; empty if nobody does."""
+    judges = (member for member in members(trainer) if getattr(member, "judges_batches", False))
+    return next((f"{type(judge).__name__}(spike_guard=...)" for judge in judges), "")
 
 
 def accumulates(trainer: pl.Trainer) -> bool:
@@ -148,6 +156,8 @@ def reads_gradients(trainer: pl.Trainer) -> str:
     plugin = trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return "the gradient scaler unscales gradients"
+    if judge := _judge(trainer):
+        return f"{judge} looks at their norm"
     for hook in ("configure_gradient_clipping", *_WITH_GRADIENTS, "optimizer_step"):
         if is_overridden(hook, module):
             return f"the LightningModule has its own {hook}"
@@ -162,7 +172,12 @@ def reads_gradients(trainer: pl.Trainer) -> str:
 
 def _needs_all_gradients(trainer: pl.Trainer) -> str:
     """Why updates cannot begin before backward has ended; empty if they can."""
-    return "gradients are clipped" if trainer.gradient_clip_val else reads_gradients(trainer)
+    if trainer.gradient_clip_val:
+        return "gradients are clipped"
+    for member in members(trainer):
+        if getattr(member, "scales_learning_rate", False):
+            return f"{type(member).__name__} scales the learning rate right before the optimizer's step"
+    return reads_gradients(trainer)
 
 
 def clip_everywhere(plugin: Precision, session: Callable[[], OffloadSession | None]) -> Callable[[], None]:

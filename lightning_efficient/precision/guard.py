@@ -81,7 +81,7 @@ class Guard:
         """
         self.detach()
         if self._settings is not None:
-            refuse_combinations(trainer)
+            refuse_combinations(trainer, self._settings)
             self._rollback = Rollback(trainer, self._settings, self._most)
         elif self._scaler is None or not can_do_again(trainer):
             return

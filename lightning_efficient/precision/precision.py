@@ -153,6 +153,11 @@ class RollbackPrecision(WrappingPrecision):
         guards = self._spikes is not None or self.scaler is not None
         self._guard = Guard(self._spikes, self, self.scaler) if guards else None
 
+    @property
+    def judges_batches(self) -> bool:
+        """Whether a batch may be done again between its backward pass and the update."""
+        return self._spikes is not None
+
     # When
 
     def connect(

@@ -61,11 +61,12 @@ class Ring:
 
     Args:
         settings: How many, and how often.
+        takes: Whether it takes any; else it keeps the batches for those that somebody else has.
     """
 
-    def __init__(self, settings: SpikeGuard) -> None:
+    def __init__(self, settings: SpikeGuard, *, takes: bool = True) -> None:
         self.snapshots: deque[Snapshot] = deque()
-        self._settings = settings
+        self._settings, self._takes = settings, takes
         self._batches: deque[KeptBatch] = deque()
         self.needed_bytes = 0
 
@@ -102,7 +103,7 @@ class Ring:
             self.forget()
         if self.snapshots and not self.snapshots[-1].fits(optimizers):
             self.forget()
-        if self._settings.snapshots and batch.begins and self._is_due(batch.step, elsewhere):
+        if self._takes and self._settings.snapshots and batch.begins and self._is_due(batch.step, elsewhere):
             self._take(batch.step, modules, optimizers)
         self._batches.append(batch)
         self._trim(elsewhere)

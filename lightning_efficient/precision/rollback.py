@@ -13,11 +13,12 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_efficient import compat_replay
-from lightning_efficient.coordination import KeptState, SnapshotSource, find
+from lightning_efficient.coordination import KeptState, SnapshotSource, StateHolder, find
 from lightning_efficient.core.random_state import restore_random_state
 from lightning_efficient.precision.replay import KeptStep, set_group_options
 from lightning_efficient.precision.ring import KeptBatch, Ring
 from lightning_efficient.precision.spikes import SpikeGuard
+from lightning_efficient.precision.trainer import others_keep_states
 
 __all__ = ["Kept", "Rollback"]
 
@@ -59,9 +60,9 @@ class Rollback:
 
     def __init__(self, trainer: pl.Trainer, settings: SpikeGuard, agree: Callable[[int], int]) -> None:
         self._trainer, self._agree = trainer, agree
-        self.ring = Ring(settings)
-        # Of several ranks only one would have the snapshots of a checkpoint IO.
-        self._source = find(trainer, SnapshotSource) if trainer.world_size == 1 else None
+        # Optimizer state that is elsewhere is not among what a ring copies; a checkpoint IO's snapshots have all.
+        self.ring = Ring(settings, takes=find(trainer, StateHolder) is None)
+        self._source = find(trainer, SnapshotSource) if others_keep_states(trainer) else None
 
     def add(self, batch: KeptBatch) -> None:
         """A batch begins."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_efficient import GrowAndUnshareCallback
+from lightning_efficient import GrowAndUnshareCallback, OffloadStrategy
 from lightning_efficient.coordination import ParameterChange
+from tests.helpers.fitting import assert_same_tree
 from tests.technique_settings import demo_data, demo_model
 
 
@@ -65,6 +67,22 @@ def test_offload_waits_for_the_width_too_g4_g6(tmp_path: Path) -> None:
     grow = GrowAndUnshareCallback(mode="stack", stages=STAGES, width={"factor": 2, "until": 8}, offload_on_switch=True)
     fit(grow, tmp_path, strategy=strategy)
     assert strategy.enabled_at == [8]
+
+
+@pytest.mark.parametrize("scale", [{}, {"lr_scale": 0.5, "rewarm_steps": 3}], ids=["as given", "scaled"])
+def test_updates_of_a_strategy_that_offloads_are_those_without_it_g6(scale: dict[str, Any], tmp_path: Path) -> None:
+    def weights(**arguments: object) -> dict[str, Any]:
+        grow = GrowAndUnshareCallback(mode="share", unit=2, until=5, **scale)
+        return fit(grow, tmp_path, **arguments).lightning_module.state_dict()
+
+    offload = OffloadStrategy(offload_dir=str(tmp_path), place={"optimizer_state": "disk"})
+    assert_same_tree(weights(strategy=offload), weights(), "weights")
+
+
+def test_updates_in_backward_cannot_be_scaled_g6(tmp_path: Path) -> None:
+    grow = GrowAndUnshareCallback(mode="share", unit=2, until=5, rewarm_steps=3)
+    with pytest.raises(MisconfigurationException, match=r"GrowAndUnshareCallback scales the learning rate.*'auto'"):
+        fit(grow, tmp_path, strategy=OffloadStrategy(schedule="in_backward"))
 
 
 def test_a_strategy_without_offload_is_refused_by_name_g6(tmp_path: Path) -> None:

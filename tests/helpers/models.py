@@ -7,11 +7,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_efficient.demos import ByteLanguageModel
 
-__all__ = ["CheckpointedModel", "CompiledModel", "ManualModel", "ScheduledModel", "ShiftedLossModel", "SilentModel"]
+__all__ = [
+    "CheckpointedModel",
+    "CompiledModel",
+    "ManualModel",
+    "ScheduledModel",
+    "ShardedModel",
+    "ShiftedLossModel",
+    "SilentModel",
+]
 
 
 class ManualModel(ByteLanguageModel):
@@ -115,6 +124,30 @@ class CompiledModel(ByteLanguageModel):
     def __init__(self, *, backend: str = "eager", **arguments: Any) -> None:
         super().__init__(**arguments)
         self.model = torch.compile(self.model, backend=backend)
+
+
+class ShardedModel(ByteLanguageModel):
+    """Sharded by its user, in the way of FSDP2.
+
+    Args:
+        backend: Each block is compiled with it, before it is sharded; None: none is.
+        **arguments: Of the demo model.
+    """
+
+    def __init__(self, *, backend: str | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.backend = backend
+
+    def configure_model(self) -> None:
+        if getattr(self, "sharded", False):
+            return
+        self.sharded = True
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            if self.backend is not None:
+                block.compile(backend=self.backend)
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
 
 class SilentModel(ByteLanguageModel):

@@ -1,4 +1,4 @@
-"""Two ranks over gloo, in two processes on one machine, without a fixed port."""
+"""A process, and two ranks over gloo, in two processes on one machine, without a fixed port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.processes import context
 
-__all__ = ["RankError", "run_on_two_ranks"]
+__all__ = ["RankError", "run_in_a_process", "run_on_two_ranks"]
 
 WORLD_SIZE = 2
 
@@ -41,10 +41,23 @@ def run_on_two_ranks(function: Callable[..., Any], tmp_path: Path, *args: Any, t
         RankError: With the traceback of the rank that failed first.
         TimeoutError: If a rank still runs then; both are killed.
     """
+    one, other = _run(_rank, WORLD_SIZE, tmp_path, function, args, timeout)
+    return one, other
+
+
+def run_in_a_process(function: Callable[..., Any], tmp_path: Path, *args: Any, timeout: float = 120) -> Any:
+    """Call ``function(0, *args)`` in a process of its own; see :func:`run_on_two_ranks`."""
+    [result] = _run(_alone, 1, tmp_path, function, args, timeout)
+    return result
+
+
+def _run(
+    target: Callable[..., None], number: int, tmp_path: Path, function: Callable[..., Any], args: Any, timeout: float
+) -> list[Any]:
     folder = tmp_path / f"ranks-{len(list(tmp_path.glob('ranks-*')))}"
     folder.mkdir()
     fork = context()
-    processes = [fork.Process(target=_rank, args=(rank, folder, function, args)) for rank in range(WORLD_SIZE)]
+    processes = [fork.Process(target=target, args=(rank, folder, function, args)) for rank in range(number)]
     for process in processes:
         process.start()
     try:
@@ -55,8 +68,7 @@ def run_on_two_ranks(function: Callable[..., Any], tmp_path: Path, *args: Any, t
                 process.kill()
             process.join()
             process.close()
-    one, other = (torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(WORLD_SIZE))
-    return one, other
+    return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(number)]
 
 
 def _wait(processes: list[Any], folder: Path, deadline: float) -> None:
@@ -77,6 +89,14 @@ def _raise_what_failed(processes: list[Any], folder: Path) -> None:
             raise RankError(f"rank {rank} died with exit code {process.exitcode}, before it began")
 
 
+def _alone(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(rank, *args), folder / f"{rank}.result")
+    except BaseException:
+        _end_with_traceback(rank, folder)
+
+
 def _rank(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     local = {"LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": WORLD_SIZE}
@@ -92,7 +112,11 @@ def _rank(rank: int, folder: Path, function: Callable[..., Any], args: tuple[Any
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
-        unfinished = folder / f"{rank}.unfinished"
-        unfinished.write_text(traceback.format_exc())
-        unfinished.rename(folder / f"{rank}.error")
-        os._exit(1)  # the other rank may wait for this one for ever
+        _end_with_traceback(rank, folder)
+
+
+def _end_with_traceback(rank: int, folder: Path) -> None:
+    unfinished = folder / f"{rank}.unfinished"
+    unfinished.write_text(traceback.format_exc())
+    unfinished.rename(folder / f"{rank}.error")
+    os._exit(1)  # another rank may wait for this one for ever

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_efficient.checkpointing import AsyncCheckpointIO
-from lightning_efficient.offload import OffloadStrategy
 from lightning_efficient.precision.precision import RollbackPrecision
 from lightning_efficient.precision.replay import Snapshot, group_options, versions
 from lightning_efficient.precision.ring import KeptBatch, Ring
@@ -101,7 +100,6 @@ def test_arguments_that_are_none(given: Any, words: str) -> None:
     [
         ("manual", "manual optimization"),
         ("lbfgs", "LBFGS"),
-        ("offload", "OffloadStrategy"),
         ("backward", "optimizer_in_backward"),
     ],
 )
@@ -111,9 +109,8 @@ def test_what_cannot_be_taken_back_is_refused_by_name(what: str, words: str, tmp
     if what == "lbfgs":
         module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
     callbacks = [AsyncCheckpointIO(optimizer_in_backward=True)] if what == "backward" else []
-    more = {"strategy": OffloadStrategy(offload_dir=str(tmp_path))} if what == "offload" else {}
     with pytest.raises(MisconfigurationException, match=words):
-        train(guarded(), *callbacks, module=module, root=tmp_path, **more)
+        train(guarded(), *callbacks, module=module, root=tmp_path)
 
 
 # -- healthy runs ------------------------------------------------------------------------------------------------------
