@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import shutil
@@ -59,7 +58,7 @@ def run(options: Options) -> Result:
         raw={
             "scale": scale.raw,
             "losses": {"ratios": losses.ratios, "finals": losses.finals},
-            "kills": dataclasses.asdict(killed) | {"table": None},
+            "kills": {"amid": dict(killed.amid), "problems": killed.problems},
             "imports": imports,
         },
         notes=[

@@ -46,6 +46,9 @@ MOMENTS: Mapping[str, float] = {
 """What a kill is aimed at, and the seconds within which it comes, from when that begins; ``start`` is that of the
 process, ``any`` begins with the first step."""
 _SECONDS = 300.0  # that a run may take
+_OTHERWISE = ("[EfficiencyMonitor]", "[autosave]", "[ModelCheckpoint{", ".val_loop.")
+"""In checkpoints: measured times, names of folders, and how many batches the last validation had, which each
+process counts anew."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +279,8 @@ def _spilled(folder: Path) -> list[Path]:
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Where two checkpoints are not bit for bit the same, but for what measures time and names folders."""
-    if any(name in where for name in ("EfficiencyMonitor", "ModelCheckpoint")):
+    """Where two checkpoints are not bit for bit the same, but for :data:`_OTHERWISE`."""
+    if any(name in where for name in _OTHERWISE):
         return []
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return [found for key in one for found in differences(one[key], other[key], f"{where}[{key}]")]

@@ -52,7 +52,8 @@ def measured_losses(folder: Path, options: Options) -> Losses:
         options: Of the benchmark.
     """
     reports: dict[str, list[RunReport]] = {name: [] for name in ARMS}
-    for number, seed in enumerate(options.seeds):
+    seeds = options.seeds[:1] if options.quick else options.seeds
+    for number, seed in enumerate(seeds):
         for name in ARMS if number % 2 == 0 else reversed(ARMS):
             place = folder / f"{name}, seed {seed}"
             process = context().Process(target=_train, args=(place, name, seed, options.quick, options.threads))
@@ -86,7 +87,7 @@ def measured_losses(folder: Path, options: Options) -> Losses:
         f"Checkpoints every {EVERY} steps on both. Times are of training: without validation, with what checkpoints "
         "take of the process, its threads included. Time to a loss is interpolated between two validations."
     )
-    return Losses(ratios, finals, Table(f"The demo, {len(options.seeds)} seeds", header, rows, note))
+    return Losses(ratios, finals, Table(f"The demo, {len(seeds)} seeds", header, rows, note))
 
 
 def ratio(plain: list[Point], suite: list[Point], clock: Callable[[Point], float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -81,14 +82,14 @@ def test_the_last_line_begins_with_what_was_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(together, "import_times", lambda rounds: imports)
     monkeypatch.setattr(together, "measured_scale", lambda options: Scale(4.5, 1.25, [TABLE], {}))
     monkeypatch.setattr(together, "measured_losses", lambda folder, options: losses)
-    monkeypatch.setattr(together, "killed_and_resumed", lambda folder, kills: Killed(kills, kills, {}, [], TABLE))
+    monkeypatch.setattr(
+        together, "killed_and_resumed", lambda folder, kills: Killed(kills, kills, Counter(growth=7), [], TABLE)
+    )
     monkeypatch.setattr(together, "_planned", lambda options: ([], {"plan_peak_error": 0.05, "plan_time_error": 0.1}))
     options = Options(quick=False, device="cpu", seeds=(0,), threads=1, out=None)  # type: ignore[arg-type]
-    assert (
-        together.run(options)
-        .last_line()
-        .startswith(
-            "together model_scale=4.5 time_per_token_ratio=1.25 time_to_loss_ratio=0.7 resume_exact=50/50 "
-            "plan_peak_error=0.05 plan_time_error=0.1 import_ms=100 "
-        )
+    result = together.run(options)
+    assert json.loads(json.dumps(result.raw))["kills"] == {"amid": {"growth": 7}, "problems": []}
+    assert result.last_line().startswith(
+        "together model_scale=4.5 time_per_token_ratio=1.25 time_to_loss_ratio=0.7 resume_exact=50/50 "
+        "plan_peak_error=0.05 plan_time_error=0.1 import_ms=100 "
     )
