@@ -21,8 +21,9 @@ CONTEXT, TOKENS = 128, 1024
 SUITE = "the suite"
 ARMS = ("plain, fp32", "plain, bf16-mixed, activation checkpointing", SUITE)
 _SAVED = {8: 20, 4: 12}  # bytes of what backward needs, for each token and channel of a block, by bits
+_AS_PLAIN = 92  # likewise, of a plain run in float32, with what the C library keeps
 _BESIDE = 100 << 20  # what else a run takes: temporary tensors, the Trainer, what the C library keeps
-_MAKING = 40 << 20  # beside all parameters, while they are made and go to their places
+_MAKING = 8 << 20  # beside all parameters, while they are made and go to their places
 _LEAST = 32 << 20
 _FUSE = 512 << 20  # beyond the limit, where a run that will not fit ends before it troubles others
 
@@ -166,8 +167,11 @@ def _arguments(
     parameters, units = 4 * layers * (12 * width**2 + 13 * width), TOKENS * width * layers
     bits = 8 if 4 * parameters + _SAVED[8] * units + _BESIDE <= room else 4
     budget = max(min(room - _SAVED[bits] * units - _BESIDE, room - parameters - _MAKING), _LEAST)
+    offload: dict[str, Any] = {"memory_budget": {"host" if device == "cpu" else "device": budget}}
+    if 4 * parameters + _AS_PLAIN * units <= room:  # a budget has freed memory go back to the system, which takes time
+        bits, offload = 4, {"place": {"optimizer_state": "disk"}, "staging": "32MiB"}
     return {
-        "strategy": OffloadStrategy(memory_budget={"host" if device == "cpu" else "device": budget}),
+        "strategy": OffloadStrategy(**offload),
         "plugins": [
             RollbackPrecision(low="int8", high="fp32" if device == "cpu" else "bf16", pre_learning_steps=learning)
         ],
