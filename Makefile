@@ -31,6 +31,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks activation
 	$(BIN)/python -m benchmarks offload
 	$(BIN)/python -m benchmarks precision
+	$(BIN)/python -m benchmarks together
+	$(BIN)/python -m benchmarks soak
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

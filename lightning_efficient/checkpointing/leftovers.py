@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_efficient.core.durable_file import PREFIX, durable_link, durable_remove, sweep_temporaries
 
-__all__ = ["Intention", "sweep"]
+__all__ = ["Intention", "hand_links_over", "sweep"]
 
 _REMOVAL = ".removal"
 
@@ -26,7 +26,7 @@ class Intention:
     """
 
     def __init__(self, path: Path, successor: Path) -> None:
-        self.path = path
+        self.path, self._successor = path, successor
         self._note = path.parent / f"{PREFIX}{path.name}{_REMOVAL}"
         self.withdraw()  # one of before would name another successor
         if not os.path.lexists(successor):  # what has its name already is not it, and would be taken for it
@@ -40,6 +40,8 @@ class Intention:
             OSError: As the system says.
         """
         try:
+            with contextlib.suppress(OSError):
+                hand_links_over(self.path, self._successor)
             durable_remove(self.path)
         finally:
             self.withdraw()
@@ -61,10 +63,22 @@ def sweep(directory: Path) -> list[Path]:
         with contextlib.suppress(OSError):
             old, successor = directory / note.name[len(PREFIX) : -len(_REMOVAL)], Path(os.readlink(note))
             if old.exists() and successor.exists():
-                for link in directory.iterdir():  # which the killed run had not come to
-                    if link.is_symlink() and link.suffix != _REMOVAL and link.exists() and link.samefile(old):
-                        durable_link(successor, link)
+                hand_links_over(old, successor)  # which the killed run had not come to
                 durable_remove(old)
                 removed.append(old)
             note.unlink()
     return [*removed, *sweep_temporaries(directory)]
+
+
+def hand_links_over(old: Path, successor: Path) -> None:
+    """Links beside ``old`` that name it name ``successor`` from now on, if that is there.
+
+    To be called before ``old`` is removed: a link is often asked for only then, and a kill in between must not leave a
+    ``last.ckpt`` that names nothing.
+
+    Raises:
+        OSError: As the system says.
+    """
+    for link in old.parent.iterdir() if successor.exists() else ():
+        if link.is_symlink() and link.suffix != _REMOVAL and link.exists() and link.samefile(old):
+            durable_link(successor, link)

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from lightning_efficient.checkpointing.leftovers import Intention
+from lightning_efficient.checkpointing.leftovers import Intention, hand_links_over
 from lightning_efficient.checkpointing.snapshot import Snapshot
 from lightning_efficient.core.buffers import round_up
 from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove
@@ -316,6 +316,9 @@ def _remove(job: _Job) -> None:
     if job.intention is not None:
         job.intention.fulfil()
     else:
+        with contextlib.suppress(OSError):
+            if job.target is not None:
+                hand_links_over(job.path, job.target)
         durable_remove(job.path)
 
 

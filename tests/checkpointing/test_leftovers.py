@@ -51,6 +51,18 @@ def test_an_intention_that_is_fulfilled_leaves_no_note_c10(tmp_path: Path) -> No
     assert not os.listdir(tmp_path)
 
 
+def test_a_link_to_what_is_removed_names_its_successor_at_once_c10(tmp_path: Path) -> None:
+    """ModelCheckpoint asks for the removal of the old file before it asks for the new ``last.ckpt``."""
+    old, new, last = tmp_path / "1.ckpt", tmp_path / "2.ckpt", tmp_path / "last.ckpt"
+    old.write_text("old")
+    last.symlink_to("1.ckpt")
+    intention = Intention(old, new)
+    new.write_text("new")
+    intention.fulfil()
+    assert sorted(os.listdir(tmp_path)) == ["2.ckpt", "last.ckpt"]
+    assert last.read_text() == "new"
+
+
 def test_a_file_that_is_replaced_is_no_successor_yet_c10(tmp_path: Path) -> None:
     """A run killed while it writes a new ``last.ckpt`` must not cost the checkpoint that the old one links to."""
     old, last = tmp_path / "1.ckpt", tmp_path / "last.ckpt"
