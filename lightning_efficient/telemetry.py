@@ -20,7 +20,7 @@ import lightning_efficient
 from lightning_efficient import compat
 from lightning_efficient.coordination import members
 
-__all__ = ["Event", "Eventful", "Measured", "events", "lay_out", "log", "measurements", "run_facts"]
+__all__ = ["Charted", "Event", "Eventful", "Measured", "events", "lay_out", "log", "measurements", "run_facts"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class Eventful(Protocol):
 
     def events(self) -> Sequence[Event]:
         """All events of the run so far, oldest first."""
+
+
+@runtime_checkable
+class Charted(Protocol):
+    """An adapter that knows best which of its tags belong in one chart of TensorBoard's page."""
+
+    def charts(self) -> Mapping[str, Mapping[str, list[object]]]:
+        """As the ``layout`` of :func:`lay_out`."""
 
 
 def due(trainer: pl.Trainer) -> bool:
@@ -91,13 +99,20 @@ def events(trainer: pl.Trainer) -> list[Event]:
 def lay_out(trainer: pl.Trainer, layout: Mapping[str, Mapping[str, list[object]]]) -> None:
     """Give TensorBoard's custom-scalars page its ``layout``; other loggers have no such page.
 
+    The page shows the last that is written, so that each has the charts of every :class:`Charted` member.
+
     Args:
         trainer: The running Trainer.
-        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]``.
+        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]``. A category that a member
+            gives counts in place of one here.
     """
+    whole = dict(layout)
+    for member in members(trainer):
+        if isinstance(member, Charted):
+            whole |= member.charts()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_custom_scalars({category: dict(charts) for category, charts in layout.items()})
+            logger.experiment.add_custom_scalars({category: dict(charts) for category, charts in whole.items()})
 
 
 def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:
