@@ -1,4 +1,4 @@
-"""MkDocs hook: pages that are a file of the repository, with its links turned into links between pages."""
+"""MkDocs hook: pages that are a file of the repository, and links between files turned into links between pages."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
-    "lightning_efficient/growth/README.md": "techniques/growth.md",
-    "lightning_efficient/offload/README.md": "techniques/offload.md",
-    "lightning_efficient/precision/README.md": "techniques/precision.md",
-    "lightning_efficient/monitoring/README.md": "techniques/monitoring.md",
-    "docs/architecture.md": "architecture.md",
-    "docs/compatibility.md": "compatibility.md",
-    "docs/growth-recipe.md": "growth-recipe.md",
-    "docs/api.md": "api.md",
-    "benchmarks/results/growth_cpu-x86_64.md": "benchmarks.md",
+    "benchmarks/results": "benchmarks.md",
+    "notebooks": "notebooks.md",
 }
 INCLUDE = re.compile(r"^<!-- include (?P<path>\S+) -->$", re.M)
-LINK = re.compile(r"\]\((?P<target>[^)#:\s]+)\)")
+LINK = re.compile(r"\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
+
+
+def page_of(path: str) -> str | None:
+    """The page, below docs, that shows a file or folder of the repository; None if there is none."""
+    if path in PAGES:
+        return PAGES[path]
+    if card := re.fullmatch(r"lightning_efficient/(\w+)/README\.md", path):
+        return f"techniques/{card[1]}.md"
+    if path.startswith("docs/") and path.endswith(".md"):
+        return path.removeprefix("docs/")
+    return page_of(posixpath.dirname(path)) if path.startswith(("benchmarks/results/", "notebooks/")) else None
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace ``<!-- include PATH -->`` by that file."""
-    here = posixpath.dirname(page.file.src_uri)
+    """Replace ``<!-- include PATH -->`` by that file, and links to files by links to pages.
 
-    def include(match: re.Match[str]) -> str:
-        source = match["path"]
+    What is in the repository but on no page is named, not linked.
+    """
+    own = page.file.src_uri
 
+    def linked(text: str, source: str) -> str:
         def link(found: re.Match[str]) -> str:
             target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found["target"]))
-            if target in PAGES:
-                return f"]({posixpath.relpath(PAGES[target], here or '.')})"
-            return "]()" if not (ROOT / target).exists() else f"](repository:{target})"
+            if shown := page_of(target):
+                return f"]({posixpath.relpath(shown, posixpath.dirname(own) or '.')}{found['anchor'] or ''})"
+            return f"](repository:{target})" if (ROOT / target).exists() else "]()"
 
-        return LINK.sub(link, (ROOT / source).read_text(encoding="utf-8"))
+        return LINK.sub(link, text)
 
-    # What is in the repository but on no page is named, not linked.
-    return re.sub(r"\[([^\]]*)\]\(repository:([^)]*)\)", r"\1 (`\2`)", INCLUDE.sub(include, markdown))
+    before, *rest = INCLUDE.split(markdown)
+    parts = [linked(before, f"docs/{own}")]
+    for path, after in zip(rest[::2], rest[1::2], strict=True):
+        parts += [linked((ROOT / path).read_text(encoding="utf-8"), path), linked(after, f"docs/{own}")]
+    return re.sub(r"\[([^\]]*)\]\(repository:([^)]*)\)", r"\1 (`\2`)", "".join(parts))

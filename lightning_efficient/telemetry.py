@@ -30,6 +30,7 @@ from lightning_efficient.core.balance import Balance
 __all__ = [
     "Balance",
     "Balanced",
+    "Charted",
     "Described",
     "Event",
     "Eventful",
@@ -91,6 +92,14 @@ class Described(Protocol):
 
     def start_line(self, trainer: pl.Trainer) -> str:
         """What it does in this run and what that is expected to bring, in a few words, its name first."""
+
+
+@runtime_checkable
+class Charted(Protocol):
+    """An adapter that knows best which of its tags belong in one chart of TensorBoard's page."""
+
+    def charts(self) -> Mapping[str, Mapping[str, list[object]]]:
+        """As the ``layout`` of :func:`lay_out`."""
 
 
 def due(trainer: pl.Trainer) -> bool:
@@ -165,13 +174,20 @@ def balances(trainer: pl.Trainer) -> list[Balance]:
 def lay_out(trainer: pl.Trainer, layout: Mapping[str, Mapping[str, list[object]]]) -> None:
     """Give TensorBoard's custom-scalars page its ``layout``; other loggers have no such page.
 
+    The page shows the last that is written, so that each has the charts of every :class:`Charted` member.
+
     Args:
         trainer: The running Trainer.
-        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]``.
+        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]``. A category that a member
+            gives counts in place of one here.
     """
+    whole = dict(layout)
+    for member in members(trainer):
+        if isinstance(member, Charted):
+            whole |= member.charts()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_custom_scalars({category: dict(charts) for category, charts in layout.items()})
+            logger.experiment.add_custom_scalars({category: dict(charts) for category, charts in whole.items()})
 
 
 def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]:

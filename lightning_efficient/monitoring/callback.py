@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,7 +65,7 @@ class EfficiencyMonitor(pl.Callback):
         *,
         every_n_steps: int | None = None,
         report: bool = True,
-        report_dir: str | None = None,
+        report_dir: str | Path | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class EfficiencyMonitor(pl.Callback):
         self._sampling = False  # whether the optimizer step in progress will be recorded
         self._step = self._recorded_step = -1  # of the last batch, and of the last one whose slow values were taken
         self._global_step = 0
-        self._layout_written = False
+        self._layout: dict[str, dict[str, list[object]]] = {}
 
     def run_report(self) -> RunReport:
         """What was measured so far, or in the last fit (on rank 0; empty elsewhere)."""
@@ -100,7 +101,7 @@ class EfficiencyMonitor(pl.Callback):
         if stage != "fit":
             return
         self._record, self._loss = RunRecord(), MeanLoss()
-        self._timer, self._interrupted, self._layout_written = None, "", False
+        self._timer, self._interrupted, self._layout = None, "", {}
         self._folder = self._report_folder(trainer)
         self._probe = Probe(trainer.strategy.root_device) if trainer.is_global_zero else None
 
@@ -236,10 +237,11 @@ class EfficiencyMonitor(pl.Callback):
         return own | {tag: value for tag, value in balance.items() if value is not None}
 
     def _lay_out(self, trainer: pl.Trainer, logged: Mapping[str, float]) -> None:
-        if not self._layout_written:  # by now the techniques have said which tags they have
-            self._layout_written = True
-            others = (tag for tag in self._record.series if technique_of(tag) != "efficiency")
-            telemetry.lay_out(trainer, tensorboard_layout([*logged, *others]))
+        others = (tag for tag in self._record.series if technique_of(tag) != "efficiency")
+        layout = tensorboard_layout([*logged, *others])
+        if layout != self._layout:  # TensorBoard takes the last; some tags come late, as when low bits have been learnt
+            self._layout = layout
+            telemetry.lay_out(trainer, layout)
 
     def _collect(self, trainer: pl.Trainer, *, only_larger: bool = False) -> None:
         """Ask the techniques for their measurements and events."""
@@ -265,7 +267,7 @@ class EfficiencyMonitor(pl.Callback):
         """Where the report goes, or None; all ranks must ask, since Lightning broadcasts its log folder."""
         if not self._report:
             return None
-        folder = self._report_dir
+        folder = None if self._report_dir is None else str(self._report_dir)
         if folder is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = trainer.log_dir or trainer.default_root_dir
         if folder is not None and "://" in folder:

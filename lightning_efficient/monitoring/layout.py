@@ -19,8 +19,8 @@ def chart_groups(tags: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     """Technique to chart title to the tags of that chart, in the order of ``tags``.
 
     Bytes share a chart (peaks and totals have others, for they dwarf what they are made of), and so do bandwidths and
-    times of one unit; what a technique cost and saved has charts of its own, and every other quantity has its own scale
-    and thus its own chart. A chart holds at most five tags.
+    times of one unit, and so does one quantity of all layers; what a technique cost and saved has charts of its own,
+    and every other quantity has its own scale and thus its own chart. A chart holds at most five tags.
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for tag in dict.fromkeys(tags):
@@ -28,6 +28,8 @@ def chart_groups(tags: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         base = _UNIT_TITLES.get(unit_of(tag), label_of(tag))
         if is_balance(tag):
             base = f"cost and gain ({unit_of(tag)})"
+        elif quantity := _by_layer(tag):
+            base = f"{label_of(quantity)} by layer"
         elif unit_of(tag) == "bytes":
             base = _BYTES_TITLES.get(label_of(tag).partition(" ")[0], base)
         title = base
@@ -42,11 +44,21 @@ def chart_groups(tags: Iterable[str]) -> dict[str, dict[str, list[str]]]:
 def tensorboard_layout(tags: Iterable[str]) -> dict[str, dict[str, list[object]]]:
     """The argument of ``SummaryWriter.add_custom_scalars`` that shows ``tags`` by technique.
 
-    TensorBoard reads each tag as a regular expression that must match from its first character, hence the escapes.
+    TensorBoard reads each tag as a regular expression that must match from its first character, hence the escapes. One
+    quantity of all layers is one chart, also of those that come later.
     """
-    return {
-        technique: {
-            title: ["Multiline", [f"{re.escape(tag)}$" for tag in members]] for title, members in charts.items()
-        }
-        for technique, charts in chart_groups(tags).items()
-    }
+    layout: dict[str, dict[str, list[object]]] = {}
+    for technique, charts in chart_groups(tags).items():
+        shown = layout[technique] = {}
+        for title, members in charts.items():
+            if quantity := _by_layer(members[0]):
+                shown[f"{label_of(quantity)} by layer"] = ["Multiline", [re.escape(f"{quantity}/")]]
+            else:
+                shown[title] = ["Multiline", [f"{re.escape(tag)}$" for tag in members]]
+    return layout
+
+
+def _by_layer(tag: str) -> str:
+    """``a/bits`` of ``a/bits/blocks.0/linear``; of ``a/bits``, and any other that is not of one layer, nothing."""
+    quantity = "/".join(tag.split("/")[:2])
+    return quantity if quantity != tag else ""

@@ -62,6 +62,7 @@ class Account:
         self.all_learnt = False
         self._said = 0
         self._logged = (0, 0)
+        self._share: float | None = None  # that was logged
 
     def batch_ended(self, trainer: pl.Trainer, values: Mapping[str, float], unmet: Collection[str]) -> None:
         """Log, and say when all have learnt.
@@ -72,7 +73,9 @@ class Account:
             unmet: Patterns to exclude operations that none of them has met.
         """
         if telemetry.due(trainer):
-            telemetry.log(trainer, {**self.measurements(), **values, **self._by_operation()})
+            own = self.measurements()
+            telemetry.log(trainer, {**own, **values, **self._by_operation()})
+            self._share = own.get("precision/low_share")
             self._logged = self._engine.low_work, self._engine.work
         nodes = self._nodes
         if self.all_learnt or not nodes or not all(node.learning.done for node in nodes.values()):
@@ -102,11 +105,15 @@ class Account:
                 telemetry.say(trainer, text)
 
     def measurements(self) -> dict[str, float]:
-        """Share of low bits since the last time it was logged, and what had to be computed again so far."""
+        """Share of low bits since the last time it was logged, and what had to be computed again so far.
+
+        Who asks right behind the log, as a monitor with the same interval does, gets the share that was logged.
+        """
         engine = self._engine
         engine.refresh()
         low, work = engine.low_work - self._logged[0], engine.work - self._logged[1]
-        values = {"precision/low_share": low / work} if work else {}
+        share = low / work if work else self._share
+        values = {} if share is None else {"precision/low_share": share}
         statuses = [product.status for node in self._nodes.values() for product in node.products.values()]
         values["precision/retries"] = float(sum(status.retries for status in statuses))
         for place, sign in enumerate(SIGNS):

@@ -294,6 +294,10 @@ class RollbackPrecision(WrappingPrecision):
     def _guard_says(self) -> dict[str, float]:
         return self._guard.measurements() if self._guard is not None else {}
 
+    def charts(self) -> Mapping[str, Mapping[str, list[object]]]:
+        """What TensorBoard's page shows of it."""
+        return LAYOUT
+
     def events(self) -> Sequence[telemetry.Event]:
         """When operations had learnt; each batch that spiked, and what became of it."""
         spikes = self._guard.events() if self._guard is not None else []
@@ -359,7 +363,7 @@ class _Lifecycle(pl.Callback):
         self._plugin = plugin
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        telemetry.lay_out(trainer, LAYOUT)
+        telemetry.lay_out(trainer, {})  # also where no monitor is
         telemetry.introduce(trainer, self)
 
     def start_line(self, trainer: pl.Trainer) -> str:

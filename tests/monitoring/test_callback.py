@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.data import DataLoader
 
+from lightning_efficient import RollbackPrecision, telemetry
 from lightning_efficient.monitoring import EfficiencyMonitor, read_report
 
 from .tiny import FakeTechnique, TinyModel, ValidatedModel, loader, trainer
@@ -120,6 +121,35 @@ def test_tensorboard_and_csv_together(tmp_path) -> None:
     assert read_report(board.log_dir).totals["batches"] == 8
 
 
+def test_the_layout_is_written_anew_when_a_technique_measures_something_new(tmp_path) -> None:
+    class Late(FakeTechnique):
+        def measurements(self) -> dict[str, float]:
+            values = super().measurements()
+            return values | ({"fake/late": 1.0} if values["fake/steps"] > 4 else {})
+
+    board = TensorBoardLogger(tmp_path, "board")
+    trainer(tmp_path, Late(), EfficiencyMonitor(report=False), logger=board).fit(ValidatedModel(), loader(), loader(8))
+    layouts = _events(board.log_dir).Tensors("custom_scalars__config__")
+    assert len(layouts) == 2
+    [last] = layouts[-1].tensor_proto.string_val  # which is the one that TensorBoard shows
+    fake = layout_pb2.Layout.FromString(last).category[1]
+    assert [chart.title for chart in fake.chart] == ["memory (bytes)", "steps", "late"]
+
+
+def test_a_technique_that_has_charts_of_its_own_keeps_them(tmp_path) -> None:
+    class Charted(FakeTechnique):
+        def charts(self) -> dict[str, dict[str, list[object]]]:
+            return {"fake": {"all that it has": ["Multiline", ["fake/.*"]]}}
+
+    board = TensorBoardLogger(tmp_path, "board")
+    trainer(tmp_path, Charted(), EfficiencyMonitor(report=False), logger=board).fit(TinyModel(), loader())
+    [layout] = _events(board.log_dir).Tensors("custom_scalars__config__")
+    efficiency, fake = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    assert efficiency.title == "efficiency"
+    assert [(chart.title, *chart.multiline.tag) for chart in fake.chart] == [("all that it has", "fake/.*")]
+    assert isinstance(RollbackPrecision(), telemetry.Charted)
+
+
 def test_without_a_logger_the_report_goes_to_the_root_folder(tmp_path) -> None:
     torch.manual_seed(0)
     monitor = EfficiencyMonitor()
@@ -179,7 +209,7 @@ def test_tokens_are_counted_and_tied_weights_once(tmp_path) -> None:
 
 
 def test_tokens_that_the_user_gives_and_an_interval_of_its_own(tmp_path) -> None:
-    monitor = EfficiencyMonitor(tokens_per_batch=1000, every_n_steps=4, report_dir=str(tmp_path / "there"))
+    monitor = EfficiencyMonitor(tokens_per_batch=1000, every_n_steps=4, report_dir=tmp_path / "there")
     board = TensorBoardLogger(tmp_path, "board")
     trainer(tmp_path, monitor, logger=board).fit(TinyModel(), loader())
     assert read_report(tmp_path / "there").totals["tokens"] == 8000

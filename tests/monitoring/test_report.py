@@ -167,6 +167,17 @@ def test_charts_hold_what_shares_a_scale() -> None:
     assert [len(tags) for tags in groups["offload"].values()] == [5, 2]
 
 
+def test_one_quantity_of_all_layers_is_one_chart() -> None:
+    tags = ["a/bits", *(f"a/bits/blocks.{i}/linear" for i in range(7)), "a/retries/head"]
+    charts = {title: len(tags) for title, tags in chart_groups(tags)["a"].items()}
+    assert charts == {"bits": 1, "bits by layer": 5, "bits by layer, 2": 2, "retries by layer": 1}
+    layout = tensorboard_layout(tags)["a"]
+    assert list(layout) == ["bits", "bits by layer", "retries by layer"]
+    (_, (pattern,)) = layout["bits by layer"]
+    assert re.match(pattern, "a/bits/blocks.99/attention")
+    assert not re.match(pattern, "a/bits")
+
+
 def test_tensorboards_patterns_match_their_own_tag_only() -> None:
     layout = tensorboard_layout(["precision/retries", "precision/retries_total", "a.b/c+d"])
     (kind, (pattern,)) = layout["precision"]["retries"]

@@ -103,12 +103,14 @@ def test_a_fault_is_seen_said_and_healed_p2_p3_p4(
 
 
 def test_it_is_logged(tmp_path: Path) -> None:
-    ours = run(plugin(), tmp_path)
+    precision = plugin()
+    ours = run(precision, tmp_path)
     logged = ours.logged_values()
     shares = [logged[step, "precision/low_share"] for step in range(16)]
     assert shares[:4] == [0.0] * 4
     assert min(shares[4:]) > 0.7
     assert (15, "precision/exponent/model.blocks.0.mlp.up.weight") in logged
+    assert precision.measurements()["precision/low_share"] == shares[-1], "also behind the log, where a monitor asks"
 
 
 def test_what_changes_learns_anew(tmp_path: Path) -> None:
