@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 
+# Steps that are enough to come by everything: a checkpoint before the first kill, each phase of growth.
+STEPS = {"00_quickstart": 4, "01_growth": 6, "02_checkpoints": 24, "06_together": 6}
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -20,8 +22,8 @@ def cells(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = 24 if path.stem == "02_checkpoints" else 12  # there a checkpoint is to be written before the first kill
-    monkeypatch.setenv("LE_NOTEBOOK_STEPS", str(few))
+    monkeypatch.setenv("LE_NOTEBOOK_STEPS", str(STEPS.get(path.stem, 12)))
+    monkeypatch.setenv("LE_NOTEBOOK_WIDTH", "64")
     monkeypatch.chdir(tmp_path)
     mpl.use("agg")
     names: dict[str, Any] = {"__name__": "__main__"}
