@@ -122,7 +122,8 @@ class TierSet:
         state of the ``optimizers`` and the records of what is ``placed`` take there already.
         """
         held = list(parameters)
-        held += [parameter.grad for parameter in held if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in held if parameter.grad is not None]
+        held += [gradient for gradient in gradients if gradient.layout is torch.strided]  # a sparse one is small
         for optimizer in optimizers:
             held += [value for state in optimizer.state.values() for value in state.values() if is_bulk(value)]
         parts = [local_part(tensor) for tensor in held]

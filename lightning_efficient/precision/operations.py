@@ -130,6 +130,8 @@ class Operations(TorchFunctionMode):
         if again:  # which one of those that look alike it is, is not known: one in high bits is for all
             others = (self._nodes.get(other) for other in self._names.alike(found.base, site))
             node.last_low = node.last_low and all(other.last_low for other in others if other is not None)
+        if not in_backward():  # before it is looked at: what is computed again in backward finds what forward found
+            node.begin(self.engine.batch)
         if node.learning.low_pays is False and self._plain_is_high:
             self.engine.work += 3 * node.work
             return None

@@ -17,6 +17,7 @@ from lightning_efficient.coordination import ParameterChange, announce
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.precision import kinds
 from tests.helpers.fitting import fit
+from tests.helpers.models import CheckpointedModel
 from tests.technique_settings import demo_model
 
 LOW = {"low": "int8", "high": "fp32", "pre_learning_steps": 4, "return_after": 3, "only_if_faster": False}
@@ -45,19 +46,21 @@ def test_learns_in_high_bits_then_trains_in_low_ones_p1(tmp_path: Path) -> None:
     assert "blocks.0" in str(rows)
 
 
+def slowly(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Let a method take time."""
+    true = getattr(owner, name)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.003)
+        return true(*arguments)
+
+    monkeypatch.setattr(owner, name, slow)
+
+
 def test_operations_for_which_low_bits_take_longer_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(owner: type, name: str) -> None:
-        true = getattr(owner, name)
-
-        def slow(*arguments: Any) -> Any:
-            time.sleep(0.003)
-            return true(*arguments)
-
-        monkeypatch.setattr(owner, name, slow)
-
-    slowly(kinds.MatMul, "in_integers")
+    slowly(monkeypatch, kinds.MatMul, "in_integers")
     precision = plugin(only_if_faster=True)
     ours, plain = run(precision, tmp_path / "low"), fit(None, root=tmp_path / "plain")
     assert ours.losses == pytest.approx(plain.losses, rel=1e-6)
@@ -66,11 +69,20 @@ def test_operations_for_which_low_bits_take_longer_are_left_alone(
     assert "0 of " in precision.events()[0].text
     monkeypatch.undo()
     for name in ("forward", "grad_input", "grad_weight"):
-        slowly(kinds.Linear, name)
+        slowly(monkeypatch, kinds.Linear, name)
     precision = plugin(only_if_faster=True)
     run(precision, tmp_path / "paying")
     healthy = [row for row in precision.precision_map() if row["product"] != "all" and not row["retries"]]
     assert {row["bits"] for row in healthy} == {"int8"}
+
+
+def test_an_operation_that_is_left_alone_from_a_checkpointed_pass_on_is_so_in_its_backward_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly(monkeypatch, kinds.MatMul, "in_integers")
+    precision = plugin(high="bf16", only_if_faster=True)  # left alone, it saves the copies that autocast makes
+    run(precision, tmp_path, module=demo_model(CheckpointedModel), max_steps=6)
+    assert "high, low would take longer" in {row["bits"] for row in precision.precision_map()}
 
 
 def test_a_fault_is_seen_said_and_healed_p2_p3_p4(
