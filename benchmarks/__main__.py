@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.harness import Options, write_results
 
-NAMES = ("growth", "checkpoint", "activation", "offload", "precision")
+NAMES = ("growth", "checkpoint", "activation", "offload", "precision", "plan")
 
 
 def main() -> int:

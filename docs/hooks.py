@@ -17,6 +17,8 @@ PAGES = {
     "lightning_efficient/monitoring/README.md": "techniques/monitoring.md",
     "docs/architecture.md": "architecture.md",
     "docs/growth-recipe.md": "growth-recipe.md",
+    "docs/plan.md": "plan.md",
+    "lightning_efficient/planning/README.md": "techniques/planning.md",
     "docs/api.md": "api.md",
     "benchmarks/results/growth_cpu-x86_64.md": "benchmarks.md",
 }
