@@ -15,7 +15,7 @@ from lightning_efficient.monitoring.memory import nested_tensors
 __all__ = ["ChosenBatches", "Scan", "batch_bytes", "batch_size", "load_batches", "save_batches", "scan"]
 
 _BATCHES, _SECONDS = 256, 3.0  # that are looked at: what comes first
-_KEPT, _KEPT_BYTES = 7, 64 << 20
+_KEPT, _KEPT_BYTES = 12, 64 << 20
 
 
 def batch_size(batch: object) -> int:

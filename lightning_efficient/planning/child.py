@@ -131,6 +131,7 @@ class _Run:
             module=type(module).__name__,
             device=trainer.strategy.root_device.type,
             hardware=hardware(trainer.strategy.root_device),
+            threads=torch.get_num_threads(),
             memory=self.meter.source,
             parameters=parameter_size(module).bytes + tensor_bytes(module.buffers()),
             gradients=sum(p.nbytes for p in parameters if p.requires_grad),

@@ -141,6 +141,7 @@ class Profile:
         module: Name of the LightningModule's class.
         device: Type of the device.
         hardware: In a line.
+        threads: Of the processor, that compute one operation.
         memory: What memory is here, in words.
         parameters: Bytes, like all that follow.
         gradients: Of all parameters that are trained.
@@ -166,6 +167,7 @@ class Profile:
     module: str
     device: str
     hardware: str
+    threads: int
     memory: str
     parameters: int
     gradients: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning_efficient.planning.facts import Profile
 __all__ = ["Option", "as_mebibytes", "merged", "options_for"]
 
 _STAGING = 8 << 20
+_LEARNS = 10  # batches, in a short run; until then RollbackPrecision computes both ways
 _MODES = {"32-true": "fp32", "bf16-mixed": "bf16"}  # precisions that RollbackPrecision can take over, as its ``high``
 
 
@@ -29,7 +30,7 @@ class Option:
         lossy: What changes in the results; empty: no bit.
         warm_up: Batches until it does what it will do.
         saves: Whether it is about checkpoints.
-        trial: What stands in its place while it is tried, where that is needed to see it.
+        trial: In place of ``trainer`` in short runs, where what it will do comes later in a long one.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Option:
     lossy: str = ""
     warm_up: int = 3
     saves: bool = False
+    trial: Mapping[str, Any] | None = None
 
 
 def options_for(profile: Profile) -> tuple[list[Option], dict[str, str]]:
@@ -58,11 +60,11 @@ def options_for(profile: Profile) -> tuple[list[Option], dict[str, str]]:
     return [option for option in found if option.slot not in left_out], left_out
 
 
-def merged(options: list[Option] | tuple[Option, ...]) -> dict[str, Any]:
-    """What goes below ``trainer`` for all of them."""
+def merged(options: Sequence[Option], *, trial: bool = False) -> dict[str, Any]:
+    """What goes below ``trainer`` for all of them; ``trial``: in a short run."""
     together: dict[str, Any] = {}
     for option in options:
-        for key, value in option.trainer.items():
+        for key, value in (option.trial if trial and option.trial else option.trainer).items():
             together[key] = [*together.get(key, []), *value] if isinstance(value, list) else value
     return together
 
@@ -125,12 +127,14 @@ def as_mebibytes(nbytes: int) -> str:
 
 def _low_bits(profile: Profile) -> Option:
     high = _MODES.get(profile.precision, "fp32")
-    trainer = {"plugins": [_object("RollbackPrecision", low="int8", high=high)]}
-    if profile.precision != "32-true":
-        trainer["precision"] = None  # type: ignore[assignment]
+    precision = {} if profile.precision == "32-true" else {"precision": None}
+
+    def trainer(**more: int) -> dict[str, Any]:
+        return {"plugins": [_object("RollbackPrecision", low="int8", high=high, **more)], **precision}
+
     return Option(
-        "int8", "precision", "products of matrices are computed in 8 bits where that is faster", trainer,
-        lossy="products are rounded to 8 bits", warm_up=14,
+        "int8", "precision", "products of matrices are computed in 8 bits where that is faster", trainer(),
+        lossy="products are rounded to 8 bits", warm_up=_LEARNS + 4, trial=trainer(pre_learning_steps=_LEARNS),
     )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from lightning_efficient.planning.options import Option, merged, options_for
 __all__ = ["Plan", "RunFailed", "Shop", "make_plan"]
 
 _GROWN = ((0.25, 0.0), (0.25, 1 / 3))  # parts of the run, and how far their depth is from a quarter to all
+_ADDS_WORK = ("activation", "offload")  # whose steps are never faster than plain ones
+_SIZES = 48  # batches of a check, so that large ones are among them
 _PARTS_OF_RUN = 4  # the first phase of growth is a quarter of the run, and must be as long as a trial
 
 
@@ -190,6 +192,8 @@ def _not_worth(option: Option, profile: Profile, shop: Shop) -> str:
 
 def _try(shop: Shop, option: Option) -> tuple[ShortRun, Mapping[str, Any]]:
     """Its run, and which of its ways was not refused."""
+    if option.trial is not None:
+        return _run(shop, option, option.trial), option.trainer
     *others, last = option.trainer, *option.instead
     for trainer in others:
         with contextlib.suppress(RunFailed):
@@ -205,7 +209,7 @@ def _run(shop: Shop, option: Option, trainer: Mapping[str, Any]) -> ShortRun:
 
 
 def _alone(option: Option, run: ShortRun, profile: Profile, parts: Parts, plain: Seconds) -> Alone:
-    seconds = run.seconds(profile.sizes, profile.run.yardstick)
+    seconds = _trusted(run.seconds(profile.sizes, profile.run.yardstick), option, profile, plain)
     keeps = dict.fromkeys(option.frees, 0.0)
     saved, kept = (run.values.get(f"activations/{name}_bytes", 0.0) for name in ("saved", "kept"))
     if "saved" in keeps and saved:
@@ -213,13 +217,26 @@ def _alone(option: Option, run: ShortRun, profile: Profile, parts: Parts, plain:
     made = Alone(option.key, option.slot, seconds, run.peak_bytes, keeps)
     if option.slot == "offload":
         busy, waited = (run.values.get(f"offload/{name}_ms", 0.0) / 1e3 for name in ("disk_busy", "waited"))
-        return replace(made, busy=busy, waited=min(waited, seconds.wall), writes_checkpoints=True)
+        waited = min(waited, seconds.wall - plain.wall)
+        return replace(made, busy=busy, waited=waited, writes_checkpoints=True)
     if option.slot == "checkpoint":
         return replace(made, seconds=plain, save_seconds=run.save_seconds, writes_checkpoints=True)
     if option.slot == "growth":
         ratio = min(1.0, seconds.wall / plain.wall) if plain.wall else 1.0
         return replace(made, peak=parts.peak, shares=tuple((part, ratio + way * (1 - ratio)) for part, way in _GROWN))
     return made
+
+
+def _trusted(seconds: Seconds, option: Option, profile: Profile, plain: Seconds) -> Seconds:
+    """What was measured, less what only chance can have done on a machine that has other work."""
+    wall = seconds.wall
+    if profile.device == "cpu" and profile.threads == 1 and option.slot != "offload" and plain.cpu > 0:
+        wall = (
+            plain.wall * seconds.cpu / plain.cpu
+        )  # one thread and no waiting: the processor's time does not see others
+    if option.slot in _ADDS_WORK:
+        wall = max(wall, plain.wall)
+    return Seconds(wall, seconds.cpu)
 
 
 def check(shop: Shop, candidate: Candidate, profile: Profile) -> tuple[int, Seconds]:
@@ -232,7 +249,9 @@ def check(shop: Shop, candidate: Candidate, profile: Profile) -> tuple[int, Seco
         RunFailed: If it did not come to its end.
     """
     options = [option for option in candidate.options if option.slot != "growth"]
-    warm_up = max([3, *(option.warm_up for option in options)])
-    found = shop.run(merged(options), warm_up=warm_up, chosen=False, saves=profile.save_interval > 0)
+    job: dict[str, Any] = {"warm_up": max([3, *(option.warm_up for option in options)])}
+    if min(profile.sizes) < max(profile.sizes):
+        job["batches"] = max(shop.batches, min(len(profile.sizes), _SIZES))
+    found = shop.run(merged(options, trial=True), chosen=False, saves=profile.save_interval > 0, **job)
     run = ShortRun.from_json(found)
-    return run.peak_bytes, run.seconds([sample.size for sample in run.samples], profile.run.yardstick)
+    return run.peak_bytes, run.seconds(profile.sizes, profile.run.yardstick)

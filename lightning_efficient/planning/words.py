@@ -107,14 +107,14 @@ def _time(plan: Plan) -> str:
 def _candidates(plan: Plan, chosen: Candidate | None, *, lossy: bool) -> str:
     plain = plan.found[0]
     alone = [candidate for candidate in plan.found if len(candidate.options) == 1]
-    wanted = [plain, *alone, *frontier(plan.found, lossy=False), *frontier(plan.found, lossy=True)]
+    wanted = [plain, *alone, *frontier(plan.found, lossy=lossy), min(plan.found, key=_wall)]
     if chosen is not None:
         wanted.append(chosen)
     shown = {candidate.name: candidate for candidate in wanted}
     rows = [_row(candidate, plain, chosen) for candidate in shown.values()]
     note = (
-        "Each technique was tried alone for some batches, and combinations are predicted from that (with a run of "
-        "their own they are within about 10 % in memory and 20 % in time)."
+        "Each technique was tried alone for some batches, and combinations are predicted from that; how good that is, "
+        "the check of what was chosen shows."
     )
     return (
         _table(("techniques", "peak", "a batch", "of the processors", "against now", "results"), rows) + f"\n\n{note}"
@@ -151,7 +151,7 @@ def _advice(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: 
         return text
     lines = [f"{_reason(chosen, plain, budget)} {_trade(chosen, plain)}"]
     if not lossy:
-        fastest = min(plan.found, key=lambda each: each.prediction.seconds.wall)
+        fastest = min(plan.found, key=_wall)
         if fastest.lossy and fastest.prediction.seconds.wall < chosen.prediction.seconds.wall * 0.95:
             ratio = fastest.prediction.seconds.wall / plain.prediction.seconds.wall
             lines.append(
@@ -159,6 +159,10 @@ def _advice(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: 
                 f"{human_bytes(fastest.prediction.peak)}. That changes results; compare losses first (see the cards)."
             )
     return "\n\n".join(lines)
+
+
+def _wall(candidate: Candidate) -> float:
+    return candidate.prediction.seconds.wall
 
 
 def _reason(chosen: Candidate, plain: Candidate, budget: int | None) -> str:

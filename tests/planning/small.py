@@ -81,7 +81,7 @@ def profile(**changed: Any) -> Profile:
     samples = tuple(Sample(64, 1.0, 1.0, 0.3, 0.6, 0.1) for _ in range(4))
     facts = {
         "run": ShortRun(100 * MIB, 950 * MIB, samples, yardstick=(0.002, 0.002), save_seconds=2.0),
-        "module": "MyModule", "device": "cpu", "hardware": "a processor", "memory": "resident memory",
+        "module": "MyModule", "device": "cpu", "hardware": "a processor", "threads": 2, "memory": "resident memory",
         "parameters": 100 * MIB, "gradients": 100 * MIB, "optimizer_state": 200 * MIB, "saved": {64: 400 * MIB},
         "update_peak": 520 * MIB, "checkpoint": 300 * MIB, "checkpoint_peak": 900 * MIB,
         "largest_parameter": 4 * MIB, "largest_module": 5 * MIB,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_efficient.planning import plan as planning
 from lightning_efficient.planning.choose import Candidate, best, candidates, frontier, least, with_room
 from lightning_efficient.planning.facts import Profile, Seconds
 from lightning_efficient.planning.model import Alone, Parts
@@ -111,7 +112,9 @@ def test_mixed_precision_makes_room_for_the_plugin() -> None:
     options, _ = options_for(profile(precision="bf16-mixed"))
     trainer = merged([option for option in options if option.key == "int8"])
     assert trainer["precision"] is None
-    assert trainer["plugins"][0]["init_args"]["high"] == "bf16"
+    assert trainer["plugins"][0]["init_args"] == {"low": "int8", "high": "bf16"}
+    tried = merged(options, trial=True)["plugins"][0]["init_args"]
+    assert tried["pre_learning_steps"] < 50  # the default, which a short run would not see the end of
 
 
 def test_the_report_shows_where_memory_goes_and_what_was_chosen() -> None:
@@ -143,6 +146,20 @@ def test_a_profile_passes_between_processes(tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_text(json.dumps(found.to_json()))
     assert Profile.from_json(json.loads((tmp_path / "profile.json").read_text())) == found
     assert found.largest_saved == pytest.approx(400 * MIB)
+
+
+def test_what_only_chance_can_have_done_is_not_believed() -> None:
+    busy = profile(threads=1)
+    plain = Seconds(2.0, 1.0)  # half of the processor was somebody else's
+    options = {option.key: option for option in options_for(busy)[0]}
+
+    def trusted(key: str, wall: float, cpu: float) -> float:
+        return planning._trusted(Seconds(wall, cpu), options[key], busy, plain).wall
+
+    assert trusted("activations-4bit", 1.5, 1.2) == pytest.approx(2.4)
+    assert trusted("int8", 3.0, 0.5) == pytest.approx(1.0)
+    assert trusted("offload-state", 1.5, 1.2) == pytest.approx(2.0)  # it adds work, and cannot be faster
+    assert trusted("offload-state", 2.5, 1.2) == pytest.approx(2.5)
 
 
 def test_candidates_are_named_by_their_options() -> None:

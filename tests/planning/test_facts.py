@@ -42,12 +42,13 @@ def test_with_accumulation_the_update_counts_in_part() -> None:
 
 
 def test_the_smallest_and_the_largest_batch_are_kept_and_some_between(tmp_path: Path) -> None:
-    lengths = [50, 51, 52, 3, 90, 20, 21, 60, 70, 80, 85, 30]
+    lengths = [50, 51, 52, 3, 90, 20, 21, 60, 70, 80, 85, 30, 40, 10, 75]
     found = scan([torch.zeros(2, length) for length in lengths])
     assert found.sizes == [2 * length for length in lengths]
     assert found.complete
-    assert len(found.kept) == 7
+    assert len(found.kept) == 12
     assert {6, 180} <= set(found.kept)
+    assert 2 * 51 not in found.kept  # has the nearest neighbours
     assert save_batches(tmp_path / "batches.pt", found)
     assert {batch_size(batch) for batch in load_batches(tmp_path / "batches.pt")} == set(found.kept)
     assert not save_batches(tmp_path / "none.pt", scan([lambda: None]))
