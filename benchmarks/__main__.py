@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.harness import Options, write_results
 
-NAMES = ("growth", "checkpoint", "activation", "offload", "precision", "together", "soak")
+NAMES = ("growth", "checkpoint", "activation", "offload", "precision", "plan", "together", "soak")
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 A LightningCLI (fit, validate, test, predict) for the demo task and for your own classes: give them in YAML by
 ``class_path``. Importing this package first is what makes the strategies' strings known. Beside it,
-``lightning-efficient report RUN [RUN ...]`` shows runs side by side.
+``plan`` measures a few batches of a configuration and writes what to add to it, and ``report RUN [RUN ...]`` shows runs
+side by side.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("The command line needs jsonargparse: pip install 'jsonargparse[signatures]>=4.40'")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script does not see your own package there, `python -m` does
+    if given[:1] == ["plan"]:
+        from lightning_efficient.planning.command import main as plan
+
+        sys.exit(plan(given[1:]))
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningCLI
 

@@ -1,0 +1,165 @@
+"""The command: what it says, writes and returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_efficient.__main__ import main as lightning_efficient
+from lightning_efficient.planning import plan as planning
+from lightning_efficient.planning.command import main
+from lightning_efficient.planning.facts import Sample, ShortRun
+from lightning_efficient.planning.options import options_for
+from lightning_efficient.planning.plan import RunFailed, Shop
+from tests.planning.small import MIB, configuration, profile
+
+TRIALS = {
+    "ActivationCompressionPlugin": (1.2, 600),
+    "OffloadStrategy": (1.5, 680),
+    "RollbackPrecision": (0.7, 980),
+    "GrowAndUnshareCallback": (0.4, 500),
+    "AsyncCheckpointIO": (1.0, 970),
+}
+
+
+class Runs:
+    """Stands for the processes: each technique does what the table says."""
+
+    def __init__(self, **changed: Any) -> None:
+        self.profile = profile(**changed)
+        self.asked: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.refused: dict[str, str] = {}
+
+    def __call__(self, shop: Shop, trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
+        self.asked.append((trainer, job))
+        for name, why in self.refused.items():
+            if name in str(trainer):
+                raise RunFailed("memory" if why == "memory" else "MisconfigurationException", why)
+        if job.get("profile"):
+            return self.profile.to_json()
+        names = [name for name in TRIALS if name in str(trainer)]
+        wall = 1.0 + sum(TRIALS[name][0] - 1.0 for name in names)
+        peak = min([950, *(TRIALS[name][1] for name in names)]) if names else 950
+        values = {"activations/saved_bytes": 400.0 * MIB, "activations/kept_bytes": 40.0 * MIB}
+        samples = tuple(Sample(64, wall, wall) for _ in range(3))
+        return ShortRun(
+            100 * MIB, peak * MIB, samples, yardstick=(0.002, 0.002), values=values, save_seconds=0.1
+        ).to_json()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    found = Runs()
+    monkeypatch.setattr(Shop, "run", lambda shop, trainer, **job: found(shop, trainer, **job))
+    return found
+
+
+def plan(tmp_path: Path, *arguments: str) -> int:
+    """The command's exit status."""
+    return main(["--config", str(configuration(tmp_path)), *arguments])
+
+
+def test_it_writes_an_overlay_and_a_report_and_checks(
+    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(tmp_path, "--memory", "800MiB") == 0
+    trainer = yaml.safe_load(Path("plan.yaml").read_text())["trainer"]
+    assert "ActivationCompressionPlugin" in str(trainer["callbacks+"])  # lossless, the fastest that fits
+    assert "lossless" in str(trainer)
+    printed = capsys.readouterr()
+    assert "## Where memory goes" in Path("plan.md").read_text()
+    assert "## Checked by a run" in Path("plan.md").read_text()
+    assert "trying offload-state" in printed.err
+    assert runs.asked[-1] == (trainer, {"warm_up": 3, "chosen": False, "saves": False})
+    assert not list(Path.cwd().glob(".plan-*"))
+
+
+def test_what_changes_results_has_to_be_allowed(tmp_path: Path, runs: Runs) -> None:
+    assert plan(tmp_path, "--no-check", "--out", "exact.yaml") == 0
+    assert yaml.safe_load(Path("exact.yaml").read_text()) == {}
+    assert plan(tmp_path, "--no-check", "--allow-lossy", "--out", "deep/lossy.yaml") == 0
+    text = Path("deep/lossy.yaml").read_text()
+    assert "RollbackPrecision" in text
+    assert "GrowAndUnshareCallback" in text
+
+
+def test_nothing_fits_is_status_two(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(tmp_path, "--memory", "50MiB") == 2
+    assert "Nothing fits into 50 MiB" in capsys.readouterr().out
+    assert not Path("plan.yaml").exists()
+
+
+def test_what_is_refused_is_named_and_the_next_way_is_tried(
+    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.refused = {"'gradient': 'disk'": "gradients are read", "RollbackPrecision": "it cannot be\nbecause"}
+    assert plan(tmp_path, "--no-check", "--memory", "1") == 2
+    printed = capsys.readouterr().out
+    assert "- int8: it cannot be\n" in printed
+    assert "offload-all" in printed
+    assert "- offload-all" not in printed
+
+
+def test_plain_training_that_does_not_fit_is_profiled_from_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Runs(taken={"offload": "OffloadStrategy"})
+
+    def run(shop: Shop, trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
+        if not trainer:
+            raise RunFailed("memory", "no memory")
+        return found(shop, trainer, **job)
+
+    monkeypatch.setattr(Shop, "run", run)
+    assert plan(tmp_path, "--no-check", "--memory", "1GiB") == 0
+    assert "Plain training does not fit here" in capsys.readouterr().out
+    assert yaml.safe_load(Path("plan.yaml").read_text())
+
+
+def test_parts_of_an_offloaded_profile_add_up() -> None:
+    parts = planning._parts(profile(offloaded=True))
+    assert parts.peak == (100 + 100 + 100 + 200 + 400 + (950 - 100 - 400)) * MIB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "much"], "--memory='much' is no amount of memory"),
+        (["--steps", "1"], "--steps 1 is too few"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml is no file"),
+    ],
+)
+def test_bad_arguments_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert plan(tmp_path, *arguments) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_module_that_fails_is_told_in_a_sentence(
+    tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(shop: Shop, trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
+        raise RunFailed("KeyError", "'no such column' (mine.py, line 3, in training_step)")
+
+    monkeypatch.setattr(Shop, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        lightning_efficient(["plan", "--config", str(configuration(tmp_path))])
+    assert ended.value.code == 1
+    assert "fails: 'no such column' (mine.py, line 3" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_plan_of_a_small_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        planning,
+        "options_for",
+        lambda found: ([option for option in options_for(found)[0] if option.key == "offload-state"], {}),
+    )
+    assert plan(tmp_path, "--steps", "6") == 0
+    text = Path("plan.md").read_text()
+    assert "| offload-state" in text
+    assert "| peak " in text.split("## Checked by a run")[1]

@@ -1,0 +1,123 @@
+"""Short runs of a user's configuration: in this process where that is enough, else in one of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_efficient.planning import child
+from lightning_efficient.planning.facts import Profile, ShortRun
+from lightning_efficient.planning.job import Job
+from lightning_efficient.planning.plan import RunFailed, Shop
+from tests.planning.small import configuration
+
+
+@pytest.fixture(autouse=True)
+def _no_limit_for_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_limit_memory", lambda nbytes: None)
+
+
+def run_here(tmp_path: Path, name: str, config: Path, **job: Any) -> dict[str, Any]:
+    """What a child would leave."""
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    asked = Job(**({"configs": [str(config)], "folder": str(folder), "batches": 6, "seconds": 0.01} | job))
+    (folder / "job.json").write_text(asked.to_json())
+    child.main(str(folder / "job.json"))
+    return json.loads(asked.result.read_text())
+
+
+def test_a_profile_has_all_parts_of_the_memory(tmp_path: Path) -> None:
+    config = configuration(tmp_path, enable_checkpointing=True)
+    found = Profile.from_json(run_here(tmp_path, "profile", config, profile=True, saves=True))
+    parameters = 4 * (16 * 16 + 16) * 4
+    assert (found.module, found.device) == ("SmallModel", "cpu")
+    assert (found.parameters, found.gradients) == (parameters, parameters)
+    assert found.optimizer_state == 2 * parameters + 8 * 4  # two moments, and a count for each parameter
+    assert sorted(set(found.sizes)) == [16 * rows for rows in range(1, 7)]
+    assert found.all_batches
+    # What each of the four layers gives is saved by the next one, or by the square.
+    assert found.saved == {size: 4 * 4 * size for size in set(found.sizes)}
+    assert found.largest_saved == 4 * 4 * 96
+    assert found.largest_parameter == 16 * 16 * 4
+    assert found.save_interval == 60
+    assert found.checkpoint > 3 * parameters
+    assert found.run.peak_bytes > found.run.base_bytes > 0
+    assert found.update_peak > 0
+    assert {sample.size for sample in found.run.samples} == set(found.sizes)
+    assert all(
+        0 < sample.forward + sample.backward + sample.update <= sample.wall * 1.001 for sample in found.run.samples
+    )
+    assert found.taken == {}
+
+
+def test_a_trial_trains_on_the_batches_of_the_profile_with_a_technique(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    run_here(tmp_path, "profile", config, profile=True)
+    overlay = tmp_path / "overlay.yaml"
+    names = ["ActivationCompressionPlugin", "AsyncCheckpointIO"]
+    callbacks = [{"class_path": f"lightning_efficient.{name}"} for name in names]
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
+    found = ShortRun.from_json(run_here(tmp_path, "trial", config, configs=[str(config), str(overlay)], saves=True))
+    assert {sample.size for sample in found.samples} == {16 * rows for rows in range(1, 7)}
+    assert found.values["activations/saved_bytes"] > 0
+    assert found.values["checkpoint/saves"] == 2
+
+
+def test_a_check_trains_as_the_user_would(tmp_path: Path) -> None:
+    found = ShortRun.from_json(run_here(tmp_path, "check", configuration(tmp_path), chosen=False, batches=8))
+    assert [sample.size for sample in found.samples][:3] == [16 * 4, 16 * 5, 16 * 6]  # three are warm-up
+
+
+def test_callbacks_that_write_or_stop_are_left_out(tmp_path: Path) -> None:
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "never"}},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 7}},
+        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+        {"class_path": "lightning_efficient.EfficiencyMonitor"},
+        {"class_path": "lightning_efficient.AsyncCheckpointIO"},
+    ]
+    config = configuration(tmp_path, callbacks=callbacks, max_steps=5, accumulate_grad_batches=2)
+    config.write_text(config.read_text().replace("enable_checkpointing: false", "enable_checkpointing: true"))
+    found = Profile.from_json(run_here(tmp_path, "profile", config, profile=True))
+    assert found.save_interval == 14
+    assert found.taken == {"checkpoint": "AsyncCheckpointIO"}
+    assert found.run.accumulate == 2
+    assert len(found.run.samples) >= 6
+    assert not list(tmp_path.rglob("efficiency_report.md"))
+
+
+def test_what_the_users_code_raises_is_told_with_its_place(tmp_path: Path) -> None:
+    found = run_here(tmp_path, "profile", configuration(tmp_path, "Breaks"), profile=True)
+    assert found["error"]["kind"] == "KeyError"
+    assert "no such column" in found["error"]["message"]
+    assert "small.py, line" in found["error"]["message"]
+
+
+def test_several_devices_are_refused(tmp_path: Path) -> None:
+    class Two:
+        world_size = 2
+
+    class Cli:
+        trainer = Two()
+
+    job = Job(configs=[], folder=str(tmp_path))
+    with pytest.raises(ValueError, match="trains on 2 devices"):
+        child._Run(job)._before_fit(Cli())  # type: ignore[arg-type]
+
+
+def test_a_configuration_that_does_not_load_is_told(tmp_path: Path) -> None:
+    found = run_here(tmp_path, "profile", configuration(tmp_path, "NoSuchModel"), profile=True)
+    assert "NoSuchModel" in found["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_is_limited_and_its_end_is_told(tmp_path: Path) -> None:
+    shop = Shop([str(configuration(tmp_path, "TakesTooMuch"))], tmp_path / "runs")
+    with pytest.raises(RunFailed) as caught:
+        shop.run({}, profile=True)
+    assert caught.value.kind == "memory"
