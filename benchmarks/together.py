@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from benchmarks import plan
 from benchmarks.harness import Options, Result, Table, spread
 from benchmarks.together_kills import killed_and_resumed
 from benchmarks.together_losses import difference, measured_losses
@@ -37,7 +35,7 @@ def run(options: Options) -> Result:
         scale = measured_scale(options)
         losses = measured_losses(folder / "losses", options)
         killed = killed_and_resumed(folder / "kills", kills=3 if options.quick else 50)
-        planned, plan_figures = _planned(options)
+        planned = plan.run(options)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     rows = [(name, spread(values, 0)) for name, values in imports.items() if name != "initialised"]
@@ -49,17 +47,18 @@ def run(options: Options) -> Result:
             "time_per_token_ratio": scale.time_ratio,
             "time_to_loss_ratio": losses.median,
             "resume_exact": f"{killed.exact}/{killed.kills}",
-            **plan_figures,
+            **planned.figures,
             "import_ms": statistics.median(imports["wall"]),
             "import_initialises": max(imports["initialised"]),
             "final_loss_difference": difference(losses),
         },
-        [*scale.tables, losses.table, killed.table, *planned, imported],
+        [*scale.tables, losses.table, killed.table, *planned.tables, imported],
         raw={
             "scale": scale.raw,
             "losses": {"ratios": losses.ratios, "finals": losses.finals},
             "kills": {"amid": dict(killed.amid), "problems": killed.problems},
             "imports": imports,
+            "plan": planned.raw,
         },
         notes=[
             "model_scale, time_per_token_ratio: see the first two tables. time_to_loss_ratio: processor time of "
@@ -67,6 +66,7 @@ def run(options: Options) -> Result:
             "runs that ended bit-equal to the uninterrupted one, of all.",
             "import_ms: wall time of the import in fresh processes that have imported lightning, the median; "
             "import_initialises: 1 if it has initialised an accelerator.",
+            *planned.notes,
         ],
     )
 
@@ -81,12 +81,3 @@ def import_times(rounds: int) -> dict[str, list[float]]:
             for values, word in zip(found.values(), done.stdout.split(), strict=True):
                 values.append(float(word))
     return found
-
-
-def _planned(options: Options) -> tuple[list[Table], dict[str, Any]]:
-    """How far the plan's predictions are from what was measured."""
-    if importlib.util.find_spec("benchmarks.plan") is None:
-        return [], {"plan_peak_error": "not-measured", "plan_time_error": "not-measured"}
-    rows, peak, seconds = importlib.import_module("benchmarks.plan").plan_errors(options)
-    table = Table("Planned against measured", rows[0], rows[1:])
-    return [table], {"plan_peak_error": peak, "plan_time_error": seconds}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import together
-from benchmarks.harness import Options, Table
+from benchmarks.harness import Options, Result, Table
 from benchmarks.soak import growth_of, surplus
 from benchmarks.together_kills import Killed
 from benchmarks.together_losses import CLOCKS, Losses, difference, ratio
@@ -85,7 +85,8 @@ def test_the_last_line_begins_with_what_was_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         together, "killed_and_resumed", lambda folder, kills: Killed(kills, kills, Counter(growth=7), [], TABLE)
     )
-    monkeypatch.setattr(together, "_planned", lambda options: ([], {"plan_peak_error": 0.05, "plan_time_error": 0.1}))
+    planned = Result("plan", {"plan_peak_error": 0.05, "plan_time_error": 0.1}, [])
+    monkeypatch.setattr(together.plan, "run", lambda options: planned)
     options = Options(quick=False, device="cpu", seeds=(0,), threads=1, out=None)  # type: ignore[arg-type]
     result = together.run(options)
     assert json.loads(json.dumps(result.raw))["kills"] == {"amid": {"growth": 7}, "problems": []}
