@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_efficient.monitoring.balance import is_balance
 from lightning_efficient.monitoring.report import REPORT_JSON, RunReport, read_report
 from lightning_efficient.monitoring.series import Point, quantile
 from lightning_efficient.monitoring.units import technique_of
@@ -105,7 +106,8 @@ def _not_a_run(folder: Path) -> str:
 def _from_logs(name: str, folder: Path, source: str, logged: Mapping[str, Sequence[Point]]) -> Run:
     if not logged:
         raise RunError(f"{folder} holds {source} without a single number. The run ended before anything was logged.")
-    series = {tag: points for tag, points in logged.items() if technique_of(tag) in _OURS}
+    techniques = {*_OURS, *(technique_of(tag) for tag in logged if is_balance(tag))}
+    series = {tag: points for tag, points in logged.items() if technique_of(tag) in techniques}
     metrics = {tag: points for tag, points in logged.items() if tag not in series and tag not in _NO_METRICS}
     last = {tag: points[-1].value for tag, points in series.items()}
     steps = max(point.step for points in logged.values() for point in points) + 1.0

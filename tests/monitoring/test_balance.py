@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lightning_efficient.core.balance import Balance
 from lightning_efficient.monitoring import EfficiencyMonitor, RunReport, read_report
 from lightning_efficient.monitoring.balance import FullSize, batch_ms, full_size, phase_medians, trades
 from lightning_efficient.monitoring.layout import chart_groups
@@ -16,23 +15,7 @@ from lightning_efficient.monitoring.markdown import render
 from lightning_efficient.monitoring.report import BalanceWords
 from lightning_efficient.monitoring.series import Point
 
-from .tiny import TinyModel, loader, trainer
-
-
-class Costly(pl.Callback):
-    """Says that each batch cost it 2 ms and saved 0.5 ms, in this object's life."""
-
-    def __init__(self, before: int = 0) -> None:
-        self.batches = before
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.batches += 1
-
-    def balance(self) -> Balance:
-        return Balance(
-            "costly", cost_ms=2.0 * self.batches, gain_ms=0.5 * self.batches, spared_bytes=1024.0 * (self.batches == 3),
-            time="By counting.", verdict="It was worth it.",
-        )  # fmt: skip
+from .tiny import Costly, TinyModel, loader, trainer
 
 
 def _points(*values: float) -> tuple[Point, ...]:

@@ -10,9 +10,10 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_efficient.monitoring import EfficiencyMonitor, RunReport, write_report
+from lightning_efficient.monitoring.balance import trades
 from lightning_efficient.monitoring.runs import RunError, read_run
 
-from .tiny import FakeTechnique, ValidatedModel, loader, trainer
+from .tiny import Costly, FakeTechnique, ValidatedModel, loader, trainer
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of both loggers of a run that left no report, as if it had been killed."""
     root = tmp_path_factory.mktemp("logged")
     board, table = TensorBoardLogger(root, "board"), CSVLogger(root, "table")
-    callbacks = [FakeTechnique(), EfficiencyMonitor(report=False)]
+    callbacks = [Costly(), FakeTechnique(), EfficiencyMonitor(report=False)]
     trainer(root, *callbacks, logger=[board, table]).fit(ValidatedModel(), loader(), loader(8))
     return Path(board.log_dir), Path(table.log_dir)
 
@@ -36,6 +37,9 @@ def test_a_run_without_a_report_is_read_from_tensorboard(logged: tuple[Path, Pat
     assert run.report.totals["parameters"] == 46
     seconds = [point.seconds for point in run.report.series["efficiency/step_ms"]]
     assert seconds == sorted(seconds)
+    assert "costly/cost_total_ms" in run.report.series
+    (trade,) = trades(run.report)
+    assert (trade.technique, trade.cost_ms, trade.gain_ms) == ("costly", 2.0, 0.5)
     assert "left no report" in run.report.notes[0]
     assert "validation included" in run.report.notes[1]
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_efficient.core.balance import Balance
 from lightning_efficient.telemetry import Event, log
 
 
@@ -50,6 +51,22 @@ class FakeTechnique(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.steps += 1
         log(trainer, self.measurements())
+
+
+class Costly(pl.Callback):
+    """Says that each batch cost it 2 ms and saved 0.5 ms, in this object's life."""
+
+    def __init__(self, before: int = 0) -> None:
+        self.batches = before
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+    def balance(self) -> Balance:
+        return Balance(
+            "costly", cost_ms=2.0 * self.batches, gain_ms=0.5 * self.batches, spared_bytes=1024.0 * (self.batches == 3),
+            time="By counting.", verdict="It was worth it.",
+        )  # fmt: skip
 
 
 def loader(samples: int = 32, batch_size: int = 4) -> DataLoader:
