@@ -20,6 +20,7 @@ TESTS = [
     "tests/test_compat_replay.py",
     "tests/test_compat_steps.py",
     "tests/test_start_line.py::test_all_of_them_say_one_line_together",
+    "tests/test_every_technique.py::test_the_same_objects_resume_from_an_earlier_phase_g8",
 ]
 CALL = """
 import sys, lightning, pytest

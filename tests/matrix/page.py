@@ -68,7 +68,7 @@ def page(record: Record) -> str:
         "",
         "## How it was shown",
         "",
-        f"`make matrix` ran every cell with gloo on a CPU ({'; '.join(versions)}; "
+        f"`make matrix` ran the cells with gloo on a CPU ({'; '.join(versions)}; "
         f"{' to '.join(sorted({*dates[:1], *dates[-1:]}))}): {STEPS} steps of a byte-level language model of two "
         "layers, resumed from steps 3 and 7 (compiled: from 7), and compared bit for bit.",
         "",
@@ -80,6 +80,7 @@ def page(record: Record) -> str:
         "- The settings are those of `tests/technique_settings.py`. Each run's outcome, versions and date is in "
         "`docs/compatibility.json`; `make test` repeats all refusals and some of the runs.",
         "",
+        PAGE.with_name("versions.md").read_text(encoding="utf-8"),
     ]
     return "\n".join(lines)
 
