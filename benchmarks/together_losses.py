@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_efficient.monitoring.comparison import time_to
-
 from benchmarks.harness import Options, Table, spread, worst_case_median
 from benchmarks.together_runs import context, fit, settings
+from lightning_efficient.monitoring.comparison import time_to
 from lightning_efficient.monitoring.report import RunReport, read_report
 from lightning_efficient.monitoring.series import Point
 
