@@ -46,7 +46,7 @@ MOMENTS: Mapping[str, float] = {
 """What a kill is aimed at, and the seconds within which it comes, from when that begins; ``start`` is that of the
 process, ``any`` begins with the first step."""
 _SECONDS = 300.0  # that a run may take
-_OTHERWISE = ("[EfficiencyMonitor]", "[autosave]", "[high_times]", "[ModelCheckpoint{", ".val_loop.")
+_OTHERWISE = ("[EfficiencyMonitor]", "[autosave]", "[ModelCheckpoint{", ".val_loop.")
 """In checkpoints: measured times, names of folders, and how many batches the last validation had, which each
 process counts anew."""
 

@@ -132,7 +132,7 @@ class Account:
         time = (
             "Took: finding the operations, learning, products that failed, and those that took longer in few bits. "
             "Saved: what products took less in few bits, guards included, than the same ones in high bits while they "
-            "learnt."
+            "learnt; nothing where they had learnt before the run was resumed."
         )
         low, high = len(self._nodes) - len(self._high()), len(self._high())
         verdict = f"{low} of {low + high} operations train in {engine.low.name}"

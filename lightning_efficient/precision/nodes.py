@@ -54,7 +54,8 @@ class Product:
         error: How far off a block may be, over the largest of these norms: one alone may happen to be next to nothing.
         low_pays: On a GPU, whether low bits take less time; None: not known yet.
         known_wait: On a GPU: for how many products the host will leave out the low one, without asking the device.
-        high_times: Seconds that it took in high bits while it learnt, on the host, the last ones.
+        high_times: Seconds that it took in high bits while it learnt, on the host, the last ones; of this process, and
+            so in no checkpoint.
     """
 
     status: Status
@@ -108,7 +109,7 @@ class Product:
         return {
             "status": self.status.state_dict(), "result": self.result.state_dict(), "distances": list(self.distances),
             "sizes": list(self.sizes), "allowed": self.allowed, "error": self.error, "low_pays": self.low_pays,
-            "known_wait": self.known_wait, "high_times": list(self.high_times),
+            "known_wait": self.known_wait,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,7 +120,6 @@ class Product:
         self.sizes = deque(state["sizes"], maxlen=HISTORY)
         self.allowed, self.error, self.low_pays = state["allowed"], state["error"], state["low_pays"]
         self.known_wait = state["known_wait"]
-        self.high_times = deque(state.get("high_times", ()), maxlen=HISTORY)
 
 
 class Node:

@@ -365,14 +365,7 @@ def test_products_are_held_against_those_in_high_bits_x5() -> None:
     times.low(product, 2.25)
     times.failed(0.25)
     assert (times.cost, times.gain) == (2.0, 1.5)
-    again = Node("a", "linear", ReturnPolicy(20))
-    again.load_state_dict(node.state_dict())
-    assert list(again.products["forward"].high_times) == [9.0, 1.0, 2.0]
-    old = node.state_dict()
-    for state in old["products"].values():
-        del state["high_times"]  # a checkpoint of an earlier version
-    again.load_state_dict(old)
-    assert not again.products["forward"].high_times
+    assert "high_times" not in node.state_dict()["products"]["forward"], "clocks differ between equal runs"
 
 
 def test_each_product_is_timed_x5() -> None:
