@@ -54,7 +54,7 @@ def test_without_a_budget_it_is_the_fastest_and_exact_ones_come_first() -> None:
     assert best(PLAN.found, None, lossy=True).name == "int8"  # type: ignore[union-attr]
 
 
-def test_a_budget_is_kept_with_its_margin() -> None:
+def test_a_budget_is_kept_with_its_margin_x4() -> None:
     def chosen(mebibytes: int, lossy: bool = False) -> str | None:
         found = best(PLAN.found, mebibytes * MIB, lossy=lossy)
         return found and found.name
@@ -95,7 +95,7 @@ def test_room_that_is_left_goes_to_what_would_have_to_move() -> None:
     assert with_room(PLAN.candidate(["int8"]), 10**12, 1).prediction == PLAN.candidate(["int8"]).prediction
 
 
-def test_the_overlay_says_what_it_does_and_loads() -> None:
+def test_the_overlay_says_what_it_does_and_loads_x4() -> None:
     chosen = PLAN.candidate(["activations-4bit", "offload-state", "int8"])
     text = overlay(PLAN, chosen, 760 * MIB)
     trainer = yaml.safe_load(text)["trainer"]

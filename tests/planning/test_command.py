@@ -62,7 +62,7 @@ def plan(tmp_path: Path, *arguments: str) -> int:
     return main(["--config", str(configuration(tmp_path)), *arguments])
 
 
-def test_it_writes_an_overlay_and_a_report_and_checks(
+def test_it_writes_an_overlay_and_a_report_and_checks_x4(
     tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan(tmp_path, "--memory", "800MiB") == 0
@@ -86,7 +86,7 @@ def test_what_changes_results_has_to_be_allowed(tmp_path: Path, runs: Runs) -> N
     assert "GrowAndUnshareCallback" in text
 
 
-def test_nothing_fits_is_status_two(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_fits_is_status_two_x4(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(tmp_path, "--memory", "50MiB") == 2
     assert "Nothing fits into 50 MiB" in capsys.readouterr().out
     assert not Path("plan.yaml").exists()
@@ -153,7 +153,7 @@ def test_a_module_that_fails_is_told_in_a_sentence(
 
 
 @pytest.mark.slow
-def test_a_real_plan_of_a_small_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_plan_of_a_small_training_x4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         planning,
         "options_for",

@@ -31,7 +31,7 @@ def run_here(tmp_path: Path, name: str, config: Path, **job: Any) -> dict[str, A
     return json.loads(asked.result.read_text())
 
 
-def test_a_profile_has_all_parts_of_the_memory(tmp_path: Path) -> None:
+def test_a_profile_has_all_parts_of_the_memory_x4(tmp_path: Path) -> None:
     config = configuration(tmp_path, enable_checkpointing=True)
     found = Profile.from_json(run_here(tmp_path, "profile", config, profile=True, saves=True))
     parameters = 4 * (16 * 16 + 16) * 4
