@@ -17,6 +17,7 @@ PAGES = {
     "lightning_efficient/monitoring/README.md": "techniques/monitoring.md",
     "docs/architecture.md": "architecture.md",
     "docs/growth-recipe.md": "growth-recipe.md",
+    "docs/your-own-model.md": "your-own-model.md",
     "docs/api.md": "api.md",
     "benchmarks/results/growth_cpu-x86_64.md": "benchmarks.md",
 }
