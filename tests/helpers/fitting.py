@@ -100,7 +100,7 @@ class Run:
             (step, tag): float(value)
             for step, metrics in self.logged[self.logged_before :]
             for tag, value in metrics.items()
-            if step >= since and not tag.startswith(tuple(volatile))
+            if step >= since and not tag.startswith(tuple(volatile)) and not tag.endswith("_total_ms")  # of clocks
         }
 
     def switched_at(self) -> list[int]:
