@@ -211,7 +211,8 @@ class CheckpointEngine:
         if any(spread_of(parameter) is not None for parameter in module.parameters()):
             return  # how large it is when it has been put together is seen then
         tensors = [*module.state_dict().values(), *(tensor for owner in owners for tensor in owned_tensors(owner))]
-        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        plain = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided]
+        storages = [tensor.untyped_storage() for tensor in plain]
         sizes = {storage_key(storage): storage.nbytes() for storage in storages}
         nbytes = sum(sizes.values()) + 512 * len(sizes) + _SPARE_BYTES  # with headers and the pickle
         self.pool.pinned |= any(storage.is_cuda for storage in storages)

@@ -69,8 +69,9 @@ def find_stacks(module: nn.Module, layers: str | Sequence[str] | None = None) ->
         if not runs:
             raise ValueError(
                 f"No repeated layers were found in {type(module).__name__}: no module has two or more consecutive "
-                "children of equal structure that hold parameters. Name the layers, e.g. layers='encoder.layer.*'; "
-                "layers that are built in `setup` come too late, build them in __init__ or `configure_model`."
+                "children of equal structure that hold parameters. If it has such layers elsewhere, name them, e.g. "
+                "layers='encoder.layer.*' (layers that are built in `setup` come too late, build them in __init__ or "
+                "`configure_model`); if it has none, leave GrowAndUnshareCallback out."
             )
         trained = [run for run in runs if _is_trained(module, run)]
         return [max(trained or runs, key=lambda run: (_in_a_list(module, run), len(run), _parameters_in(module, run)))]

@@ -376,13 +376,19 @@ class _Product(torch.autograd.Function):
             return call.forward(x, weight, bias, result_type).data
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        with without_torch_function(), torch.autocast(x.device.type, enabled=False):
-            found = ctx.call.backward(x, weight, ctx.bias is not None, gradient, ctx.needs_input_grad[1:])
-        bias = found[2].to(ctx.bias) if found[2] is not None else None
-        return None, found[0], found[1], bias
+        of_input, of_weight = ctx.needs_input_grad[1:3]
+        return _gradients(ctx, (x, weight), gradient, *[weight] * of_input, *[x] * of_weight)
+
+
+@once_differentiable
+def _gradients(ctx: Any, operands: tuple[Tensor, Tensor], gradient: Tensor, *of: Tensor) -> tuple[Tensor | None, ...]:
+    """That of the input depends on the weight, and the other way round: ``of`` is what torch has to refuse for."""
+    with without_torch_function(), torch.autocast(operands[0].device.type, enabled=False):
+        found = ctx.call.backward(*operands, ctx.bias is not None, gradient, ctx.needs_input_grad[1:])
+    bias = found[2].to(ctx.bias) if found[2] is not None else None
+    return None, found[0], found[1], bias
 
 
 def product(engine: Engine, node: Node, kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

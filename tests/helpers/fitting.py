@@ -100,7 +100,7 @@ class Run:
             (step, tag): float(value)
             for step, metrics in self.logged[self.logged_before :]
             for tag, value in metrics.items()
-            if step >= since and not tag.startswith(tuple(volatile))
+            if step >= since and not tag.startswith(tuple(volatile)) and not tag.endswith("_total_ms")  # of clocks
         }
 
     def switched_at(self) -> list[int]:
@@ -124,7 +124,7 @@ class Recorder(Callback):
     ) -> None:
         if not self.run.batches:
             self.run.first_log_step = compat.log_step(trainer)
-        self.run.batches.append((trainer.current_epoch, batch_idx, batch.tolist()))
+        self.run.batches.append((trainer.current_epoch, batch_idx, pytree.tree_map(Tensor.tolist, batch)))
         self.run.rates.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
         self.run.names.append([f"{name} {tuple(p.shape)}" for name, p in pl_module.named_parameters()])
 

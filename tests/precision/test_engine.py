@@ -300,6 +300,12 @@ def test_gradients_of_gradients_are_refused() -> None:
         (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()
+        (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)  # of the weight alone
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+        module.requires_grad_(False)
+        (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        assert not gradient.requires_grad, "it depends on nothing"
 
 
 def test_small_gradients_are_kept_in_fp16_p11() -> None:
