@@ -11,8 +11,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 demo: $(VENV)/.run
 	$(BIN)/python -m lightning_efficient.demos.compare --steps 260
 
-test: $(VENV)/.dev $(VENV)/oldest
-	OLDEST_LIGHTNING=$(VENV)/oldest $(BIN)/python -m pytest -n 3 --dist worksteal
+test: $(VENV)/.dev $(VENV)/oldest $(VENV)/models
+	OLDEST_LIGHTNING=$(VENV)/oldest MODELS=$(VENV)/models $(BIN)/python -m pytest -n 3 --dist worksteal
 
 matrix: $(VENV)/.dev  # what goes together, all of it: about two hours on two cores; it goes on where it was stopped
 	$(BIN)/python -m tests.matrix
@@ -52,6 +52,10 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/oldest: $(VENV)/bin/python constraints-oldest.txt
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
 		-r constraints-oldest.txt && touch $@
+
+# Models that users bring. In the environment they would make each process of the tests seconds slower.
+$(VENV)/models: $(VENV)/bin/python pyproject.toml constraints.txt
+	-$(PIP) --upgrade --no-compile --target $@ "transformers>=5" && touch $@
 
 $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e .[cli,docs]

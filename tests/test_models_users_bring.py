@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_efficient import (
     ActivationCompressionPlugin,
@@ -20,6 +23,7 @@ from lightning_efficient import (
     GrowAndUnshareCallback,
     OffloadStrategy,
     RollbackPrecision,
+    load_grown,
 )
 from lightning_efficient.growth.layers import find_stacks
 from tests.helpers import brought
@@ -59,9 +63,14 @@ SUITE = TechniqueSetting(
 every_model = pytest.mark.parametrize("name", [*REPEATED, *WITHOUT])
 
 
+MODELS = Path(os.environ.get("MODELS", ".venv/models")).resolve()  # now, while this is the repository's folder
+
+
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``transformers`` lies beside the environment: within it, each process that imports lightning starts late."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(MODELS)])
 
 
 def model(name: str) -> pl.LightningModule:
@@ -183,6 +192,47 @@ def test_what_needs_to_decide_about_steps_is_refused_with_manual_optimization(tm
     }.items():
         with pytest.raises(MisconfigurationException, match=message):
             train("Gan", tmp_path, built)
+
+
+class Penalised(brought.Gan):
+    """With a gradient penalty, as in WGAN-GP; that alone."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        _, optimizer = self.optimizers()
+        pictures = batch.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.discriminator(pictures).sum(), pictures, create_graph=True)
+        penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        optimizer.zero_grad()
+        self.manual_backward(penalty)
+        optimizer.step()
+        return {"loss": penalty.detach()}
+
+
+def test_a_gradient_penalty_is_refused_with_what_to_do_which_works() -> None:
+    def losses(**built: Any) -> list[float]:
+        torch.manual_seed(0)
+        return fit(None, module=Penalised(), data=BroughtData(brought.Gan.item), build=built, max_steps=4).losses
+
+    low: dict[str, Any] = {"low": "int8", "high": "fp32", "only_if_faster": False}
+    with pytest.raises(RuntimeError, match=r"gradient penalty.*exclude=\["):
+        losses(plugins=[RollbackPrecision(**low)])
+    with pytest.raises(RuntimeError, match=r"gradients of gradients.*'raw' for the modules"):
+        losses(callbacks=[ActivationCompressionPlugin()])
+    exact = losses(
+        plugins=[RollbackPrecision(exclude=["discriminator.*"], **low)],
+        callbacks=[ActivationCompressionPlugin(overrides={"discriminator.*": "raw"})],
+    )
+    assert exact == losses(callbacks=[ActivationCompressionPlugin(bits="lossless")]) == losses()
+
+
+def test_a_checkpoint_of_an_early_phase_becomes_their_model(tmp_path: Path) -> None:
+    run = train("Gpt2", tmp_path, {"callbacks": [GrowAndUnshareCallback()]}, checkpoints={2}, max_steps=8)
+    saved = torch.load(run.checkpoints[2])["state_dict"]
+    network = load_grown(brought.Gpt2().model, run.checkpoints[2], prefix="model.", grown=True)
+    assert len(network.transformer.h) == 4
+    for layer in range(4):
+        name = "attn.c_attn.weight"
+        assert torch.equal(network.transformer.h[layer].get_parameter(name), saved[f"model.transformer.h.0.{name}"])
 
 
 # -- the page that tells of it -----------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ class Product:
         error: How far off a block may be, over the largest of these norms: one alone may happen to be next to nothing.
         low_pays: On a GPU, whether low bits take less time; None: not known yet.
         known_wait: On a GPU: for how many products the host will leave out the low one, without asking the device.
-        high_times: Seconds that it took in high bits while it learnt, on the host, the last ones; of this process, and
+        high_times: Seconds that it took in high bits while it learns, on the host, the last ones; of this process, and
             so in no checkpoint.
+        high_time: Their median when it had learnt; 0: it has not, in this process.
     """
 
     status: Status
@@ -67,6 +68,7 @@ class Product:
     low_pays: bool | None = None
     known_wait: int = 0
     high_times: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    high_time: float = 0.0
 
     @property
     def usual(self) -> float:

@@ -36,7 +36,10 @@ class ProductTimes:
 
     def low(self, product: Product, seconds: float) -> None:
         """One in few bits."""
-        if product.high_times:
-            shorter = statistics.median(product.high_times) - seconds
+        if product.high_times:  # it has learnt
+            product.high_time = statistics.median(product.high_times)
+            product.high_times.clear()
+        if product.high_time:
+            shorter = product.high_time - seconds
             self.gain += max(0.0, shorter)
             self.cost += max(0.0, -shorter)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -155,6 +156,11 @@ TEXT = 24
 WORDS = 50
 
 
+def hugging_face() -> Any:
+    """Their package; without it the test is skipped."""
+    return pytest.importorskip("transformers", reason="MODELS names no folder with transformers; make test does")
+
+
 class HuggingFace(Brought):
     """``self.model(**batch).loss``, as their documentation has it."""
 
@@ -178,19 +184,21 @@ class Gpt2(HuggingFace):
     """A decoder with tied embeddings, dropout and checkpointed blocks."""
 
     def __init__(self) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        transformers = hugging_face()
 
-        config = GPT2Config(vocab_size=WORDS, n_positions=TEXT, n_embd=32, n_layer=4, n_head=4, pad_token_id=0)
-        super().__init__(GPT2LMHeadModel(config), checkpointing=True)
+        config = transformers.GPT2Config(
+            vocab_size=WORDS, n_positions=TEXT, n_embd=32, n_layer=4, n_head=4, pad_token_id=0
+        )
+        super().__init__(transformers.GPT2LMHeadModel(config), checkpointing=True)
 
 
 class Llama(HuggingFace):
     """A decoder with grouped-query attention, rotary embeddings and gated layers."""
 
     def __init__(self) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        transformers = hugging_face()
 
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             vocab_size=WORDS,
             hidden_size=32,
             intermediate_size=64,
@@ -200,16 +208,16 @@ class Llama(HuggingFace):
             max_position_embeddings=TEXT,
             tie_word_embeddings=True,
         )
-        super().__init__(LlamaForCausalLM(config))
+        super().__init__(transformers.LlamaForCausalLM(config))
 
 
 class Bert(HuggingFace):
     """An encoder; its head is tied to its embeddings, bias and all."""
 
     def __init__(self) -> None:
-        from transformers import BertConfig, BertForMaskedLM
+        transformers = hugging_face()
 
-        config = BertConfig(
+        config = transformers.BertConfig(
             vocab_size=WORDS,
             hidden_size=32,
             intermediate_size=64,
@@ -217,16 +225,16 @@ class Bert(HuggingFace):
             num_attention_heads=4,
             max_position_embeddings=TEXT,
         )
-        super().__init__(BertForMaskedLM(config))
+        super().__init__(transformers.BertForMaskedLM(config))
 
 
 class Vit(HuggingFace):
     """A vision transformer."""
 
     def __init__(self) -> None:
-        from transformers import ViTConfig, ViTForImageClassification
+        transformers = hugging_face()
 
-        config = ViTConfig(
+        config = transformers.ViTConfig(
             image_size=16,
             patch_size=4,
             hidden_size=32,
@@ -235,7 +243,7 @@ class Vit(HuggingFace):
             num_attention_heads=4,
             num_labels=4,
         )
-        super().__init__(ViTForImageClassification(config))
+        super().__init__(transformers.ViTForImageClassification(config))
 
     @staticmethod
     def item() -> dict[str, Tensor]:

