@@ -132,6 +132,7 @@ class ActivationCompressionPlugin(Callback):
         self._knows_operations = True
         self._undo = contextlib.ExitStack()
         self._followed = contextlib.ExitStack()
+        self._hooks = contextlib.ExitStack()
 
     def _budget_control(self, memory_budget: int | float | str | None, group_size: int) -> BudgetControl | None:
         if memory_budget is not None:
@@ -241,6 +242,13 @@ class ActivationCompressionPlugin(Callback):
         if telemetry.due(trainer):
             telemetry.log(trainer, self.measurements())
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._hooks.close()  # modules that have none take torch's fast paths, which differ in the last bits
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._knows_operations and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._hook(pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._undo.close()
 
@@ -344,12 +352,18 @@ class ActivationCompressionPlugin(Callback):
 
     def _follow(self, module: pl.LightningModule) -> None:
         self._followed.close()
+        self._hook(module)
+        self._followed.callback(self._hooks.close)
         compiled = outermost(compat.compiled_parts(module))
-        self._followed.enter_context(follow_modules(module, self._classifier.layers, compiled))
         self._followed.enter_context(self._compiled.attached({name: module.get_submodule(name) for name in compiled}))
         if self._budget is not None:
             self._followed.enter_context(self._budget.blocks.wrapping(module))
         self._undo.callback(self._followed.close)
+
+    def _hook(self, module: pl.LightningModule) -> None:
+        self._hooks.close()
+        compiled = outermost(compat.compiled_parts(module))
+        self._hooks.enter_context(follow_modules(module, self._classifier.layers, compiled))
 
     def _take_rate(self, step: int) -> None:
         if self._schedule is None:

@@ -90,12 +90,19 @@ class Differentiating(ByteLanguageModel):
         with torch.enable_grad():
             y = x * x
         self.log("untouched", float(y.grad_fn._saved_self is x))  # type: ignore[union-attr]
+        self.log("validation_hooks", float(len(self.model.head._forward_hooks)))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.log("training_hooks", float(len(self.model.head._forward_hooks)))
 
 
 def test_validation_is_untouched() -> None:
+    """Modules with hooks would keep out of torch's fast paths."""
     plugin = ActivationCompressionPlugin(bits=2)
     trainer = fit(plugin, steps=3, model=Differentiating, val_check_interval=1, limit_val_batches=1)
     assert trainer.callback_metrics["untouched"] == 1
+    assert trainer.callback_metrics["validation_hooks"] == 0
+    assert trainer.callback_metrics["training_hooks"] == 1
 
 
 TAGS: dict[str, tuple[dict[str, Any], set[str]]] = {
