@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.harness import Options, Result, Table, spread
 from benchmarks.soak_faults import LAST, TERMINATED, WINDOWS, records
-from benchmarks.together_runs import TINY, context, fit, settings
+from benchmarks.together_runs import AT_WORK, TINY, context, fit, settings
 from lightning_efficient.checkpointing.retention import newest_intact, step_of
 from lightning_efficient.monitoring.report import RunReport, read_report
 
@@ -182,8 +182,9 @@ def _settings(folder: Path, steps: int, seed: int, overlays: tuple[str, ...] = (
     changes["StdlibDataModule"]["seed"] = seed
     if overlays:
         changes |= {
+            **AT_WORK,
             "OffloadStrategy": {"memory_budget": None, "place": {"optimizer_state:*blocks*": "disk"}},
-            "RollbackPrecision": {"only_if_faster": False, "pre_learning_steps": min(50, steps // 20)},
+            "RollbackPrecision": {**AT_WORK["RollbackPrecision"], "pre_learning_steps": min(50, steps // 20)},
             "AsyncCheckpointIO": {"on_error": "warn"},
             "ModelCheckpoint": {"every_n_train_steps": max(5, steps // 200)},
         }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Table
-from benchmarks.together_runs import TINY, context, fit, settings
+from benchmarks.together_runs import AT_WORK, TINY, context, fit, settings
 from lightning_efficient import GrowAndUnshareCallback
 from lightning_efficient.checkpointing.retention import newest_intact
 from lightning_efficient.checkpointing.verification import verify
@@ -228,8 +228,9 @@ def _settings(folder: Path, steps: int, every: int) -> dict[str, Any]:
         trainer={"limit_train_batches": steps, "val_check_interval": steps // 2},
         changes={
             **TINY,
+            **AT_WORK,
             "EfficiencyMonitor": {"report": False},
-            "RollbackPrecision": {"only_if_faster": False, "pre_learning_steps": every},
+            "RollbackPrecision": {**AT_WORK["RollbackPrecision"], "pre_learning_steps": every},
             "ModelCheckpoint": {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": every},
         },
     )

@@ -15,7 +15,7 @@ import yaml
 
 from lightning_efficient.__main__ import main
 
-__all__ = ["CONFIGS", "TINY", "context", "fit", "settings"]
+__all__ = ["AT_WORK", "CONFIGS", "TINY", "context", "fit", "settings"]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY: Mapping[str, Any] = {
@@ -23,6 +23,13 @@ TINY: Mapping[str, Any] = {
     "StdlibDataModule": {"context": 32, "batch_size": 4, "validation_bytes": 33 * 4},
 }
 """A model whose steps take milliseconds, as changes of :func:`settings`."""
+
+AT_WORK: Mapping[str, Any] = {
+    "OffloadStrategy": {"place": {"optimizer_state": "disk"}},
+    "ActivationCompressionPlugin": {"memory_budget": None, "bits": 4},
+    "RollbackPrecision": {"only_if_faster": False},
+}
+"""Likewise: each technique does its work, though all of a small model fits and is quick."""
 
 
 def settings(

@@ -42,6 +42,8 @@ __all__ = ["PlacedRun", "Schedule"]
 
 Schedule = Literal["after_backward", "in_backward", "under_forward", "delayed"]
 
+_WITH_FREED = 4  # times what is placed, all and what the C library keeps of it (see core/freed_memory.py)
+
 
 class PlacedRun:
     """The tensors of a run, each in the tier that a plan or the user gives it.
@@ -106,7 +108,8 @@ class PlacedRun:
         self._accumulates_elsewhere = False
         self.placement = Placement((), ())
         self._staged_bytes = 0  # what a budget leaves for `staging`
-        self._returns = ReturnsFreedMemory() if self.tiers.budgeted else None
+        self._returns: ReturnsFreedMemory | None = None
+        self._return_at_once()
         try:
             self._place()
         except BaseException:
@@ -120,6 +123,21 @@ class PlacedRun:
         finally:
             if self._returns is not None:
                 self._returns.close()
+
+    def _return_at_once(self, *, roomy: bool = False) -> None:
+        """Freed memory goes back where a budget is for it, unless that is ``roomy``: its pages take time to be made."""
+        wanted = self.tiers.budgeted and not roomy
+        if wanted and self._returns is None:
+            self._returns = ReturnsFreedMemory()
+        elif not wanted and self._returns is not None:
+            self._returns.close()
+            self._returns = None
+
+    def _is_roomy(self) -> bool:
+        """Whether all fits with what the C library keeps beside it: what was freed, two or three times."""
+        budget = next((room.nbytes for room in self.placement.rooms if room.tier == self.tiers.fastest), None)
+        fits = budget is not None and _WITH_FREED * self.placement.used(self.tiers.fastest) <= budget
+        return fits and not self._away()
 
     def _return_freed_memory(self) -> None:
         """Of what has gone elsewhere, and was made before freed memory went back at once."""
@@ -293,6 +311,7 @@ class PlacedRun:
             self.tiers.commit()
             self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
             self._return_freed_memory()
+        self._return_at_once(roomy=self._is_roomy())
 
     def _choose_site(self) -> None:
         away = self._away()
@@ -324,6 +343,7 @@ class PlacedRun:
         self.placement = Placement((*self.placement.rows, *came_to.rows), self.placement.rooms)
         if (way := self._way_in_budget) is not None:
             self._staged_bytes = max(self._staged_bytes, way.fitted(self.placement, 0))  # the largest record fits
+        self._return_at_once(roomy=self._is_roomy())
 
     def _left(self, rooms: Sequence[Room], fixed: Placement) -> list[Room]:
         """What of the rooms is left beside what is fixed, and the parameters on their way."""

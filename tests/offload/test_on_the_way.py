@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 
 from benchmarks.bounded import _Arm, _bounded_run
 from lightning_efficient import OffloadStrategy
@@ -125,6 +126,22 @@ def test_the_c_library_is_asked_only_where_there_is_a_budget(
     strategy = OffloadStrategy(offload_dir="swap", place=STATE, memory_budget=budget)
     make_trainer(max_steps=1, strategy=strategy).fit(Uneven())
     assert len(told) == 2 * asked  # as it begins and as it ends
+
+
+@pytest.mark.parametrize(("times", "kept"), [(3, False), (5, True)])
+def test_where_all_fits_with_what_is_freed_the_c_library_keeps_it(
+    times: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To have pages made anew takes a step of a small model a third longer."""
+    told: list[int] = []
+    monkeypatch.setattr(freed_memory, "_set", lambda mapped, _: told.append(mapped))
+    while_training: list[int] = []
+    look = LambdaCallback(on_train_batch_start=lambda *_: while_training.append(told[-1]))
+    needed = 4 * 4 * sum(parameter.numel() for parameter in Uneven().parameters())
+    strategy = OffloadStrategy(offload_dir="swap", memory_budget={"host": times * needed})
+    make_trainer(look, max_steps=1, strategy=strategy).fit(Uneven())
+    assert while_training == [freed_memory._LEARNT if kept else freed_memory._MAPPED]
+    assert told[-1] == freed_memory._LEARNT
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own count of resident memory")
