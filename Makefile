@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 .PHONY: demo test matrix lint docs bench clean
 
 demo: $(VENV)/.run
-	$(BIN)/python -m lightning_efficient.demos.compare --steps 260
+	$(BIN)/python -m lightning_efficient.demos.compare --steps 320
 
 test: $(VENV)/.dev $(VENV)/oldest $(VENV)/models
 	OLDEST_LIGHTNING=$(VENV)/oldest MODELS=$(VENV)/models $(BIN)/python -m pytest -n 3 --dist worksteal

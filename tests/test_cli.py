@@ -252,7 +252,8 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     (small / "offload.yaml").write_text((CONFIGS / "offload.yaml").read_text())
     (small / "precision.yaml").write_text((CONFIGS / "precision.yaml").read_text().replace("50", "2"))
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
-    arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out")]
+    overlays = ["growth", "checkpoint", "activation", "offload", "precision"]
+    arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out"), "--overlays", *overlays]
     assert compare(arguments) == 0
     printed = capsys.readouterr().out
     assert "final val_bits_per_byte" in printed

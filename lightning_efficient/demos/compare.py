@@ -1,7 +1,7 @@
 """``python -m lightning_efficient.demos.compare``: the demo task plain and with the suite, side by side.
 
-Each run is a process of its own, started from the same configuration files that a user would write, so that its peak
-memory is its own. Every figure comes from the two runs' reports.
+Each run is a process of its own in a folder of its own, started from the same configuration files that a user would
+write, so that its peak memory is its own, and so is all that it writes. Every figure comes from the two runs' reports.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--overlays",
         nargs="+",
-        default=["growth", "checkpoint", "activation", "offload", "precision"],
-        help="techniques switched on in the second run",
+        default=["all"],
+        help="what is on in the second run: all, or some of growth, checkpoint, activation, offload, precision",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for both runs and the report")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps of each run, instead of base.yaml's")
     options = parser.parse_args(arguments)
-    overlays = [options.configs / f"{name}.yaml" for name in options.overlays]
-    for path in (options.configs / "base.yaml", *overlays):
+    base = options.configs.resolve() / "base.yaml"
+    overlays = [base.with_name(f"{name}.yaml") for name in options.overlays]
+    for path in (base, *overlays):
         if not path.is_file():
             parser.error(f"{path} does not exist; run this in the repository, or give --configs.")
 
     began = time.monotonic()
-    folder = options.out / time.strftime("%Y%m%d-%H%M%S")
+    folder = options.out.resolve() / time.strftime("%Y%m%d-%H%M%S")
     runs = {"plain": [], "+".join(options.overlays): overlays}
     for name, extra in runs.items():
         print(f"\n=== {name} ===", flush=True)
-        status = _fit(folder, name, [options.configs / "base.yaml", *extra], options.steps)
+        status = _fit(folder, name, [base, *extra], options.steps)
         if status != 0:
             print(f"The {name} run failed with exit status {status}.", file=sys.stderr)
             return 1
@@ -68,7 +69,8 @@ def _fit(folder: Path, name: str, configs: list[Path], steps: int | None) -> int
     command += [f"--trainer.logger.init_args.{key}={value}" for key, value in _logger_arguments(folder, name).items()]
     if steps is not None:
         command += [f"--trainer.limit_train_batches={steps}", f"--trainer.val_check_interval={max(1, steps // 16)}"]
-    return subprocess.run(command, check=False).returncode
+    (folder / name).mkdir(parents=True)
+    return subprocess.run(command, cwd=folder / name, check=False).returncode
 
 
 def _logger_arguments(folder: Path, name: str) -> dict[str, str]:
