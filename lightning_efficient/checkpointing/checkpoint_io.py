@@ -22,7 +22,6 @@ from lightning_efficient.checkpointing.exact_resume import ExactResume
 from lightning_efficient.checkpointing.outcomes import CheckpointSaveError, OnError, Outcomes
 from lightning_efficient.checkpointing.places import Places
 from lightning_efficient.checkpointing.random_state import RandomStates
-from lightning_efficient.checkpointing.remote import Uploaded
 from lightning_efficient.checkpointing.staging import Staging
 from lightning_efficient.checkpointing.trainer import (
     SavedByModelCheckpoint,
@@ -30,6 +29,7 @@ from lightning_efficient.checkpointing.trainer import (
     refuse_in_backward,
     refuse_past_loading,
 )
+from lightning_efficient.checkpointing.uploads import Uploaded
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
 from lightning_efficient.checkpointing.writer import Written
 from lightning_efficient.coordination import KeptState, ParameterChange
