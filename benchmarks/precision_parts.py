@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_efficient.precision import engine, formats, integers, kinds, nodes
+from lightning_efficient.precision import engine, formats, guarded_call, integers, kinds, nodes
 
 __all__ = ["PARTS", "Watch", "parts_of"]
 
@@ -59,8 +59,8 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (kinds.MatMul, "probe", "signs"),
     (nodes.Node, "sign_of_operands", "signs"),
     (nodes.Node, "sign_of_result", "signs"),
-    (engine.Call, "forward", "the rest of guarded products"),
-    (engine.Call, "backward", "the rest of guarded products"),
+    (guarded_call.Call, "forward", "the rest of guarded products"),
+    (guarded_call.Call, "backward", "the rest of guarded products"),
     (nn.utils, "clip_grad_norm_", "clipping"),
 )
 

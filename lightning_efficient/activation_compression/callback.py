@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -34,10 +34,11 @@ from lightning_efficient.activation_compression.settings import (
     parse_overrides,
     parse_schedule,
 )
+from lightning_efficient.activation_compression.trainer import around_training_steps, momentum_of
 from lightning_efficient.activation_compression.words import compiled_in_words, rate_in_words
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.seeded import derive_seed
-from lightning_efficient.core.torch_internals import gathered, graph_hooks_are_shown_graphs
+from lightning_efficient.core.torch_internals import graph_hooks_are_shown_graphs
 from lightning_efficient.run_length import steps_done, total_steps
 
 __all__ = ["ActivationCompressionPlugin"]
@@ -165,7 +166,7 @@ class ActivationCompressionPlugin(Callback):
                 self._curve = self._schedule.over(total)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from None
-        self._undo.callback(self._wrap_training_step(trainer, pl_module))
+        self._undo.callback(around_training_steps(trainer, partial(self._compressing, pl_module)))
         compiled = compat.compiled_parts(pl_module)
         if compiled and (self._adaptive is not None or self._budget is not None):
             what = "adaptive" if self._adaptive is not None else "memory_budget"
@@ -376,24 +377,6 @@ class ActivationCompressionPlugin(Callback):
         else:
             self._rates.error_bound = value
 
-    def _wrap_training_step(self, trainer: pl.Trainer, module: nn.Module) -> Callable[[], None]:
-        plugin = trainer.precision_plugin
-        own = plugin.train_step_context
-
-        @contextlib.contextmanager
-        def train_step_context() -> Iterator[None]:
-            with own(), self._compressing(module):
-                yield
-
-        before = {name: value for name, value in vars(plugin).items() if name == "train_step_context"}
-        plugin.__dict__["train_step_context"] = train_step_context
-
-        def restore() -> None:
-            plugin.__dict__.pop("train_step_context", None)
-            plugin.__dict__.update(before)
-
-        return restore
-
     @contextlib.contextmanager
     def _compressing(self, module: nn.Module) -> Iterator[None]:
         classifier = self._classifier
@@ -417,37 +400,3 @@ class ActivationCompressionPlugin(Callback):
                 yield
         finally:
             classifier.end()
-
-
-def momentum_of(trainer: pl.Trainer) -> Callable[[Tensor], Tensor | None]:
-    """What gives the mean magnitude of a weight's momentum, on the scale of one batch's gradient; None: it has none."""
-    module = trainer.lightning_module
-    names = {id(weight): name for name, weight in module.named_parameters()}
-    buffers = {
-        names[id(weight)]: state["momentum_buffer"]
-        for optimizer in trainer.optimizers
-        for weight, state in optimizer.state.items()
-        if id(weight) in names and isinstance(state.get("momentum_buffer"), Tensor)
-    }
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    # errors of accumulated batches are independent: their sum grows with the root of the number
-    factor = (scaler.get_scale() if scaler is not None else 1.0) / math.sqrt(trainer.accumulate_grad_batches)
-
-    def mean_momentum(weight: Tensor) -> Tensor | None:
-        name = names.get(id(weight)) or _name_in(module, weight) if buffers else ""
-        return _mean_magnitude(buffers[name]) * factor if name in buffers else None
-
-    return mean_momentum
-
-
-def _mean_magnitude(values: Tensor) -> Tensor:
-    return gathered(values.abs().sum() / values.numel())
-
-
-def _name_in(module: nn.Module, weight: Tensor) -> str:
-    """Of a parameter that is there only while the forward of its module goes on, as FSDP2 has them; or empty."""
-    for prefix, part in module.named_modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            if parameter is weight:
-                return f"{prefix}.{name}" if prefix else name
-    return ""

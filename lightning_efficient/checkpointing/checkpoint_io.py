@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,17 +12,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
 
 from lightning_efficient import compat, telemetry
+from lightning_efficient.checkpointing.account import Account
+from lightning_efficient.checkpointing.arguments import check_arguments
 from lightning_efficient.checkpointing.autosave import Autosave
-from lightning_efficient.checkpointing.balance import checkpoint_balance
 from lightning_efficient.checkpointing.engine import CheckpointEngine, WhenBusy
 from lightning_efficient.checkpointing.exact_resume import ExactResume
 from lightning_efficient.checkpointing.outcomes import CheckpointSaveError, OnError, Outcomes
 from lightning_efficient.checkpointing.places import Places
 from lightning_efficient.checkpointing.random_state import RandomStates
-from lightning_efficient.checkpointing.remote import Uploaded
 from lightning_efficient.checkpointing.staging import Staging
 from lightning_efficient.checkpointing.trainer import (
     SavedByModelCheckpoint,
@@ -30,10 +29,11 @@ from lightning_efficient.checkpointing.trainer import (
     refuse_in_backward,
     refuse_past_loading,
 )
+from lightning_efficient.checkpointing.updates_in_backward import UpdatesInBackward
+from lightning_efficient.checkpointing.uploads import Uploaded
 from lightning_efficient.checkpointing.verification import CheckpointDamagedError, verify
 from lightning_efficient.checkpointing.writer import Written
 from lightning_efficient.coordination import KeptState, ParameterChange
-from lightning_efficient.core.step_in_backward import StepInBackward
 from lightning_efficient.core.units import parse_bytes
 
 __all__ = ["AsyncCheckpointIO", "CheckpointSaveError"]
@@ -100,27 +100,13 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         optimizer_in_backward: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("when_busy", when_busy, ("wait", "skip", "eager")),
-            ("staging", staging, ("auto", "host", "device")),
-            ("verify", verify, ("none", "checksum")),
-            ("resume", resume, (None, "auto")),
-            ("on_error", on_error, ("raise", "warn", "retry")),
-            ("frequency", frequency, ("advise", "drive")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not allowed. Use one of {', '.join(map(repr, allowed))}.")
-        for name, count, least in (("in_memory", in_memory, 0), ("keep", keep, 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{name}={count!r} is no number of checkpoints. Use {least} or more.")
-        if isinstance(max_overhead, bool) or not isinstance(max_overhead, int | float) or not 0 < max_overhead < 1:
-            raise ValueError(f"max_overhead={max_overhead!r} is no part of the run's time. Use e.g. 0.035 for 3.5 %.")
         self._arguments = {
             "memory_cap": memory_cap, "in_memory": in_memory, "when_busy": when_busy, "staging": staging,
             "verify": verify, "resume": resume, "on_error": on_error, "max_overhead": max_overhead,
             "frequency": frequency, "dirpath": dirpath, "keep": keep, "local_dir": local_dir,
             "optimizer_in_backward": optimizer_in_backward,
         }  # fmt: skip
+        check_arguments(self._arguments)
         self.optimizer_in_backward = optimizer_in_backward
         self.resume = resume
         self.engine = CheckpointEngine(
@@ -135,7 +121,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._trainer: pl.Trainer | None = None
         self._replaced: CheckpointIO | None = None
         self._save: Callable[..., None] | None = None
-        self._stepping: StepInBackward | None = None
+        self._in_backward = UpdatesInBackward(self.engine)
         self._places = Places(self.engine, local_dir)
         self._asked_by = SavedByModelCheckpoint(self.engine, self._places)
         self._autosave = Autosave(
@@ -148,9 +134,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._over = False  # whether a run has ended, and nobody will ask what became of a save
         self._prepared = False
         self._warned_plain = False
-        self._values: dict[str, float] = {}
-        self._saves = self._skipped = self._written = 0
-        self._blocked_seconds = self._persisted_seconds = 0.0
+        self._account = Account()
 
     def __reduce__(self) -> Any:
         """A copy, in another process for one, is a new object with the same arguments; a subclass keeps its own."""
@@ -196,7 +180,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 owners=trainer.optimizers if trainer is not None and fitting else (),
                 place="on_train_batch_end",
                 at_once=not self._in_batch_end,
-                first=self._in_order,
+                first=self._in_backward.tensors_in_order,
             )
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise CheckpointSaveError(
@@ -206,14 +190,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         if self._over:
             self._places.close()
             self._outcomes.poll(None)
-        self._saves += 1
-        self._skipped += saved.skipped
+        self._account.saved(saved)
         self._autosave.note_save()
-        self._blocked_seconds += saved.seconds
-        self._values["checkpoint/blocked_ms"] = saved.seconds * 1e3
-        self._values["checkpoint/copied_at_once_bytes"] = float(saved.copied_bytes)
-        self._values["checkpoint/copied_later_bytes"] = float(saved.later_bytes)
-        self._values["checkpoint/copied_ahead_bytes"] = float(saved.ahead_bytes)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -272,8 +250,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self.engine.barrier.attach()
         if self.optimizer_in_backward:
             refuse_in_backward(trainer, pl_module)
-            self._stepping = StepInBackward(trainer.optimizers, lambda: not compat.accumulating(trainer), self._updated)
-            self._stepping.attach()
+            self._in_backward.begin(trainer.optimizers, lambda: not compat.accumulating(trainer))
         self._autosave.begin(trainer)
         self._prepared = not (trainer.checkpoint_callbacks or self._autosave.drives)
         directories = self._asked_by.directories()
@@ -321,7 +298,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._autosave.batch_start()
         self._outcomes.poll_together(trainer)
         self._asked_by.tell_loggers()
-        if self._stepping is not None and self._save_follows(trainer) and not compat.accumulating(trainer):
+        if self._in_backward.active and self._save_follows(trainer) and not compat.accumulating(trainer):
             self.engine.expect_save(trainer.global_step + 1)
         if not self._prepared and trainer.global_step and trainer.is_global_zero:  # at once in a run that is resumed
             self._prepared = True
@@ -350,8 +327,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         """The parameters are others now."""
         self.engine.settle()
         self.engine.forget_places()
-        if self._stepping is not None:
-            self._stepping.attach()
+        self._in_backward.again()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._outcomes.failing = True
@@ -389,9 +365,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 self._trainer.strategy.checkpoint_io = self._replaced
         self._replaced = self._trainer = self._save = None
         self._asked_by.detach()
-        if self._stepping is not None:
-            self._stepping.detach()
-            self._stepping = None
+        self._in_backward.end()
 
     def _note_save(self, save: Callable[..., None], *arguments: Any, **more: Any) -> None:
         self._outcomes.unresolved = True
@@ -399,17 +373,6 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def _save_follows(self, trainer: pl.Trainer) -> bool:
         return self._autosave.due_after_this_batch() or self._asked_by.save_after(trainer.global_step + 1)
-
-    def _updated(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """In backward, while others still wait for their update."""
-        self.engine.ahead.updated([parameter, *(value for value in state.values() if isinstance(value, Tensor))])
-
-    def _in_order(self) -> Iterable[Tensor]:
-        """What the next updates change, first things first, as far as it is known."""
-        parameters = self._stepping.order if self._stepping is not None else []
-        optimizers = self._trainer.optimizers if self._trainer is not None else []
-        states = [optimizer.state.get(p, {}) for p in parameters for optimizer in optimizers]
-        return [*parameters, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
 
     # -- what is kept in memory ---------------------------------------------------------------------------------------
 
@@ -452,47 +415,20 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def measurements(self) -> Mapping[str, float]:
         """What the last save cost, and what updates waited for it."""
-        if not self._saves:
-            return {}
-        own = {
-            "checkpoint/stall_ms": self.engine.last_stall * 1e3,
-            "checkpoint/stalled_total_ms": self.engine.stalled_seconds * 1e3,
-            "checkpoint/buffer_bytes": float(self.engine.pool.held_bytes),
-            "checkpoint/saves": float(self._saves),
-            "checkpoint/skipped": float(self._skipped),
-            "checkpoint/written": float(self._written),
-        }
-        return self._values | self._autosave.found() | own
+        return self._account.measurements(self.engine, self._autosave.found())
 
     def balance(self) -> telemetry.Balance:
         """What saves and stalls cost, and what a save that waits for its file would have cost besides."""
-        return checkpoint_balance(
-            blocked_seconds=self._blocked_seconds,
-            stalled_seconds=self.engine.stalled_seconds,
-            persisted_seconds=self._persisted_seconds,
-            held_bytes=self.engine.pool.held_bytes,
-            written=self._written,
-            file_bytes=self._values.get("checkpoint/file_bytes", 0.0),
-            overhead=self._autosave.tuner.overhead,
-        )
+        return self._account.balance(self.engine, self._autosave.tuner.overhead)
 
     def events(self) -> Sequence[telemetry.Event]:
         """Every failure."""
         return tuple(self._outcomes.events)
 
     def _note_written(self, written: Written | Uploaded) -> None:
-        if isinstance(written, Uploaded):
-            self._values["checkpoint/upload_ms"] = written.upload_seconds * 1e3
-            return
-        self._written += 1
-        self._persisted_seconds += written.persist_seconds
-        self._autosave.tuner.written(written.seconds)
-        self._values |= {
-            "checkpoint/copy_ms": written.copy_seconds * 1e3,
-            "checkpoint/persist_ms": written.persist_seconds * 1e3,
-            "checkpoint/file_bytes": float(written.nbytes),
-            "checkpoint/write_gigabytes_per_second": written.nbytes / max(written.persist_seconds, 1e-9) / 1e9,
-        }
+        self._account.written(written)
+        if isinstance(written, Written):
+            self._autosave.tuner.written(written.seconds)
 
 
 def _rebuild(kind: type[AsyncCheckpointIO], arguments: Mapping[str, Any]) -> AsyncCheckpointIO:

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_efficient import compat, telemetry
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.places import Places
-from lightning_efficient.checkpointing.remote import RemoteFailure, Uploaded
 from lightning_efficient.checkpointing.snapshot import TornSnapshotError
+from lightning_efficient.checkpointing.uploads import RemoteFailure, Uploaded
 from lightning_efficient.checkpointing.writer import Failure, Written
 
 __all__ = ["CheckpointSaveError", "OnError", "Outcomes"]

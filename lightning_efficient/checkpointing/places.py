@@ -10,9 +10,10 @@ from pathlib import Path
 from lightning_efficient.checkpointing import remote_file
 from lightning_efficient.checkpointing.engine import CheckpointEngine
 from lightning_efficient.checkpointing.leftovers import sweep
-from lightning_efficient.checkpointing.remote import RemoteFailure, RemoteTier, Uploaded
+from lightning_efficient.checkpointing.remote import RemoteTier
 from lightning_efficient.checkpointing.remote_file import is_remote
 from lightning_efficient.checkpointing.retention import newest_intact
+from lightning_efficient.checkpointing.uploads import RemoteFailure, Uploaded
 from lightning_efficient.checkpointing.writer import Written
 
 __all__ = ["Places"]

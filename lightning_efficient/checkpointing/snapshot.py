@@ -23,6 +23,7 @@ from lightning_efficient.checkpointing.device_copies import DeviceCopies
 from lightning_efficient.checkpointing.verification import tensor_names
 from lightning_efficient.core.buffers import HostBuffer
 from lightning_efficient.core.checksum import crc32
+from lightning_efficient.core.memory_stream import MemoryStream
 from lightning_efficient.core.torch_internals import bytes_of
 
 __all__ = ["Snapshot", "TornSnapshotError", "note_of"]
@@ -244,7 +245,7 @@ class Snapshot:
         with self._reading:
             if not self.sealed:
                 raise LookupError(f"The state of step {self.step} is not in memory any more.")
-            stream = io.BufferedReader(_MemoryStream(self.buffer.view[: self.archive.nbytes]))  # type: ignore[type-var]
+            stream = io.BufferedReader(MemoryStream(self.buffer.view[: self.archive.nbytes]))  # type: ignore[type-var]
             return torch.load(stream, map_location=map_location, weights_only=False)
 
     def retire(self) -> HostBuffer:
@@ -364,30 +365,6 @@ class Snapshot:
 
 def _nothing() -> bytes:
     raise RuntimeError("The snapshot has been written.")
-
-
-class _MemoryStream(io.RawIOBase):
-    """Reads memory as a file, without a copy of it."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, len(self._view))[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._view[self._position : self._position + len(buffer)]
-        buffer[: len(part)] = part
-        self._position += len(part)
-        return len(part)
 
 
 def note_of(step: int) -> bytes:

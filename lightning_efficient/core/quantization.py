@@ -33,6 +33,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_efficient.core.bit_packing import filled, pack_bits, unpack_bits
+from lightning_efficient.core.group_codes import Code, Rounding, bound_of, factor_of, fewest_bytes, width_of
 from lightning_efficient.core.kernels import host, kernels_for
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
 
@@ -49,19 +51,10 @@ __all__ = [
     "unpack_bits",
 ]
 
-Rounding = Literal["nearest", "dither", "stochastic"]
-Code = int | Literal["fp8"]
-
 CHUNK = TABLE  # elements that are worked on at a time, so that what lies between two operations stays in the cache
 MAX_GROUP = 1 << 16
-_ALIGNMENT = 64  # elements to which a chunk is filled up: its parts are then whole words at any number of bits
-_UP = 1 + 2.0**-8  # a bfloat16 rounded to nearest after this is not less than before
-_MARGIN = 1 + 2.0**-12  # by which codes stay within their range, whatever float32 rounds
 _LEAST_SCALE = 2.0**-100
 _FLOAT8_MASK = 0x87F00000 - (1 << 32)
-_EXPONENT = 0x7F800000  # bits of a float32
-_FLOAT8_SCALE = (1 - 2.0**-8) / 448  # a bfloat16 rounded to nearest after this is not more: none decodes to infinity
-_LOW_BITS = {1: 0x0101010101010101, 2: 0x0303030303030303, 4: 0x0F0F0F0F0F0F0F0F}
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Quantized:
 
     def bound(self) -> Tensor:
         """What ``|x - decoded|`` never exceeds, for each group: float32 ``[groups]``."""
-        bound = _bound(self.minimum, self.scale, self.bits, self.rounding, self.dtype)
+        bound = bound_of(self.minimum, self.scale, self.bits, self.rounding, self.dtype)
         if self.outliers is not None:
             bound[self.outliers[0]] = 0
         return bound
@@ -142,20 +135,20 @@ def quantize(
             raise ValueError("Give bits, or an error_bound that says how many it takes.")
         minimum, spread = _minimum_and_spread(values, group_size)
         finite = bool(spread.isfinite().all())
-        bits = _fewest_bytes(minimum, spread, error_bound, values, group_size, rounding) if finite else None
+        bits = fewest_bytes(minimum, spread, error_bound, values, group_size, rounding) if finite else None
         if bits is None:
             return None
     rounding = "nearest" if bits == "fp8" else rounding
     payload = torch.empty(payload_bytes(values.numel(), bits), dtype=torch.uint8, device=values.device)
     kernels = kernels_for(values)
     if kernels is not None:
-        scale, minimum = kernels.encode(values, payload, bits, group_size, rounding, key, _factor(bits), _LEAST_SCALE)
+        scale, minimum = kernels.encode(values, payload, bits, group_size, rounding, key, factor_of(bits), _LEAST_SCALE)
     else:
         if bits == "fp8":
             minimum, spread = None, _largest(values, group_size)
         elif spread is None:
             minimum, spread = _minimum_and_spread(values, group_size)
-        scale = (spread * _factor(bits)).clamp_min_(_LEAST_SCALE).to(torch.bfloat16)
+        scale = (spread * factor_of(bits)).clamp_min_(_LEAST_SCALE).to(torch.bfloat16)
     if nonfinite == "refuse" and not scale.isfinite().all():
         return None
     if kernels is None:
@@ -218,7 +211,7 @@ def _encode(
     may_be_nan: bool,
 ) -> None:
     """Fill ``payload``; the codes of a group whose scale is NaN are 0, lest they spill into their neighbours'."""
-    bits = _width(code)
+    bits = width_of(code)
     inverse = scale.float().reciprocal_()[:, None]
     floor = minimum.float()[:, None] if minimum is not None else None
     table = noise_table(values.device)
@@ -247,7 +240,7 @@ def _encode(
 
 def _decoded(encoded: Quantized, values: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Pieces of ``values``, or of memory that is used again."""
-    device, bits = encoded.payload.device, _width(encoded.bits)
+    device, bits = encoded.payload.device, width_of(encoded.bits)
     scale, minimum = encoded.scale.float(), None
     if encoded.minimum is not None:
         minimum = encoded.minimum.float()
@@ -308,12 +301,12 @@ class _Workspace:
     """Memory for a piece of so many numbers, and the views of it that are needed again and again."""
 
     def __init__(self, device: torch.device, size: int, bits: int) -> None:
-        filled = _filled(size)
-        codes = torch.zeros(filled, dtype=torch.uint8, device=device)
+        room = filled(size)
+        codes = torch.zeros(room, dtype=torch.uint8, device=device)
         self.numbers = torch.empty(size, dtype=torch.float32, device=device)
         self.signed = codes[:size].view(torch.int8)
         self.floats = codes[:size].view(torch.float8_e4m3fn)
-        self.nbytes = filled * bits // 8
+        self.nbytes = room * bits // 8
         self._codes, self._bits = codes, bits
 
     def pack(self, packed: Tensor) -> None:
@@ -331,16 +324,6 @@ class _Workspaces(threading.local):
 
 
 _workspaces = _Workspaces()
-
-
-def _width(code: Code) -> int:
-    """Bits of a code."""
-    return 8 if code == "fp8" else code
-
-
-def _factor(code: Code) -> float:
-    """By which a group's spread, or for floats its largest number, becomes its scale."""
-    return _FLOAT8_SCALE if code == "fp8" else _UP * _MARGIN / ((1 << code) - 1)
 
 
 def _largest(values: Tensor, group_size: int) -> Tensor:
@@ -370,51 +353,6 @@ def _extremes(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _fewest_bytes(
-    minimum: Tensor, spread: Tensor, error_bound: float, values: Tensor, group_size: int, rounding: Rounding
-) -> int | None:
-    """Bits with which codes and outliers together are smallest; None if ``values`` are not larger."""
-    left: Tensor | float = error_bound
-    if values.dtype != torch.float32:  # see _rounded
-        low = minimum.float()
-        left = (error_bound - _half_spacing(torch.maximum(low.abs(), low + spread), values.dtype)).clamp_min_(
-            error_bound / 2
-        )
-    steps = spread * (_UP * _UP * _MARGIN * _MARGIN) / (left * (1 if rounding == "stochastic" else 2))
-    needed = torch.log2(steps + 1).ceil_().clamp_(1, 9).to(torch.int64)  # 9: more than there are
-    counts = torch.bincount(needed, minlength=10).tolist()
-    whole = group_size * values.element_size() + 8
-    costs = {bits: values.numel() * bits / 8 + sum(counts[bits + 1 :]) * whole for bits in range(1, 9)}
-    best = min(costs, key=costs.__getitem__)
-    return best if costs[best] + 4 * spread.numel() < values.nbytes else None
-
-
-def _bound(minimum: Tensor | None, scale: Tensor, bits: Code, rounding: Rounding, dtype: torch.dtype) -> Tensor:
-    """Of each group."""
-    scale = scale.float()
-    if minimum is None or bits == "fp8":  # from 256 on e4m3 has every 32nd number
-        return _rounded(scale * (16 * _MARGIN), scale * 464, dtype)
-    low, width = minimum.float(), scale * ((1 << bits) - 1)
-    float32 = (low.abs() + width) * 2.0**-22  # what that rounds on the way
-    bound = scale * (1.0 if rounding == "stochastic" else 0.5) * _MARGIN + float32
-    return _rounded(bound, torch.maximum(low.abs(), low + width) + scale, dtype)
-
-
-def _rounded(bound: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """What ``bound`` becomes where the decoded numbers, up to ``largest``, are rounded to ``dtype``.
-
-    By half its spacing at most, and by no more than they are off: what they stand for is a number of that type.
-    """
-    return bound if dtype == torch.float32 else bound + torch.minimum(bound, _half_spacing(largest, dtype))
-
-
-def _half_spacing(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the numbers of ``dtype`` around ``largest`` (float32), which they have most."""
-    info = torch.finfo(dtype)
-    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)  # of two, not above it
-    return power.clamp_min_(info.smallest_normal).mul_(info.eps / 2)
-
-
 def _outliers(
     values: Tensor,
     minimum: Tensor | None,
@@ -424,7 +362,7 @@ def _outliers(
     group_size: int,
     rounding: Rounding,
 ) -> tuple[Tensor, Tensor] | None:
-    found = (_bound(minimum, scale, bits, rounding, values.dtype) > error_bound).nonzero().flatten()
+    found = (bound_of(minimum, scale, bits, rounding, values.dtype) > error_bound).nonzero().flatten()
     if not found.numel():
         return None
     at = found[:, None] * group_size + torch.arange(group_size, device=values.device)
@@ -437,58 +375,6 @@ def _put_back(values: Tensor, groups: Tensor, kept: Tensor, group_size: int) -> 
     values[at[inside]] = kept[inside]
 
 
-def _filled(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
 def payload_bytes(numel: int, code: Code) -> int:
     """Of the codes of so many numbers."""
-    return _filled(numel) * _width(code) // 8
-
-
-def pack_bits(codes: Tensor, bits: int, packed: Tensor) -> None:
-    """Put codes of ``bits`` bits side by side: uint8 ``[n]`` into uint8 ``[n * bits / 8]``; n is a multiple of 64.
-
-    A byte holds the codes of one place in each part of the chunk, so that all goes by whole words; 3 bits are two
-    planes, of 2 and of 1.
-    """
-    if bits == 8:
-        packed.copy_(codes)
-        return
-    words, start, shift = codes.view(torch.int64), 0, 0
-    for width in _planes(bits):
-        count = words.numel() * width // 8
-        out = packed.view(torch.int64)[start : start + count]
-        last = 8 // width - 1
-        for place in range(last, -1, -1):
-            part = words[place * count : (place + 1) * count]
-            if bits != width:
-                part = (part >> shift) & _LOW_BITS[width]
-            if place == last:
-                out.copy_(part)
-            else:
-                out.bitwise_left_shift_(width).bitwise_or_(part)
-        start, shift = start + count, shift + width
-
-
-def unpack_bits(packed: Tensor, bits: int, codes: Tensor) -> None:
-    """The inverse of :func:`pack_bits`."""
-    if bits == 8:
-        codes.copy_(packed)
-        return
-    words, start, shift = codes.view(torch.int64), 0, 0
-    for width in _planes(bits):
-        count = words.numel() * width // 8
-        part = packed.view(torch.int64)[start : start + count]
-        for place in range(8 // width):
-            out = words[place * count : (place + 1) * count]
-            plane = (part >> (place * width) if place else part) & _LOW_BITS[width]
-            if shift:
-                out.bitwise_or_(plane << shift)
-            else:
-                out.copy_(plane)
-        start, shift = start + count, shift + width
-
-
-def _planes(bits: int) -> list[int]:
-    return [width for width in (4, 2, 1) if bits & width]
+    return filled(numel) * width_of(code) // 8

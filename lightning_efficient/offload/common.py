@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_efficient import compat, telemetry
 from lightning_efficient.coordination import ParameterChange
+from lightning_efficient.offload.account import Account, in_words
 from lightning_efficient.offload.batches.batch_control import BatchController
 from lightning_efficient.offload.batches.feedback import BatchFeedback
 from lightning_efficient.offload.batches.micro_batches import MicroBatchMixin, agree_by
@@ -68,11 +69,9 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         self._introduced = False
         self._session: OffloadSession | None = None
         self._trainer: pl.Trainer | None = None
-        self._events: list[telemetry.Event] = []
+        self._account = Account(type(self).__name__)
         self._undo = contextlib.ExitStack()
         self._control: BatchController | None = None
-        self._measured: Mapping[str, float] | None = None  # at the end
-        self._balance: telemetry.Balance | None = None  # likewise
         self._schedule, self._why = "after_backward", ""
         self._in_backward = False  # that of Lightning, not one within the user's step
         self._loaded: Mapping[str, Any] | None = None
@@ -90,24 +89,15 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
 
     def measurements(self) -> Mapping[str, float]:
         """Where bytes are, and what their ways cost a training batch; after training, the last values."""
-        if self._measured is not None:
-            return self._measured
-        values = self._session.measurements() if self._session is not None else {}
-        if self._control is not None and self._control.limit is not None:
-            values["samples_per_part"] = float(self._control.limit)
-        return {f"offload/{name}": value for name, value in values.items()}
+        return self._account.measurements(self._session, self._control)
 
     def balance(self) -> telemetry.Balance:
         """What computing waited, and what is elsewhere; after training, the last values."""
-        if self._balance is not None:
-            return self._balance
-        if self._session is None:
-            return telemetry.Balance("offload", verdict="Nothing was offloaded yet." if self.enabled else "It was off.")
-        return self._session.balance()
+        return self._account.balance(self._session, enabled=self.enabled)
 
     def events(self) -> Sequence[telemetry.Event]:
         """What was placed anew."""
-        return tuple(self._events)
+        return tuple(self._account.events)
 
     # -- the roles that it plays for other techniques ------------------------------------------------------------------
 
@@ -135,13 +125,13 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         if self._session is not None:
             self._session.begin_again()
             self._follow_batches(trainer)
-            self._tell(trainer, change.reason)
+            self._account.placed_anew(trainer, self._session, change.reason)
 
     # -- the Trainer's lifecycle -------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer) -> None:
         self._end()
-        self._events, self._measured, self._balance = [], None, None
+        self._account = Account(type(self).__name__)
         self._begun, self._introduced = self.enabled, False
         self._trainer = trainer
         super().setup(trainer)
@@ -173,22 +163,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
 
     def start_line(self, trainer: pl.Trainer) -> str:
         """What is where, when it is updated, and what that does to the results."""
-        if self._session is None:
-            return f"{type(self).__name__} waits: nothing is offloaded yet"
-        schedule, settings = f"schedule {self._schedule}: {self._why}", self.settings
-        if self._schedule == "delayed":
-            results = (
-                f"each update from step {settings.delay_after + 1} on comes one step late, so that results differ from "
-                "those of plain training"
-            )
-        elif settings.master_weights:
-            results = "updates in full precision"
-        else:
-            rounded = " but for the host's rounding" if self._session.updates_on_host else ""
-            whole = " while no batch is split" if settings.batch_feedback else ""
-            results = f"the same weights as in memory{rounded}{whole}"
-        parts = self._session.summary(), schedule, *self._session.ways(), results
-        return f"{type(self).__name__}: {'; '.join(parts)}"
+        return in_words(type(self).__name__, self._session, self._schedule, self._why, self.settings)
 
     def part_training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._session is None:
@@ -205,7 +180,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
             return
         self._session.begin_batch(gradients=True)
         if self._session.adapts_now and self._session.adapt():
-            self._tell(trainer, "the free memory changed")
+            self._account.placed_anew(trainer, self._session, "the free memory changed")
         if telemetry.due(trainer):
             self._session.look()
             telemetry.log(trainer, self.measurements())
@@ -242,7 +217,7 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
         self.finish_updates()
 
     def teardown(self) -> None:
-        self._measured, self._balance = self.measurements(), self.balance()
+        self._account.close(self._session, self._control, enabled=self.enabled)
         self._loaded = None  # what was loaded for an evaluation is not for a fit that follows
         self.stop_batch_feedback()
         self._undo.close()
@@ -373,13 +348,6 @@ class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
             )
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}(batch_feedback=True): {error}") from error
-
-    def _tell(self, trainer: pl.Trainer, why: str) -> None:
-        if self._session is None:
-            return
-        text = f"{self._session.summary()} ({why})"
-        self._events.append(telemetry.Event(compat.log_step(trainer), "offload", text))
-        telemetry.say(trainer, f"{type(self).__name__}, placed anew: {text}")
 
     def _end(self) -> None:
         if self._session is not None:

@@ -5,8 +5,8 @@ and the shape of what it gives. In them runs what runs without a compiler. So a 
 it has no names either, so that one graph serves all layers of a kind. Which parameter a weight is, is told by its
 memory.
 
-What forward leaves for backward (see :class:`~lightning_efficient.precision.engine.Call`) is kept beside the graph, as
-long as the graph keeps a small tensor with its number.
+What forward leaves for backward (see :class:`~lightning_efficient.precision.guarded_call.Call`) is kept beside the
+graph, as long as the graph keeps a small tensor with its number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_efficient.core.torch_internals import in_backward, without_torch_function
 from lightning_efficient.precision.calls import Product, kind_of, product_of, unfit
 from lightning_efficient.precision.device.call import DeviceCall
-from lightning_efficient.precision.engine import Call, Engine
+from lightning_efficient.precision.engine import Engine
 from lightning_efficient.precision.formats import format_named
+from lightning_efficient.precision.guarded_call import Call, call_of
 from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.status import ReturnPolicy
 
@@ -164,7 +165,7 @@ def _low_product(
         if nodes is None or node is None:
             call: Call | DeviceCall = _plain(kind, tuple(arguments), result_type)
         else:
-            call = nodes.engine.call(node, kind_of(kind, tuple(arguments)), x, weight)
+            call = call_of(nodes.engine, node, kind_of(kind, tuple(arguments)), x, weight)
         result = call.forward(x, weight, bias, result_type).contiguous()
         return result, _token(call, node)
 
@@ -277,7 +278,7 @@ def _call(
     node = _nodes.get(of_node)
     if node is None or nodes is None:
         return _plain(kind, arguments, result_type)
-    return nodes.engine.call(node, kind_of(kind, arguments), x, weight)
+    return call_of(nodes.engine, node, kind_of(kind, arguments), x, weight)
 
 
 @cache

@@ -22,7 +22,8 @@ from lightning_efficient.core.torch_internals import (
 )
 from lightning_efficient.precision import compiled
 from lightning_efficient.precision.calls import NOT_COVERED, Product, kind_of, name_of, product_of, unfit
-from lightning_efficient.precision.engine import Engine, product
+from lightning_efficient.precision.engine import Engine
+from lightning_efficient.precision.guarded_call import product
 from lightning_efficient.precision.names import Names
 from lightning_efficient.precision.nodes import Node
 

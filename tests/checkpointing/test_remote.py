@@ -231,7 +231,7 @@ def test_nor_is_there_one_in_the_directory_of_an_earlier_run(tier: RemoteTier, n
     checkpoint(tier.local(f"{run}/old/1.ckpt"), 1)
     tier.upload(f"{run}/old/1.ckpt", 1)
     tier.wait()
-    tier._last_asked.clear()
+    tier._uploads._last_asked.clear()
     network.fails = [OSError(), OSError()]
     save(tier, f"{run}/new/2.ckpt", 2)
     remove(tier, f"{run}/old/1.ckpt")
@@ -250,7 +250,7 @@ def test_what_is_not_wanted_any_more_is_not_uploaded(tier: RemoteTier, network: 
     for step in range(2, 20):
         save(tier, f"{run}/{step}.ckpt", step)
         remove(tier, f"{run}/{step - 1}.ckpt")
-        most = max(most, len(tier._uploads))
+        most = max(most, len(tier._uploads._uploads))
     assert most == 2
     network.gate.set()
     tier.wait()

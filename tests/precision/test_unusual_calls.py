@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from lightning_efficient.core.torch_internals import in_backward
 from lightning_efficient.precision import kinds
 from lightning_efficient.precision.device import eager
-from lightning_efficient.precision.engine import Call
 from lightning_efficient.precision.formats import format_named
+from lightning_efficient.precision.guarded_call import Call
 from tests.precision.device_network import LEARNING, Run
 from tests.precision.test_engine import LowBits, learnt, plain
 

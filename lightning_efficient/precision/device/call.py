@@ -27,7 +27,7 @@ def has_kernels(kind: Kind, x: Tensor, weight: Tensor) -> bool:
 
 @dataclass
 class DeviceCall:
-    """Of an operation for which :func:`has_kernels`; what ``engine.py`` has for a CPU."""
+    """Of an operation for which :func:`has_kernels`; what ``guarded_call.py`` has for a CPU."""
 
     engine: DeviceEngine
     node: Node
