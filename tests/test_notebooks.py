@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pytest
+
+from tests.helpers.scripts import Script
 
 # Steps that are enough to come by everything: a checkpoint before the first kill, each phase of growth.
 STEPS = {"00_quickstart": 4, "01_growth": 6, "02_checkpoints": 24, "06_together": 6}
@@ -25,6 +28,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LE_NOTEBOOK_STEPS", str(STEPS.get(path.stem, 12)))
     monkeypatch.setenv("LE_NOTEBOOK_WIDTH", "64")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", Script)  # five and three processes import Lightning
     mpl.use("agg")
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells(path):
