@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_efficient.monitoring import plots
 from tests.helpers.processes import look_only_at_what_comes
 
 
@@ -18,6 +19,12 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # half of the time that compiling takes
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plots of reports are empty files: nobody looks at them, and to draw them takes longer than to train."""
+    monkeypatch.setattr(plots, "draw", lambda panels, path: path.touch())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,6 +23,7 @@ def cells(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LE_NOTEBOOK_STEPS", str(STEPS.get(path.stem, 12)))
