@@ -25,8 +25,10 @@ def run(root: Path, strategy: Any, **arguments: Any) -> Run:
     return fit(None, strategy=strategy, root=root, checkpoints={}, **{"max_steps": STEPS, **DDP, **arguments})
 
 
-def saved(finished: Run) -> dict[int, Any]:
+def saved(finished: Run, *steps: int) -> dict[int, Any]:
+    """What is in the checkpoints of these steps; without any: of all."""
     torch.distributed.barrier()  # rank zero writes
     keys = ("state_dict", "optimizer_states", "lr_schedulers")
-    loaded = {step: torch.load(path, weights_only=True) for step, path in finished.checkpoints.items()}
+    paths = {step: path for step, path in finished.checkpoints.items() if not steps or step in steps}
+    loaded = {step: torch.load(path, weights_only=True) for step, path in paths.items()}
     return {step: {key: checkpoint[key] for key in keys} for step, checkpoint in loaded.items()}
