@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Where there is no GPU: make demo PIP_EXTRA="--extra-index-url <the index of torch's CPU builds>" saves gigabytes.
 PIP_EXTRA ?=
+# Tests start many processes: each would compile all that it imports anew, where somebody has told Python so.
+KEEP = PYTHONDONTWRITEBYTECODE=
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_EXTRA)
 
 .PHONY: demo test matrix lint docs bench clean
@@ -12,7 +14,7 @@ demo: $(VENV)/.run
 	$(BIN)/python -m lightning_efficient.demos.compare --steps 320
 
 test: $(VENV)/.dev $(VENV)/oldest $(VENV)/models
-	OLDEST_LIGHTNING=$(VENV)/oldest MODELS=$(VENV)/models $(BIN)/python -m pytest -n 3 --dist worksteal
+	OLDEST_LIGHTNING=$(VENV)/oldest MODELS=$(VENV)/models $(KEEP) $(BIN)/python -m pytest -n 3 --dist worksteal
 
 matrix: $(VENV)/.dev  # what goes together, all of it: about two hours on two cores; it goes on where it was stopped
 	$(BIN)/python -m tests.matrix

@@ -18,6 +18,7 @@ from lightning_efficient.__main__ import main
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.demos.compare import main as compare
 from lightning_efficient.monitoring.report import RunReport, read_report, write_report
+from tests.helpers.scripts import Script
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "base.yaml")
@@ -33,6 +34,7 @@ SMALL = [
 ]
 
 pytestmark = [
+    pytest.mark.usefixtures("undrawn"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter.*"),
@@ -234,6 +236,13 @@ def test_a_console_script_sees_packages_of_the_current_folder(tmp_path: Path) ->
     assert "class_path: lightning_efficient.demos.ByteLanguageModel" in shown.stdout or "mine.MyModel" in shown.stdout
 
 
+def ended(command: list[str], *, cwd: Path, check: bool) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run``; each interpreter would import Lightning."""
+    script = Script(command, cwd=cwd)
+    output, _ = script.communicate()
+    return subprocess.CompletedProcess(command, script.poll() or 0, output)
+
+
 @pytest.mark.slow
 def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -251,7 +260,7 @@ def test_the_demo_compares_two_runs_and_fails_where_one_fails(
     (small / "activation.yaml").write_text((CONFIGS / "activation.yaml").read_text().replace("100", "5"))
     (small / "offload.yaml").write_text((CONFIGS / "offload.yaml").read_text())
     (small / "precision.yaml").write_text((CONFIGS / "precision.yaml").read_text().replace("50", "2"))
-    monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
+    monkeypatch.setattr(subprocess, "run", ended)
     overlays = ["growth", "checkpoint", "activation", "offload", "precision"]
     arguments = ["--configs", str(small), "--steps", "16", "--out", str(tmp_path / "out"), "--overlays", *overlays]
     assert compare(arguments) == 0

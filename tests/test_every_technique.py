@@ -500,7 +500,7 @@ def test_compiled_x2(
     assert_trained(run)
     assert run.losses == pytest.approx(plain.losses, rel=1e-3)
     if backend == "eager" and what == "network":
-        for offset in (0, 1):
+        for offset in (0, 1) if setting.switches else (0,):
             path = run.checkpoints[step + offset]
             module = setting.model(CompiledModel, backend=backend)
             assert_continues(fit(setting, module=module, root=tmp_path / "r", ckpt_path=path), run)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pytest
+
+from tests.helpers.scripts import Script
 
 # Steps that are enough to come by everything: a checkpoint before the first kill, each phase of growth.
 STEPS = {"00_quickstart": 4, "01_growth": 6, "02_checkpoints": 24, "06_together": 6}
@@ -20,11 +23,13 @@ def cells(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LE_NOTEBOOK_STEPS", str(STEPS.get(path.stem, 12)))
     monkeypatch.setenv("LE_NOTEBOOK_WIDTH", "64")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", Script)  # five and three processes import Lightning
     mpl.use("agg")
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells(path):

@@ -162,10 +162,10 @@ def test_files_past_four_gigabytes(tmp_path: Path) -> None:
 
 def test_many_records(tmp_path: Path) -> None:
     """More than the 65,535 that the first ZIP format can count."""
-    state = [torch.tensor([float(i)]) for i in range(70_000)]
+    state = [torch.tensor([float(i)]) for i in range(65_600)]
     path = write(state, tmp_path / "many.ckpt")
     loaded = torch.load(path, weights_only=True)
-    assert loaded[69_999].item() == 69_999
+    assert loaded[65_599].item() == 65_599
     assert zipfile.ZipFile(path).testzip() is None
 
 

@@ -14,14 +14,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_moments_c10(seed: int, tmp_path: Path) -> None:
+def test_killed_at_random_moments_c10(tmp_path: Path) -> None:
     """``python -m benchmarks checkpoint`` does it 200 times."""
     elsewhere = Path("/dev/shm")  # a temporary directory on another file system must not matter
     environment = os.environ | ({"TMPDIR": str(elsewhere)} if elsewhere.is_dir() else {})
-    command = [sys.executable, "-m", "benchmarks.kills", str(tmp_path), "--kills", "10", "--seed", str(seed)]
+    command = [sys.executable, "-m", "benchmarks.kills", str(tmp_path), "--kills", "20", "--seed", "1"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     outcome = json.loads(run.stdout)
     assert outcome["problems"] == []
-    assert outcome["survived"] == outcome["kills"] == 10
+    assert outcome["survived"] == outcome["kills"] == 20
     assert outcome["steps"] > 10

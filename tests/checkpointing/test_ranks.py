@@ -22,6 +22,7 @@ from lightning_efficient import AsyncCheckpointIO
 from lightning_efficient.checkpointing import verify
 from tests.checkpointing.clouds import Bucket
 from tests.helpers.fitting import assert_same_tree, fit
+from tests.helpers.processes import context
 from tests.helpers.ranks import run_on_two_ranks
 from tests.technique_settings import demo_data, demo_model
 
@@ -268,9 +269,10 @@ def test_a_copy_of_a_subclass_keeps_what_is_its_own(copied: Callable[[Any], Any]
 def test_spawned_ranks_save_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    context()  # of which it makes the processes
     save = every(tmp_path / "ck", 2, save_top_k=1)
     trainer = pl.Trainer(
-        strategy="ddp_spawn",
+        strategy=DDPStrategy(start_method="forkserver"),  # as "spawn" pickles all, and imports less
         accelerator="cpu",
         devices=2,
         callbacks=[AsyncCheckpointIO(), save],

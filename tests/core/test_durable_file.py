@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_efficient.core import durable_file
 from lightning_efficient.core.buffers import PAGE, HostBuffer
 from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove, sweep_temporaries
+from tests.helpers.processes import context
 
 
 def image(pages: int) -> memoryview:
@@ -288,23 +290,24 @@ def test_mounts_that_sync_no_directory_are_no_error(
 
 
 def test_only_what_dead_writers_left_is_swept_c10(tmp_path: Path) -> None:
-    code = f"""
-import os, sys
-from pathlib import Path
-from lightning_efficient.core.durable_file import DurableFile
-file = DurableFile(Path({str(tmp_path)!r}) / "a.ckpt")
-print("ready", flush=True)
-sys.stdin.read()
-"""
     (tmp_path / "user.tmp").write_text("not ours")
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        assert sweep_temporaries(tmp_path) == [], "its writer lives"
-        writer.kill()
+    mine, its = context().Pipe()
+    writer = context().Process(target=_begin, args=(tmp_path / "a.ckpt", its))
+    writer.start()
+    assert mine.poll(60)
+    assert sweep_temporaries(tmp_path) == [], "its writer lives"
+    writer.kill()
+    writer.join()
     assert len(sweep_temporaries(tmp_path)) == 1
     assert os.listdir(tmp_path) == ["user.tmp"]
     assert sweep_temporaries(tmp_path / "nowhere") == []
+
+
+def _begin(path: Path, connection: Any) -> None:
+    file = DurableFile(path)
+    connection.send("ready")
+    time.sleep(60)
+    del file
 
 
 def test_half_made_links_are_swept_when_they_are_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,10 @@ import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ import torch
 from lightning_efficient.core import native
 from lightning_efficient.core.native import compiled, in_threads
 from lightning_efficient.core.quantization import dequantize, quantize
+from tests.helpers.processes import context
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -110,15 +109,22 @@ def test_an_older_compiler_without_these_options_will_do(
 
 
 def test_processes_that_compile_at_once_do_not_disturb_each_other(source: Path, tmp_path: Path) -> None:
-    code = "import sys, pathlib, lightning_efficient.core.native as native; "
-    code += "print(native.compiled(pathlib.Path(sys.argv[1])).twice(5))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code, str(source)], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0].split()[-1] for process in running] == ["10", "10"]
+    fork = context()
+    together, answers = fork.Barrier(2), fork.SimpleQueue()
+    running = [fork.Process(target=_compile, args=(source, tmp_path / "cache", together, answers)) for _ in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    assert [answers.get() for process in running if process.exitcode == 0] == [10, 10]
     assert len(kept(tmp_path)) == 1
+
+
+def _compile(source: Path, cache: Path, together: Any, answers: Any) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    together.wait(60)
+    library = compiled(source)
+    answers.put(library.twice(5) if library else None)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

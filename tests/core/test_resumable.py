@@ -57,9 +57,10 @@ def take(loader: ResumableDataLoader, batches: int) -> list[Any]:
     return list(itertools.islice(stream(loader), batches))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize(("workers", "drop_last"), [(0, False), (0, True), (2, False)])
+@pytest.mark.parametrize(
+    ("workers", "drop_last", "shuffle", "world_size"),
+    [*itertools.product([0], [False, True], [False, True], [1, 2]), (2, False, False, 2), (2, False, True, 1)],
+)  # hundreds of workers are forked
 def test_stopped_anywhere_goes_on_exactly(workers: int, drop_last: bool, shuffle: bool, world_size: int) -> None:
     arguments: dict[str, Any] = {"shuffle": shuffle, "drop_last": drop_last, "world_size": world_size}
     if not drop_last and world_size == 2:

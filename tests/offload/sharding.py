@@ -14,15 +14,30 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_efficient import OffloadFSDP2Strategy
-from tests.helpers.fitting import Run, fit
+from tests.helpers.fitting import Run, assert_same_tree, fit
 from tests.helpers.models import ScheduledModel
 from tests.technique_settings import demo_model
 
-__all__ = ["DISK", "RANKS", "STEPS", "ShardedModel", "contents", "local", "ours", "plain", "run", "saved", "sharded"]
+__all__ = [
+    "AFTER",
+    "DISK",
+    "RANKS",
+    "STEPS",
+    "ShardedModel",
+    "assert_same_checkpoints",
+    "contents",
+    "local",
+    "ours",
+    "plain",
+    "run",
+    "sharded",
+]
 
 RANKS = {"devices": 2, "use_distributed_sampler": False}
 DISK = {"optimizer_state": "disk"}
 STEPS = 5
+AFTER = 2
+"""Steps, at which runs are resumed."""
 
 
 class ShardedModel(ScheduledModel):
@@ -75,7 +90,7 @@ def plain(**arguments: Any) -> ModelParallelStrategy:
 
 def run(root: Path, strategy: Any, *, module: Any = None, **arguments: Any) -> Run:
     module = sharded() if module is None else module
-    defaults = {"max_steps": STEPS, "checkpoints": {}, "root": root, **RANKS}
+    defaults = {"max_steps": STEPS, "checkpoints": (AFTER, STEPS), "root": root, **RANKS}
     return fit(None, module=module, strategy=strategy, **(defaults | arguments))
 
 
@@ -88,10 +103,11 @@ def local(tree: Any) -> Any:
     return tree.to_local().detach().clone() if isinstance(tree, DTensor) else tree
 
 
-def saved(finished: Run) -> dict[int, Any]:
-    """What is in each checkpoint, a folder or a file."""
+def assert_same_checkpoints(one: Run, other: Run, step: int, where: str) -> None:
+    """What both runs have saved at this step, each a folder or a file, is the same; one rank reads it."""
     torch.distributed.barrier()  # rank zero writes last
-    return {step: contents(path) for step, path in finished.checkpoints.items()}
+    if torch.distributed.get_rank() == 0:
+        assert_same_tree(contents(one.checkpoints[step]), contents(other.checkpoints[step]), where)
 
 
 def contents(path: Path) -> dict[str, Any]:

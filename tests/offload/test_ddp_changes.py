@@ -17,7 +17,7 @@ from lightning_efficient.offload import session, tier_set
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.models import ScheduledModel
 from tests.helpers.ranks import run_on_two_ranks
-from tests.offload.dividing import ours, run, saved
+from tests.offload.dividing import assert_same_checkpoints, ours, run
 from tests.technique_settings import demo_model
 
 pytestmark = [
@@ -33,10 +33,10 @@ def growing(rank: int, root: Path, late: bool) -> None:
     plain = run(root / "plain", DDPStrategy(), before=[grow()], max_steps=6)
     mine = run(root / "ours", ours(enabled=not late), before=[grow(offload_on_switch=late)], max_steps=6)
     assert mine.losses == plain.losses
-    assert_same_tree(saved(mine), saved(plain), "checkpoints")
+    assert_same_checkpoints(mine, plain, "checkpoints")
     again = run(root / "again", ours(), before=[grow()], max_steps=6, ckpt_path=mine.checkpoints[2])
     assert again.losses == plain.losses[2:]
-    assert_same_tree(saved(again)[6], saved(plain)[6], "resumed")
+    assert_same_checkpoints(again, plain, "resumed", 6)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["from-the-start", "at-the-switch"])
@@ -54,7 +54,7 @@ def enabled_late(rank: int, root: Path) -> None:
     plain = run(root / "plain", DDPStrategy())
     mine = run(root / "ours", ours(enabled=False), before=[Enable()])
     assert mine.losses == plain.losses
-    assert_same_tree(saved(mine), saved(plain), "checkpoints")
+    assert_same_checkpoints(mine, plain, "checkpoints")
 
 
 def test_enabled_while_it_runs_g6(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def one_more_group(rank: int, root: Path) -> None:
         runs.append(run(root / name, strategy, module=module, before=[OneMoreGroup(module)]))
     plain, mine = runs
     assert mine.losses == plain.losses
-    assert_same_tree(saved(mine), saved(plain), "checkpoints")
+    assert_same_checkpoints(mine, plain, "checkpoints")
 
 
 def test_a_group_that_comes_while_it_runs_g6(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def placed_anew(rank: int, root: Path) -> None:
     mine = run(root / "ours", ours(place=None), max_steps=8)
     assert any(event.technique == "offload" for event in mine.events)
     assert mine.losses == plain.losses
-    assert_same_tree(saved(mine), saved(plain), "checkpoints")
+    assert_same_checkpoints(mine, plain, "checkpoints")
 
 
 def test_each_rank_places_anew_by_its_own_memory_o5(tmp_path: Path) -> None:

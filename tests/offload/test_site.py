@@ -39,8 +39,8 @@ from lightning_efficient.offload.site_choice import ChosenSite
 from lightning_efficient.offload.tiers.tier import TierError
 from tests.helpers.fitting import Run, assert_same_tree, fit
 from tests.helpers.ranks import run_on_two_ranks
+from tests.offload.dividing import assert_same_checkpoints
 from tests.offload.dividing import run as ranks_run
-from tests.offload.dividing import saved
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 
@@ -342,7 +342,7 @@ def of_two_ranks(rank: int, root: Path) -> None:
             plain = ranks_run(where / "plain", DDPStrategy(), **arguments)
             ours = ranks_run(where / "ours", OnHostDDP(offload_dir="swap", place=PLACES[place]), **arguments)
             assert ours.losses == plain.losses
-            assert_same_tree(saved(ours), saved(plain), f"{name}: checkpoint")
+            assert_same_checkpoints(ours, plain, f"{name}: checkpoint")
 
 
 def test_two_ranks_step_their_shares_on_the_host(tmp_path: Path) -> None:
