@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 .PHONY: demo test matrix lint docs bench clean
 
 demo: $(VENV)/.run
-	$(BIN)/python -m lightning_efficient.demos.compare --steps 320
+	$(BIN)/python -m lightning_efficient.demos.compare --steps 280
 
 test: $(VENV)/.dev $(VENV)/oldest $(VENV)/models
 	OLDEST_LIGHTNING=$(VENV)/oldest MODELS=$(VENV)/models $(KEEP) $(BIN)/python -m pytest -n 3 --dist worksteal

@@ -109,7 +109,6 @@ class PlacedRun:
         self.placement = Placement((), ())
         self._staged_bytes = 0  # what a budget leaves for `staging`
         self._returns: ReturnsFreedMemory | None = None
-        self._return_at_once()
         try:
             self._place()
         except BaseException:
@@ -124,20 +123,19 @@ class PlacedRun:
             if self._returns is not None:
                 self._returns.close()
 
-    def _return_at_once(self, *, roomy: bool = False) -> None:
-        """Freed memory goes back where a budget is for it, unless that is ``roomy``: its pages take time to be made."""
-        wanted = self.tiers.budgeted and not roomy
+    def _return_at_once(self) -> None:
+        """Freed memory goes back where there is a budget for it, unless there is room for it: to make pages takes time.
+
+        There is if all fits with what the C library keeps beside it: what was freed, two or three times.
+        """
+        needed = _WITH_FREED * sum(attribute.nbytes for attribute in self.attributes)
+        budget = self.tiers.budget_bytes
+        wanted = budget is not None and (needed > budget or bool(self._away()))
         if wanted and self._returns is None:
             self._returns = ReturnsFreedMemory()
         elif not wanted and self._returns is not None:
             self._returns.close()
             self._returns = None
-
-    def _is_roomy(self) -> bool:
-        """Whether all fits with what the C library keeps beside it: what was freed, two or three times."""
-        budget = next((room.nbytes for room in self.placement.rooms if room.tier == self.tiers.fastest), None)
-        fits = budget is not None and _WITH_FREED * self.placement.used(self.tiers.fastest) <= budget
-        return fits and not self._away()
 
     def _return_freed_memory(self) -> None:
         """Of what has gone elsewhere, and was made before freed memory went back at once."""
@@ -279,6 +277,7 @@ class PlacedRun:
         self._parameters = list(self._module.parameters())  # where they are used; a look at these is no use of them
         self._values_stay = False  # on the host, beside their state
         self.attributes = self._plain = self._attributes()
+        self._return_at_once()
         self._placed_for = self._arrangement()
         rooms, at_once = (
             self.tiers.rooms(self._parameters, self._optimizers, self.placement),
@@ -311,7 +310,7 @@ class PlacedRun:
             self.tiers.commit()
             self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
             self._return_freed_memory()
-        self._return_at_once(roomy=self._is_roomy())
+        self._return_at_once()
 
     def _choose_site(self) -> None:
         away = self._away()
@@ -343,7 +342,7 @@ class PlacedRun:
         self.placement = Placement((*self.placement.rows, *came_to.rows), self.placement.rooms)
         if (way := self._way_in_budget) is not None:
             self._staged_bytes = max(self._staged_bytes, way.fitted(self.placement, 0))  # the largest record fits
-        self._return_at_once(roomy=self._is_roomy())
+        self._return_at_once()
 
     def _left(self, rooms: Sequence[Room], fixed: Placement) -> list[Room]:
         """What of the rooms is left beside what is fixed, and the parameters on their way."""

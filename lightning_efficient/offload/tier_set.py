@@ -34,6 +34,7 @@ class TierSet:
         directory: See below.
         fastest: The tier in which the run computes.
         budgeted: Whether that is the memory of the host, with a budget that was given: for all that it holds.
+        budget_bytes: That budget; None: there is none.
         disk_buffer_bytes: See :func:`~.on_the_way.disk_buffer_bytes`.
 
     Args:
@@ -57,7 +58,7 @@ class TierSet:
             free = self._free_on_node(tier) if amount is None else amount
             self._budgets[tier] = min(free, self._budgets.get(tier, free))
         least = self._budgets.get("host") if self.fastest == "host" else None
-        self.budgeted = least is not None
+        self.budgeted, self.budget_bytes = least is not None, least
         self.disk_buffer_bytes = disk_buffer_bytes(least)
         self._reserves: dict[str, int] = {}  # by device
         self._tiers: dict[str, DiskTier | HostTier] = {}
