@@ -48,7 +48,7 @@ class Size:
         return f"{self.layers} layers of width {self.width}, {self.tokens:,} tokens a step"
 
 
-HIDING = Size(8, 512, 1024, 5, 1)  # enough tokens to hide the transfers
+HIDING = Size(8, 512, 1024, 15, 1)  # enough tokens to hide the transfers
 BINDING = Size(8, 768, 16, 9, 5)  # the disk is what there is to wait for
 QUICK = Size(2, 64, 32, 2, 1)
 
