@@ -116,7 +116,8 @@ def killed_and_resumed(folder: Path, *, kills: int, steps: int = 96, every: int 
         ("aimed at", "kills", "hit", "kills amid it, whatever they were aimed at"),
         rows,
         f"A run has {steps} steps and grows at a quarter and at half of them; optimizer state is on the disk, "
-        f"activations are in 4 bits, and a checkpoint is written every {every} steps. RollbackPrecision has only_if_faster=False, for times "
+        f"activations are in 4 bits, and a checkpoint is written every {every} steps. "
+        "RollbackPrecision has only_if_faster=False, for times "
         "differ from run to run, and so would the operations that it leaves alone. Compared are weights, optimizer "
         f"state, schedulers and the state of the techniques. Problems: {'; '.join(problems[:3]) or 'none'}.",
     )
