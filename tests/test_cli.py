@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -236,8 +237,9 @@ def test_a_console_script_sees_packages_of_the_current_folder(tmp_path: Path) ->
     assert "class_path: lightning_efficient.demos.ByteLanguageModel" in shown.stdout or "mine.MyModel" in shown.stdout
 
 
-def ended(command: list[str], *, cwd: Path, check: bool) -> subprocess.CompletedProcess[str]:
+def ended(command: list[str], *, cwd: Path, env: dict[str, str], check: bool) -> subprocess.CompletedProcess[str]:
     """As ``subprocess.run``; each interpreter would import Lightning."""
+    assert all(map(os.path.isabs, env["PYTHONPATH"].split(os.pathsep)))  # for it is another folder
     script = Script(command, cwd=cwd)
     output, _ = script.communicate()
     return subprocess.CompletedProcess(command, script.poll() or 0, output)

@@ -220,8 +220,10 @@ class BudgetControl:
         self.blocks.impure.clear()
 
     def again(self) -> None:
-        """The layers are others now: what they save is not known."""
+        """The layers are others now: what they save is not known, and what was told of them no longer true."""
         self._planner = MemoryPlanner()
+        self._plans.clear()
+        self._told.clear()
 
     def begin(self, step: int, batch: Sequence[Tensor], classifier: Classifier) -> None:
         """A batch begins, after ``step`` optimizer steps."""
@@ -266,7 +268,8 @@ class BudgetControl:
             sizes: What it saved; None: nobody looked.
 
         Returns:
-            Whether it was the first of its shapes.
+            Whether there is something to tell: it was the first of its shapes, or of these the first that fits, or the
+            first that does not.
         """
         recomputed = self.plan.recomputed if self.plan is not None else ()
         if sizes is not None:
@@ -274,8 +277,9 @@ class BudgetControl:
         if self.plan is None:
             return False
         self._plans[self._signature] = self.plan
-        new = self._signature not in self._told
-        self._told.add(self._signature)
+        news = self._signature if self.plan.fits else f"{self._signature} beyond"
+        new = news not in self._told
+        self._told.add(news)
         return new
 
     @property

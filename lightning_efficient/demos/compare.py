@@ -7,6 +7,7 @@ write, so that its peak memory is its own, and so is all that it writes. Every f
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -70,7 +71,9 @@ def _fit(folder: Path, name: str, configs: list[Path], steps: int | None) -> int
     if steps is not None:
         command += [f"--trainer.limit_train_batches={steps}", f"--trainer.val_check_interval={max(1, steps // 16)}"]
     (folder / name).mkdir(parents=True)
-    return subprocess.run(command, cwd=folder / name, check=False).returncode
+    imports = [sys.path[0], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, imports))}  # from another folder
+    return subprocess.run(command, cwd=folder / name, env=environment, check=False).returncode
 
 
 def _logger_arguments(folder: Path, name: str) -> dict[str, str]:

@@ -139,7 +139,7 @@ class PlacedRun:
 
     def _return_freed_memory(self) -> None:
         """Of what has gone elsewhere, and was made before freed memory went back at once."""
-        if self.tiers.budgeted:
+        if self._returns is not None:
             return_freed_memory()
 
     @property
@@ -309,8 +309,8 @@ class PlacedRun:
             )
             self.tiers.commit()
             self._parameters = [p for name, p in self._module.named_parameters() if name not in placed]
-            self._return_freed_memory()
         self._return_at_once()
+        self._return_freed_memory()
 
     def _choose_site(self) -> None:
         away = self._away()

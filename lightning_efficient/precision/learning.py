@@ -72,8 +72,9 @@ class Learning:
 
     def took(self, low: float, high: float) -> None:
         """Seconds of one product in low bits, with all that guards it, and in high ones."""
-        self._low += low
-        self._high += high
+        if self._timed:  # else they would be in checkpoints for nothing, and differ between equal runs
+            self._low += low
+            self._high += high
 
     def agreed(self) -> list[float]:
         """What ranks agree on: the largest number of each."""

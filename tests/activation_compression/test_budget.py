@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_efficient import ActivationCompressionPlugin
+from lightning_efficient import ActivationCompressionPlugin, GrowAndUnshareCallback
 from lightning_efficient.activation_compression.batches import tensors_in
 from lightning_efficient.activation_compression.blocks import Blocks, find_blocks
 from lightning_efficient.activation_compression.classify import EXACT, Classifier
@@ -260,6 +260,9 @@ class Lengths(torch.utils.data.Dataset[Tensor]):
 
     lengths = (64, 32, 64, 16, 48, 24, 56, 64)
 
+    def __init__(self, lengths: tuple[int, ...] = lengths) -> None:
+        self.lengths = lengths
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -300,16 +303,19 @@ def fit(
     steps: int = 8,
     layers: int = 2,
     wrap: Callable[[Tensor], Any] = lambda tokens: tokens,
+    lengths: tuple[int, ...] = Lengths.lengths,
+    callbacks: tuple[pl.Callback, ...] = (),
     **arguments: Any,
 ) -> Watch:
     watch = Watch(plugin)
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, callbacks=[plugin, watch], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **arguments,
+        accelerator="cpu", max_steps=steps, callbacks=[*callbacks, plugin, watch], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, **arguments,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Unwrapping(layers=layers, width=64, heads=2, context=64, learning_rate=3e-3, warmup_steps=2)
-    data = torch.utils.data.DataLoader(Lengths(), batch_size=None, collate_fn=wrap)
+    data = torch.utils.data.DataLoader(Lengths(lengths), batch_size=None, collate_fn=wrap)
     trainer.fit(model, data, data)
     return watch
 
@@ -411,6 +417,26 @@ def test_after_growth_nothing_is_known_of_what_batches_save_a9() -> None:
     plugin._budget.again()
     plugin._budget.begin(1, [torch.zeros(8, 17)], plugin._classifier)
     assert plugin._budget.plan is None
+
+
+def test_after_growth_the_new_plan_is_told_though_shapes_are_the_same_a9() -> None:
+    grows = GrowAndUnshareCallback(layers="blocks.*", stages=[{"depth": 2, "until": 4}, {"depth": 8}])
+    plugin = ActivationCompressionPlugin(memory_budget="256KiB")
+    with pytest.warns(UserWarning, match="It does not fit: give memory_budget more"):
+        watch = fit(plugin, steps=8, layers=8, lengths=(16,), callbacks=(grows,))
+    texts = [event.text for event in plugin.events()]
+    assert len(texts) == 2
+    assert not texts[0].endswith("or the batch less.")
+    assert texts[1].endswith("or the batch less.")
+    assert len(watch.seen) == 8
+
+
+def test_a_budget_that_falls_below_what_a_batch_needs_is_warned_of_a9() -> None:
+    schedule = {"initial_memory_budget": "2MiB", "final_memory_budget": "64KiB", "begin": 2, "end": 6}
+    plugin = ActivationCompressionPlugin(schedule=schedule)
+    with pytest.warns(UserWarning, match="It does not fit: give memory_budget more"):
+        fit(plugin, steps=8, lengths=(16,))
+    assert [event.text.endswith("or the batch less.") for event in plugin.events()] == [False, True]
 
 
 def test_rates_that_follow_the_gradients_stay_within_the_budget_of_each_batch_a8_a9() -> None:

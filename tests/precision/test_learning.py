@@ -85,3 +85,13 @@ def test_what_was_learnt_is_kept() -> None:
     assert one.done
     assert one.low_pays
     assert one.state_dict() == other.state_dict()
+
+
+def test_times_that_nobody_asks_for_are_in_no_checkpoint() -> None:
+    states = []
+    for seconds in (0.5, 0.7):
+        learning = Learning(5)
+        learning.begin(0, (1.0,))
+        learning.took(seconds, 1.0)
+        states.append(learning.state_dict())
+    assert states[0] == states[1]
