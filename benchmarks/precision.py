@@ -73,8 +73,9 @@ def run(options: Options) -> Result:
             "step, with all that the plugin does in it. time_vs_fp32 is that of int8 with fp32 around it, "
             "time_vs_bf16 that of int8 with bf16-mixed around it: each against what it takes the place of. CPU time "
             "of the process, the two arms one right behind the other; median and range over the rounds.",
-            "limit_vs_fp32: the step of fp32, were only its products as fast as torch's kernels for int8 are here, and "
-            "all else as before and nothing for the conversion: what this processor has to give.",
+            "limit_vs_fp32: the step of fp32, were only its products as fast as those of int8 are here, and all else "
+            "as before and nothing for quantizing: what this processor has to give. torch_int8_vs_fp32: products "
+            "alone, by torch's kernel.",
             "protection_overhead: against the same plugin that looks for no sign, whole steps side by side, whose "
             "noise is larger than it. protection_by_part: the time within a step that goes into looking at "
             "results; what is looked at while a tensor is quantized (one of 17 runs of its numbers) is not in it.",
@@ -98,6 +99,7 @@ def _speed(steps: Mapping[str, Any], kernels: Mapping[str, Any]) -> dict[str, fl
         "limit_vs_fp32": limit(steps["parts"], kernels),
         "products_vs_fp32": kernels["all"]["int8"] / kernels["all"]["fp32"],
         "bf16_products_vs_fp32": kernels["all"]["bf16"] / kernels["all"]["fp32"],
+        "torch_int8_vs_fp32": kernels["all"]["torch"] / kernels["all"]["fp32"],
     }
 
 

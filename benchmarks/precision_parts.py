@@ -53,6 +53,7 @@ class Watch:
 
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (formats.SharedExponent, "encode", "quantize"),
+    (integers, "multiply_in_tiles", "products in int8"),
     (torch, "_int_mm", "products in int8"),
     (integers, "_converted", "results from int32"),
     (engine, "measured_result", "signs"),

@@ -7,6 +7,7 @@ each first by turns.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -191,7 +192,7 @@ def _measured_steps(size: Size, threads: int) -> tuple[list[Table], dict[str, di
 
 
 def measured_products(size: Size, threads: int) -> tuple[Table, dict[str, Any]]:
-    """The products of a step alone, by torch's kernels: below that no step can be."""
+    """The products of a step alone: below that no step can be. Those in int8 are ours and torch's, to the bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     width, tokens = size.width, size.sequences * size.context
@@ -200,14 +201,16 @@ def measured_products(size: Size, threads: int) -> tuple[Table, dict[str, Any]]:
         for inside, outside, count in ((width, width, 4), (width, 4 * width, 1), (4 * width, width, 1)):
             for role in ("forward", "grad-input", "grad-weight"):
                 floats = [torch.randn(*shape) for shape in ((tokens, inside), (outside, inside), (tokens, outside))]
+                codes = [(one * 40).clamp(-127, 127).char() for one in floats]
                 run = {
                     "fp32": _product(role, floats, torch.mm),
                     "bf16": _product(role, [one.bfloat16() for one in floats], torch.mm),
-                    "int8": _product(role, [(one * 40).clamp(-127, 127).char() for one in floats], torch._int_mm),
+                    "int8": _product(role, codes, functools.partial(integers.multiply, exponent=0)),
+                    "torch": _product(role, codes, torch._int_mm),
                 }
                 for once in run.values():
                     once()  # kernels are made
-                times = {kind: beside(run[kind], run["fp32"], size.rounds, 2) for kind in ("bf16", "int8")}
+                times = {kind: beside(run[kind], run["fp32"], size.rounds, 2) for kind in run if kind != "fp32"}
                 seconds = _seconds(run["fp32"], size.rounds)
                 name = f"{inside} to {outside}, {role}"
                 found[name] = {
@@ -220,13 +223,14 @@ def measured_products(size: Size, threads: int) -> tuple[Table, dict[str, Any]]:
     finally:
         torch.set_num_threads(before)
     total = {
-        kind: sum(one["fp32_seconds"] * one["in_a_step"] * one.get(kind, 1) for one in found.values())
-        for kind in ("fp32", "bf16", "int8")
+        kind: sum(one["fp32_seconds"] * one["in_a_step"] * one.get(kind, 1) for one in found.values()) for kind in run
     }
     found["all"] = total
-    rows.append(("all of a step", "", *(f"{total[kind] / total['fp32']:.3f}" for kind in ("bf16", "int8"))))
+    rows.append(("all of a step", "", *(f"{total[kind] / total['fp32']:.3f}" for kind in times)))
+    header = "", "fp32 (GFLOP/s of CPU time)", "bf16 / fp32", "int8 / fp32", "torch's int8 / fp32"
+    note = "Ours with the sums converted to float32; torch's without."
     title = f"Products alone: {size}, {threads} thread{'s' if threads > 1 else ''}"
-    return Table(title, ("", "fp32 (GFLOP/s of CPU time)", "bf16 / fp32", "int8 / fp32"), rows), found
+    return Table(title, header, rows, note), found
 
 
 def _product(role: str, tensors: list[Tensor], multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:

@@ -29,7 +29,7 @@ from benchmarks.precision_steps import (
     measured_steps,
 )
 from benchmarks.precision_training import Counts
-from lightning_efficient.precision import formats, kinds
+from lightning_efficient.precision import formats, kinds, tiles
 
 TINY = Size(32, 1, 1, 32, 1)
 SHORT = Plan(pre_learning=10, begin=15, end=20, steps=24)
@@ -88,6 +88,8 @@ def test_all_arms_step_and_all_parts_are_seen() -> None:
             expected = {"all else", "optimizer", "clipping"}
         elif arm.endswith("unprotected"):
             expected.remove("signs")
+        if tiles._library() is not None:  # they convert sums where they make them
+            expected.discard("results from int32")
         assert set(parts) == expected, arm
     assert len(tables[0].rows) == len(PAIRS)
     assert [row[0] for row in tables[1].rows][-1] == "whole step"
@@ -163,7 +165,7 @@ def test_the_last_line_begins_with_what_was_asked_for(monkeypatch: pytest.Monkey
     ratios_of[f"{OURS_IN_BF16} / {OURS_IN_BF16}, unprotected"] = {"cpu": [1.0, 1.02]}
     guarded = {OURS_IN_FP32: {"all else": 1.0, "signs": 0.02}, OURS_IN_BF16: {"all else": 2.0, "signs": 0.02}}
     steps = {"ratios": ratios_of, "parts": {FP32: {"all else": 2.0}, **guarded}}
-    kernels = {"all": {"fp32": 1.0, "bf16": 0.5, "int8": 0.25}}
+    kernels = {"all": {"fp32": 1.0, "bf16": 0.5, "int8": 0.25, "torch": 0.3}}
     health = {"a task": dict.fromkeys(CLAIMED, Healthy([1.0], [0.95], [0.01])) | {"fp32": Healthy([1.0])}}
     runs = {"fp32": [Outcome(1.0)], "unprotected": [Outcome(12.0)], "protected": [Outcome(1.04, recovery=41)]}
     monkeypatch.setattr(precision, "measured_products", lambda *arguments: (table, kernels))

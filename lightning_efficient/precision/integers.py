@@ -5,14 +5,14 @@ linear layer, whatever they sum over: each tensor is quantized once in a step. S
 is rounded but to codes and in the sum's last conversion. (Zhang et al. 2020, "Fixed-Point Back-Propagation Training",
 3; Yamaguchi et al. on shared exponents.)
 
-On a CPU the passes over memory are C, see ``integers.c``; without a C compiler torch's operations give the same codes.
+On a CPU the passes over memory are C, see ``integers.c``, and products where the processor has tiles for them, see
+``tiles.c``; without a C compiler torch's operations give the same codes and results.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_efficient.core.native import compiled, in_threads
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
+from lightning_efficient.precision.scratch import Scratch
 from lightning_efficient.precision.signs import (
     Measured,
     one_run_in,
@@ -31,6 +32,7 @@ from lightning_efficient.precision.signs import (
     sample,
     shared_exponent,
 )
+from lightning_efficient.precision.tiles import can_tile, multiply_in_tiles
 
 __all__ = [
     "LARGEST",
@@ -245,8 +247,11 @@ def multiply(
     """
     one, other, terms = _plain(one), _plain(other), one.shape[1]
     if 0 < terms <= _MOST_TERMS and one.shape[0] and other.shape[1]:
+        if can_tile(one, dtype):
+            return multiply_in_tiles(one, other, *_factors(-exponent), bias, dtype)
         if dtype == torch.bfloat16 and one.device.type == "cpu" and _library() is not None:
-            sums = _scratch.sums(one.shape[0], other.shape[1])
+            shape = one.shape[0], other.shape[1]
+            sums = _scratch.memory(4 * math.prod(shape)).view(torch.int32).view(shape)
             return _converted(torch._int_mm(one, other, out=sums), exponent, bias, dtype)
         return _converted(torch._int_mm(one, other), exponent, bias, dtype)
     result = one.new_zeros(one.shape[0], other.shape[1], dtype=torch.float32)
@@ -264,22 +269,7 @@ def _plain(codes: Tensor) -> Tensor:
     return codes.reshape(-1).view(codes.shape) if 1 in codes.shape else codes
 
 
-class _Scratch(threading.local):
-    """Memory of sums, which nothing keeps: new memory would have to be made zero by the system, page by page."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.int32)
-
-    def sums(self, rows: int, columns: int) -> Tensor:
-        """int32, contiguous; until the next call."""
-        numel = rows * columns
-        if self._memory.numel() < numel:
-            with torch.inference_mode(False):  # what is made within cannot be written to behind it
-                self._memory = torch.empty(numel, dtype=torch.int32)
-        return self._memory[:numel].view(rows, columns)
-
-
-_scratch = _Scratch()
+_scratch = Scratch()
 
 
 def _converted(sums: Tensor, exponent: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

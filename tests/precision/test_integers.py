@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_efficient.precision import integers
+from lightning_efficient.precision import integers, tiles
 from lightning_efficient.precision.integers import (
     LARGEST,
     largest_magnitude,
@@ -21,16 +21,22 @@ from lightning_efficient.precision.integers import (
 from lightning_efficient.precision.signs import Measured, shared_exponent
 
 
-@pytest.fixture(autouse=True, params=["c", "torch"])
+@pytest.fixture(autouse=True, params=["tiles", "c", "torch"])
 def by(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both ways to compute."""
-    if request.param == "torch":
-        with mock.patch.object(integers, "_library", return_value=None):
-            yield "torch"
-    elif integers._library() is None:
-        pytest.skip("needs a C compiler")
-    else:
-        yield "c"
+    """The ways to compute."""
+    if request.param == "tiles":
+        if tiles._library() is None:
+            pytest.skip("needs a processor with AMX, and a C compiler that knows it")
+        yield "tiles"
+        return
+    with mock.patch.object(tiles, "_library", return_value=None):
+        if request.param == "torch":
+            with mock.patch.object(integers, "_library", return_value=None):
+                yield "torch"
+        elif integers._library() is None:
+            pytest.skip("needs a C compiler")
+        else:
+            yield "c"
 
 
 def encoded(values: Tensor) -> tuple[Tensor, int]:

@@ -91,9 +91,10 @@ def test_what_inference_mode_changes_in_place_is_seen(device: bool) -> None:
 
 
 def test_memory_of_sums_that_inference_mode_made_is_used_behind_it() -> None:
-    from lightning_efficient.precision import integers
+    from lightning_efficient.precision import integers, tiles
 
-    integers._scratch._memory = torch.empty(0, dtype=torch.int32)
+    for scratch in (integers._scratch, tiles._scratch):
+        scratch._memory = torch.empty(0, dtype=torch.int8)
     codes = torch.ones(4, 4, dtype=torch.int8)
     with torch.inference_mode():
         integers.multiply(codes, codes, 0, dtype=torch.bfloat16)
