@@ -1,7 +1,7 @@
 """Products of codes on a processor's tiles (Intel's AMX), converted where they are made; see ``tiles.c``.
 
 They are torch's to the bit: sums of integers are exact, and their conversion is the same. torch 2.13's own kernel,
-which is made for all processors, takes half as long again, and then the sums have to be converted.
+which is made for all processors, takes longer, and then the sums have to be converted.
 """
 
 from __future__ import annotations
