@@ -22,10 +22,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["OFF", "compiled", "in_threads"]
+__all__ = ["OFF", "compiled", "in_team", "in_threads"]
 
 OFF = "LIGHTNING_EFFICIENT_NATIVE"
 """Environment variable; "0": compile nothing."""
@@ -122,6 +123,21 @@ class _Pools(threading.local):
 
 
 _pools = _Pools()
+_imported_by = os.getpid()
+
+
+@cache
+def _gnu() -> Callable[..., None] | None:
+    """``GOMP_parallel`` of the OpenMP library that torch computes with; None where that is another."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = {path for path in (line.rpartition(" ")[2] for line in lines) if Path(path).name.startswith("libgomp")}
+        own = {path for path in mapped if Path(path).is_relative_to(Path(torch.__file__).parent)}
+        [place] = own or mapped  # other packages bring theirs along
+        parallel = ctypes.CDLL(place).GOMP_parallel
+        parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return parallel  # type: ignore[no-any-return]
+    return None
 
 
 def in_threads(work: Callable[[int, int], object], count: int) -> None:
@@ -138,3 +154,25 @@ def in_threads(work: Callable[[int, int], object], count: int) -> None:
     work(*ends[:2])
     for other in others:
         other.result()
+
+
+def in_team(function: Any, job: ctypes.Structure, parts: int) -> None:
+    """Call a C function with the address of ``job`` in as many of torch's threads as there are ``parts`` for.
+
+    Torch's stay awake for a while behind each of its operations: a thread of another library would have to wait for a
+    processor, and a Python thread for the interpreter's lock besides.
+
+    Args:
+        function: ``void function(struct job *)``, of a library; it takes one part after another until none is left.
+        job: What it works on.
+        parts: How many threads have something to do at most.
+    """
+    threads = min(torch.get_num_threads(), parts)
+    if threads < 2:
+        function(ctypes.byref(job))
+        return
+    parallel = _gnu() if os.getpid() == _imported_by else None  # a forked process has the library, but no threads
+    if parallel is not None:
+        parallel(ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(job), threads, 0)
+    else:
+        in_threads(lambda *_: function(ctypes.byref(job)), threads)

@@ -7,6 +7,7 @@
 #endif
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -99,8 +100,8 @@ static void look(const float *x, const float *u, const int8_t *codes, int64_t co
    on what is in the first cache: compilers make vectors of such, and of one loop for all of it they do not.
    every: of so many runs of neighbours one is looked at; 1: all numbers are.
    seen: of those; null: nothing is looked at. */
-float quantize(const void *values, int type, int64_t start, int64_t end, float factor, float again, const float *noise,
-               int8_t *codes, int64_t every, struct seen *seen) {
+static float quantize(const void *values, int type, int64_t start, int64_t end, float factor, float again,
+                      const float *noise, int8_t *codes, int64_t every, struct seen *seen) {
     float memory[BLOCK], most = 0;
     int strange = 0;
     for (int64_t at = start; at < end; at += BLOCK) {
@@ -129,6 +130,31 @@ float quantize(const void *values, int type, int64_t start, int64_t end, float f
             look(x + i, u ? u + i : 0, out + i, RUN, factor, again, large, seen);
     }
     return strange ? NAN : most;
+}
+
+/* Of a whole tensor, by as many threads as come. */
+struct quantizing {
+    const void *values;
+    int64_t type, count, part; /* numbers, and in a part of them */
+    float factor, again;
+    const float *noise;      /* or null */
+    const int64_t *noise_at; /* of each part, in it */
+    int8_t *codes;
+    int64_t every;
+    struct seen *seen; /* of each part, or null */
+    float *largest;    /* likewise */
+    _Atomic int64_t taken;
+};
+
+void quantize_all(struct quantizing *job) {
+    int64_t number;
+    while ((number = atomic_fetch_add(&job->taken, 1)) * job->part < job->count) {
+        int64_t start = number * job->part, end = start + job->part < job->count ? start + job->part : job->count;
+        job->largest[number] =
+            quantize(job->values, (int)job->type, start, end, job->factor, job->again,
+                     job->noise ? job->noise + job->noise_at[number] : 0, job->codes, job->every,
+                     job->seen ? job->seen + number : 0);
+    }
 }
 
 static inline uint16_t narrowed(float number) {

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_efficient.core.native import compiled, in_threads
+from lightning_efficient.core.native import compiled, in_team, in_threads
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
 from lightning_efficient.precision.scratch import Scratch
 from lightning_efficient.precision.signs import (
@@ -61,7 +61,6 @@ _LONG, _FLOAT = ctypes.c_int64, ctypes.c_float
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
     "largest": (_POINTER, _INT, _LONG, _LONG),
-    "quantize": (_POINTER, _INT, _LONG, _LONG, _FLOAT, _FLOAT, _POINTER, _POINTER, _LONG, _POINTER),
     "convert": (_POINTER, _POINTER, _INT, _LONG, _FLOAT, _FLOAT, _POINTER, _LONG, _LONG),
 }
 
@@ -72,6 +71,16 @@ class _Seen(ctypes.Structure):
     _fields_ = (
         ("beyond", ctypes.c_int64), ("gone", ctypes.c_int64), ("some", ctypes.c_int64), ("all", ctypes.c_int64),
         ("before", ctypes.c_double), ("after", ctypes.c_double),
+    )  # fmt: skip
+
+
+class _Quantizing(ctypes.Structure):
+    """Likewise."""
+
+    _fields_ = (
+        ("values", _POINTER), ("type", _LONG), ("count", _LONG), ("part", _LONG), ("factor", _FLOAT),
+        ("again", _FLOAT), ("noise", _POINTER), ("noise_at", _POINTER), ("codes", _POINTER), ("every", _LONG),
+        ("seen", _POINTER), ("largest", _POINTER), ("taken", _LONG),
     )  # fmt: skip
 
 
@@ -161,20 +170,15 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
     library: Any = _library()
     parts = -(-numel // _PART)
     seen = (_Seen * parts)()  # no tensors: they would cost more than the rest
-    every = one_run_in(numel, LOOKED_AT)
-    table = noise_table(values.device) if key is not None else None
-    found: list[float] = []
-
-    def work(first: int, last: int) -> None:
-        for part in range(first, last):
-            noise = table[noise_at(key or 0, part) :].data_ptr() if table is not None else None
-            found.append(library.quantize(
-                values.data_ptr(), _TYPES[values.dtype], part * _PART, min((part + 1) * _PART, numel), factor, again,
-                noise, codes.data_ptr(), every, ctypes.addressof(seen[part]),
-            ))  # fmt: skip
-
-    in_threads(work, parts)
-    largest = _most(found)
+    found = (_FLOAT * parts)()
+    table = noise_table(values.device).data_ptr() if key is not None else None
+    places = (_LONG * parts)(*(noise_at(key or 0, part) for part in range(parts)))
+    job = _Quantizing(
+        values.data_ptr(), _TYPES[values.dtype], numel, _PART, factor, again, table, ctypes.addressof(places),
+        codes.data_ptr(), one_run_in(numel, LOOKED_AT), ctypes.addressof(seen), ctypes.addressof(found),
+    )  # fmt: skip
+    in_team(library.quantize_all, job, parts)
+    largest = _most(list(found))
     some, looked_at = sum(one.some for one in seen), sum(one.all for one in seen)
     measured = Measured(
         exponent if largest else None,
@@ -318,7 +322,7 @@ def _library() -> Any | None:
     if library is not None:
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes = arguments
-        library.largest.restype = library.quantize.restype = _FLOAT
+        library.largest.restype, library.quantize_all.restype = _FLOAT, None
     return library
 
 

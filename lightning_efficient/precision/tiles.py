@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_efficient.core.native import compiled, in_threads
+from lightning_efficient.core.native import compiled, in_team
 from lightning_efficient.precision.scratch import Scratch
 
 __all__ = ["can_tile", "multiply_in_tiles"]
 
 _PANEL, _TERMS = 32, 64  # see ``tiles.c``
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SMALL = 1 << 27  # products of two numbers, of which one thread is done before others have begun
+_SMALL = 1 << 24  # products of two numbers: no thread for less
 
 
 class _Matrix(ctypes.Structure):
@@ -72,8 +72,7 @@ def multiply_in_tiles(
     left, right = _described(one, packed), _described(other, packed + places[0])
     pointer = bias.data_ptr() if bias is not None else None
     job = _Job(left, right, result.data_ptr(), _TYPES[dtype], one.shape[1], factor, again, pointer)
-    threads = torch.get_num_threads() if result.numel() * one.shape[1] > _SMALL else 1
-    in_threads(lambda *_: library.tiles_multiply(ctypes.byref(job)), threads)
+    in_team(library.tiles_multiply, job, 1 + result.numel() * one.shape[1] // _SMALL)
     return result
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import shutil
 import stat
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from lightning_efficient.core import native
-from lightning_efficient.core.native import compiled, in_threads
+from lightning_efficient.core.native import compiled, in_team, in_threads
 from lightning_efficient.core.quantization import dequantize, quantize
 from tests.helpers.processes import context
 
@@ -169,3 +171,61 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch
     child.start()
     assert answers.get(timeout=60)
     child.join(20)
+
+
+class Doubling(ctypes.Structure):
+    _fields_ = (("out", ctypes.c_void_p), ("count", ctypes.c_int64), ("taken", ctypes.c_int64))
+
+
+DOUBLE = """
+#include <stdatomic.h>
+#include <stdint.h>
+struct job { int64_t *out; int64_t count; _Atomic int64_t taken; };
+void twice_all(struct job *job) {
+    for (int64_t i; (i = atomic_fetch_add(&job->taken, 1)) < job->count;) job->out[i] += 2 * i;
+}
+"""
+
+
+def doubled(source: Path, count: int, parts: int) -> list[int]:
+    library = compiled(source)
+    assert library is not None
+    out = (ctypes.c_int64 * count)()
+    in_team(library.twice_all, Doubling(ctypes.addressof(out), count), parts)
+    return list(out)
+
+
+@pytest.mark.parametrize("team", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("parts", [0, 1, 2, 100])
+def test_each_part_is_done_once_whoever_does_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch, team: bool, threads: int, parts: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    if not team:
+        monkeypatch.setattr(native, "_gnu", lambda: None)
+    source.write_text(DOUBLE)
+    for count in (0, 1, 5, 1000):
+        assert doubled(source, count, parts) == [2 * i for i in range(count)]
+
+
+def _doubled(source: Path, answers: multiprocessing.Queue[list[int]]) -> None:
+    answers.put(doubled(source, 100, 2))
+
+
+def test_a_forked_process_does_not_wait_for_a_team_that_is_gone(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    source.write_text(DOUBLE)
+    assert doubled(source, 100, 2) == [2 * i for i in range(100)]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_doubled, args=(source, answers), daemon=True)
+    child.start()
+    assert answers.get(timeout=60) == [2 * i for i in range(100)]
+    child.join(20)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="another build of torch may have another OpenMP")
+def test_the_team_is_found() -> None:
+    if sys.platform == "linux":
+        assert native._gnu() is not None

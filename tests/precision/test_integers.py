@@ -136,12 +136,12 @@ def test_a_right_guess_saves_a_pass_over_memory(by: str) -> None:
 
     counted = mock.Mock(
         largest=lambda *arguments: counting("largest", *arguments),
-        quantize=lambda *arguments: counting("quantize", *arguments),
+        quantize_all=lambda *arguments: counting("quantize_all", *arguments),
     )
     with mock.patch.object(integers, "_library", return_value=counted):
         for guess in (5, None, 4):
             with_shared_exponent(torch.tensor([1.0, 3.0]), guess=guess)
-    assert passes == ["quantize", "largest", "quantize", "quantize", "quantize"]
+    assert passes == ["quantize_all", "largest", "quantize_all", "quantize_all", "quantize_all"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
