@@ -19,7 +19,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,16 @@ _imported_by = os.getpid()
 
 @cache
 def _gnu() -> Callable[..., None] | None:
-    """``GOMP_parallel`` of the OpenMP library that torch computes with; None where that is another."""
+    """``GOMP_parallel`` of the OpenMP library that torch computes with; None where that is not GNU's."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         lines = Path("/proc/self/maps").read_text().splitlines()
-        mapped = {path for path in (line.rpartition(" ")[2] for line in lines) if Path(path).name.startswith("libgomp")}
-        own = {path for path in mapped if Path(path).is_relative_to(Path(torch.__file__).parent)}
-        [place] = own or mapped  # other packages bring theirs along
-        parallel = ctypes.CDLL(place).GOMP_parallel
+        mapped = {Path(line.rpartition(" ")[2]) for line in lines if line.endswith(".so") or ".so." in line}
+        found = {path for path in mapped if path.name.startswith("libgomp")}
+        own = {path for path in found if path.is_relative_to(Path(torch.__file__).parent)}
+        if not own and any(path.name.startswith(("libiomp", "libomp")) for path in mapped):
+            return None
+        [place] = own or found  # other packages bring theirs along
+        parallel = ctypes.CDLL(str(place)).GOMP_parallel
         parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
         return parallel  # type: ignore[no-any-return]
     return None
@@ -151,12 +154,15 @@ def in_threads(work: Callable[[int, int], object], count: int) -> None:
         return
     ends = [count * part // threads for part in range(threads + 1)]
     others = [_pools.get(torch.get_num_threads()).submit(work, *ends[part : part + 2]) for part in range(1, threads)]
-    work(*ends[:2])
+    try:
+        work(*ends[:2])
+    finally:
+        wait(others)  # what they write to must be there until they end, also where this thread is interrupted
     for other in others:
         other.result()
 
 
-def in_team(function: Any, job: ctypes.Structure, parts: int) -> None:
+def in_team(function: Any, job: Any, parts: int) -> None:
     """Call a C function with the address of ``job`` in as many of torch's threads as there are ``parts`` for.
 
     Torch's stay awake for a while behind each of its operations: a thread of another library would have to wait for a
@@ -164,15 +170,19 @@ def in_team(function: Any, job: ctypes.Structure, parts: int) -> None:
 
     Args:
         function: ``void function(struct job *)``, of a library; it takes one part after another until none is left.
-        job: What it works on.
+        job: A ``ctypes.Structure``, what it works on. More threads may come than have something to do: the one that
+            finds ``seats`` threads before it, which it counts in ``came``, has to go.
         parts: How many threads have something to do at most.
     """
-    threads = min(torch.get_num_threads(), parts)
-    if threads < 2:
+    threads = job.seats = max(1, min(torch.get_num_threads(), parts))
+    if threads == 1:
         function(ctypes.byref(job))
         return
     parallel = _gnu() if os.getpid() == _imported_by else None  # a forked process has the library, but no threads
-    if parallel is not None:
-        parallel(ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(job), threads, 0)
+    if (
+        parallel is not None
+    ):  # all of torch's: GNU's ends those that a smaller team leaves out, and torch makes them anew
+        every = torch.get_num_threads()
+        parallel(ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(job), every, 0)
     else:
         in_threads(lambda *_: function(ctypes.byref(job)), threads)

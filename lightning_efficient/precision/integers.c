@@ -143,11 +143,13 @@ struct quantizing {
     int64_t every;
     struct seen *seen; /* of each part, or null */
     float *largest;    /* likewise */
-    _Atomic int64_t taken;
+    int64_t seats; /* of threads; who finds them taken goes */
+    _Atomic int64_t came, taken;
 };
 
 void quantize_all(struct quantizing *job) {
     int64_t number;
+    if (atomic_fetch_add(&job->came, 1) >= job->seats) return;
     while ((number = atomic_fetch_add(&job->taken, 1)) * job->part < job->count) {
         int64_t start = number * job->part, end = start + job->part < job->count ? start + job->part : job->count;
         job->largest[number] =

@@ -80,7 +80,7 @@ class _Quantizing(ctypes.Structure):
     _fields_ = (
         ("values", _POINTER), ("type", _LONG), ("count", _LONG), ("part", _LONG), ("factor", _FLOAT),
         ("again", _FLOAT), ("noise", _POINTER), ("noise_at", _POINTER), ("codes", _POINTER), ("every", _LONG),
-        ("seen", _POINTER), ("largest", _POINTER), ("taken", _LONG),
+        ("seen", _POINTER), ("largest", _POINTER), ("seats", _LONG), ("came", _LONG), ("taken", _LONG),
     )  # fmt: skip
 
 
@@ -248,7 +248,12 @@ def multiply(
 
     Returns:
         ``[M, N]``.
+
+    Raises:
+        RuntimeError: If that is no product.
     """
+    if one.shape[1] != other.shape[0]:
+        raise RuntimeError(f"Shapes {list(one.shape)} and {list(other.shape)} cannot be multiplied.")
     one, other, terms = _plain(one), _plain(other), one.shape[1]
     if 0 < terms <= _MOST_TERMS and one.shape[0] and other.shape[1]:
         if can_tile(one, dtype):

@@ -182,6 +182,13 @@ static inline void converted(const int32_t *sums, void *out, int type, int64_t a
     }
 }
 
+/* Eight tiles of 16 rows of 64 bytes. (Not a local one: gcc thinks that eight bytes of it are read.) */
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
 /* `left @ right * factor * again + bias`, by as many threads as come. */
 struct job {
     struct matrix left, right; /* the right one transposed: its rows are columns of the result */
@@ -189,7 +196,8 @@ struct job {
     int64_t type, terms;
     float factor, again;
     const float *bias;
-    _Atomic int64_t to_pack, packed, to_multiply; /* zero at first: how many parts somebody has taken, or done */
+    int64_t seats;
+    _Atomic int64_t came, to_pack, packed, to_multiply; /* zero at first: how many parts somebody has taken, or done */
 };
 
 /* Some panels of rows of the result by some panels of columns. */
@@ -215,6 +223,7 @@ static void part(const struct job *job, int64_t row, int64_t last_row, int64_t f
 
 /* Whoever has taken the last part to be packed, or comes later, waits until all are. */
 void tiles_multiply(struct job *job) {
+    if (atomic_fetch_add(&job->came, 1) >= job->seats) return;
     int64_t down = upward(job->left.rows, PANEL), across = upward(job->right.rows, PANEL), taken;
     int64_t pairs = upward(down, 2), all = pairs + upward(across, 2);
     while ((taken = atomic_fetch_add(&job->to_pack, 1)) < all) {
@@ -223,12 +232,6 @@ void tiles_multiply(struct job *job) {
         atomic_fetch_add(&job->packed, 1);
     }
     while (atomic_load(&job->packed) < all) sched_yield();
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = 64, shape.rows[tile] = 16;
     _tile_loadconfig(&shape);
     int64_t steps = upward(job->terms, TERMS), together = steps > CHUNK ? TOGETHER : CACHED / (steps * STEP);
     int64_t groups = upward(down, AT_A_TIME);

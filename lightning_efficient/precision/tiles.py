@@ -39,7 +39,8 @@ class _Job(ctypes.Structure):
     _fields_ = (
         ("left", _Matrix), ("right", _Matrix), ("out", ctypes.c_void_p), ("type", ctypes.c_int64),
         ("terms", ctypes.c_int64), ("factor", ctypes.c_float), ("again", ctypes.c_float), ("bias", ctypes.c_void_p),
-        ("to_pack", ctypes.c_int64), ("packed", ctypes.c_int64), ("to_multiply", ctypes.c_int64),
+        ("seats", ctypes.c_int64), ("came", ctypes.c_int64), ("to_pack", ctypes.c_int64), ("packed", ctypes.c_int64),
+        ("to_multiply", ctypes.c_int64),
     )  # fmt: skip
 
 

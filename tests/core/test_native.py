@@ -9,6 +9,7 @@ import shutil
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,24 @@ def test_an_error_in_a_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> No
         in_threads(work, 2)
 
 
+def test_nobody_writes_behind_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    began, ended = threading.Event(), list[int]()
+
+    def work(first: int, last: int) -> None:
+        if first:
+            began.set()
+            time.sleep(0.2)
+            ended.append(first)
+            return
+        began.wait(20)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(work, 2)
+    assert ended == [1]
+
+
 def _encode(numbers: torch.Tensor, answers: multiprocessing.Queue[bool]) -> None:
     encoded = quantize(numbers, 4)
     answers.put(encoded is not None and torch.isfinite(dequantize(encoded)).all().item())
@@ -174,14 +193,18 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 
 class Doubling(ctypes.Structure):
-    _fields_ = (("out", ctypes.c_void_p), ("count", ctypes.c_int64), ("taken", ctypes.c_int64))
+    _fields_ = (
+        ("out", ctypes.c_void_p), ("count", ctypes.c_int64), ("seats", ctypes.c_int64), ("came", ctypes.c_int64),
+        ("taken", ctypes.c_int64),
+    )  # fmt: skip
 
 
 DOUBLE = """
 #include <stdatomic.h>
 #include <stdint.h>
-struct job { int64_t *out; int64_t count; _Atomic int64_t taken; };
+struct job { int64_t *out; int64_t count, seats; _Atomic int64_t came, taken; };
 void twice_all(struct job *job) {
+    if (atomic_fetch_add(&job->came, 1) >= job->seats) return;
     for (int64_t i; (i = atomic_fetch_add(&job->taken, 1)) < job->count;) job->out[i] += 2 * i;
 }
 """
@@ -191,7 +214,11 @@ def doubled(source: Path, count: int, parts: int) -> list[int]:
     library = compiled(source)
     assert library is not None
     out = (ctypes.c_int64 * count)()
-    in_team(library.twice_all, Doubling(ctypes.addressof(out), count), parts)
+    job = Doubling(ctypes.addressof(out), count)
+    in_team(library.twice_all, job, parts)
+    assert job.seats == max(1, min(parts, torch.get_num_threads()))
+    if job.seats > 1 and native._gnu() is not None and os.getpid() == native._imported_by:
+        assert job.came == torch.get_num_threads()  # GNU's team stays as large as torch's, or its threads end
     return list(out)
 
 

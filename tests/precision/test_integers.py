@@ -192,6 +192,14 @@ def test_products_are_exact_but_for_one_rounding_p5(rows: int, terms: int, colum
         torch.testing.assert_close(result, (exact + added.double()).float(), rtol=2e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("terms", [1, 63, 65, 128, 200])
+@pytest.mark.parametrize("across", [False, True])
+def test_shapes_that_do_not_fit_are_refused(terms: int, across: bool) -> None:
+    other = torch.ones(32, 64, dtype=torch.int8).t() if across else torch.ones(64, 32, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=rf"\[8, {terms}\] and \[64, 32\] cannot be multiplied"):
+        multiply(torch.ones(8, terms, dtype=torch.int8), other, 0)
+
+
 def test_one_pair_of_codes_serves_the_three_products_of_a_layer_p5() -> None:
     x, w, g = torch.randn(40, 24), torch.randn(32, 24), torch.randn(40, 32)
     (xq, qx), (wq, qw), (gq, qg) = encoded(x), encoded(w), encoded(g)

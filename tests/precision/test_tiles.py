@@ -122,7 +122,7 @@ def test_nothing_beyond_the_result_is_written() -> None:
     bytes_of = [tiles._packed_bytes(matrix) for matrix in (one, other.t())]
     packed = torch.full((sum(bytes_of) + 64,), 99, dtype=torch.int8)
     left.packed, right.packed = packed.data_ptr(), packed.data_ptr() + bytes_of[0]
-    job = tiles._Job(left, right, inside.data_ptr(), 0, 65, 1.0, 1.0, None)
+    job = tiles._Job(left, right, inside.data_ptr(), 0, 65, 1.0, 1.0, None, 1)
     tiles._library().tiles_multiply(job)  # type: ignore[union-attr]
     assert torch.equal(inside, exact(one, other))
     assert torch.all(around[: 33 * 17] == 7)

@@ -53,6 +53,18 @@ def test_a_device_too_gives_results_that_may_be_changed_in_place() -> None:
     assert run.net.one.weight.grad is not None
 
 
+@pytest.mark.parametrize("width", [23, 25, 129])
+@pytest.mark.parametrize("low", ["int8", "int8-row", "int8-block", "bfp16", "fp8", "fp16"])
+def test_an_input_of_another_width_is_refused_when_all_is_learnt_too(low: str, width: int) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(24, 32), torch.randn(64, 24)
+    bits = LowBits(module, low)
+    learnt(bits, lambda: module(x).square().sum())
+    wrong = torch.randn(64, width)
+    with pytest.raises(RuntimeError, match=r"multiplied|must match|size"):
+        bits.step(lambda: module(wrong).square().sum())
+
+
 @pytest.mark.parametrize("where", ["every other", "one for all", "one for each row"])
 def test_a_bias_lies_anywhere(where: str) -> None:
     torch.manual_seed(0)
