@@ -2,7 +2,7 @@
 
 For each training the planner does what ``python -m lightning_efficient plan`` does; then plain training and several
 combinations are run in processes of their own, on the training's own loader, and held against what was predicted for
-them. Times are compared at the speed of the machine that a fixed piece of work shows beside the steps, for a shared
+them. Times are compared at the speed of the machine that a fixed piece of work shows before and after, for a shared
 machine is half as fast again a minute later.
 """
 
@@ -190,9 +190,9 @@ def run(options: Options) -> Result:
     notes = (
         "The planner profiles plain training, tries each technique alone, and predicts the rest; each row is then a "
         "run of its own. The errors of the last line are the largest of all rows.",
-        "Times are compared at the machine's speed in the profile, as a fixed piece of work beside the steps shows it. "
-        "The error of a time is that of the process's CPU time; with an offload, which waits for a disk, that of the "
-        "wall time.",
+        "Times are compared at the machine's speed in the profile, as a fixed piece of work before and after the steps "
+        "shows it. The error of a time is that of the process's CPU time; with an offload, which waits for a disk, "
+        "that of the wall time.",
     )
     figures = {"plan_peak_error": peak, "plan_time_error": seconds}
     return Result("plan", figures, [table(rows)], raw, notes)

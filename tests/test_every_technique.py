@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -317,6 +318,34 @@ class Interruption(Callback):
         self.trainer = trainer
         if trainer.global_step == self.at:
             raise RuntimeError("interrupted on purpose")
+
+
+class GoneInTime(Callback):
+    """Holds no loss, and looks at how many of those of earlier batches somebody holds."""
+
+    def __init__(self) -> None:
+        self.losses: list[weakref.ref[Tensor]] = []
+        self.held: list[int] = []
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self.losses.append(weakref.ref(loss))
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.held.append(sum(loss() is not None for loss in self.losses[:-1]))
+
+
+@every()
+def test_a_batch_is_freed_without_pythons_collector(setting: TechniqueSetting, tmp_path: Path) -> None:
+    """A cycle of references would hold its tensors for some more batches."""
+    gone = GoneInTime()
+    gc.collect()
+    gc.disable()
+    try:
+        fit(setting, root=tmp_path, after=[gone])
+    finally:
+        gc.enable()
+    assert len(gone.losses) >= STEPS
+    assert max(gone.held) == 0
 
 
 @changes_parameters

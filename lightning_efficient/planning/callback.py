@@ -80,7 +80,7 @@ class StepWatch(pl.Callback):
 
     @property
     def yardstick(self) -> tuple[float, float]:
-        """Seconds of a fixed piece of work beside the batches that were timed, by the clock and of the processors."""
+        """Seconds of a fixed piece of work before and after the batches, by the clock and of the processors."""
         return self._yardstick.seconds
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,11 +95,11 @@ class StepWatch(pl.Callback):
         end = self._warm_up + self._timed
         if self._number == end:
             self.peak = self._meter.peak_bytes()
+        if self._number in (0, end) and trainer.strategy.root_device.type == "cpu":
+            self._yardstick.measure()
         if self._detail and end <= self._number < end + self._sizes:
             self._looking = LayerAccount(pl_module)
             self._counting.enter_context(self._looking.counting(nested_tensors(batch)))
-        elif trainer.strategy.root_device.type == "cpu" and self._warm_up <= self._number < end:
-            self._yardstick.measure()
         self._mark(trainer, "begin")
 
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -64,8 +64,8 @@ class ShortRun:
         base_bytes: What the process had before the model was made (on a GPU: nothing).
         peak_bytes: The most that it had from then on.
         samples: The batches that were timed.
-        yardstick: Seconds that a fixed piece of work took beside them, by the clock and of the processors: how fast
-            the machine was.
+        yardstick: Seconds that a fixed piece of work took before and after them, by the clock and of the processors:
+            how fast the machine was.
         values: What the techniques measured of themselves, by tag.
         save_seconds: What a checkpoint costs the training, 0 where none was saved.
         accumulate: Batches of an optimizer step.

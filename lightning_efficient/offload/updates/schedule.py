@@ -8,7 +8,7 @@ al. 2025, "GreedySnake").
 
 from __future__ import annotations
 
-import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
@@ -218,11 +218,13 @@ class InBackward(Updates):
 
 
 def _caller() -> FrameType:
-    """Of the function that asks: a frame, which is the same for all that one call of torch's step calls itself."""
-    frame = inspect.currentframe()
-    if frame is None or frame.f_back is None or frame.f_back.f_back is None:
+    """Of the function that asks: a frame, which is the same for all that one call of torch's step calls itself.
+
+    No function keeps its own frame: that is a cycle of references, which holds the step's tensors for some more steps.
+    """
+    if not hasattr(sys, "_getframe"):
         raise RuntimeError("This Python does not show its frames, which offloading needs. Use CPython.")
-    return frame.f_back.f_back
+    return sys._getframe(2)
 
 
 def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
