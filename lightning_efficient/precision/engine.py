@@ -139,7 +139,8 @@ class Engine:
     def _encode(self, tensor: Tensor, which: str, guess: int | None) -> Encoded:
         self._count += 1
         key = mix(self._seed, self._count) if is_at_random(self._stochastic, which) else None
-        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess)
+        at = self.place() if self._protect else None
+        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess, at=at)
 
     def compute(
         self,
@@ -148,7 +149,7 @@ class Engine:
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
         high: Callable[[torch.dtype], Tensor],
-        probe: Callable[[Tensor], Probe | None],
+        probe: Callable[[Tensor, Encoded, Encoded], Probe | None],
     ) -> Tensor:
         """One product."""
         self.work += node.work
@@ -177,7 +178,7 @@ class Engine:
         if not reason:
             result = low(one, other)
             if self._protect:
-                reason = node.sign_of_result(role, measured_result(result), probe(result))
+                reason = node.sign_of_result(role, measured_result(result), probe(result, one, other))
             if not reason:
                 status.computed_low()
                 self.low_work += node.work
@@ -201,7 +202,7 @@ class Engine:
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
         high: Callable[[torch.dtype], Tensor],
-        probe: Callable[[Tensor], Probe | None],
+        probe: Callable[[Tensor, Encoded, Encoded], Probe | None],
     ) -> Tensor:
         """One product in high bits, whose numbers are taken for healthy."""
         start = time.perf_counter()
@@ -211,7 +212,7 @@ class Engine:
         computed = time.perf_counter()
         if not (one.measured.finite and other.measured.finite):
             return result
-        found = probe(low(one, other))
+        found = probe(low(one, other), one, other)
         node.learn(role, one.measured, other.measured, measured_result(result).exponent, found)
         took = encoded - start + time.perf_counter() - computed
         node.learning.took(took, computed - encoded)

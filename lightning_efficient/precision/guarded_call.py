@@ -68,8 +68,8 @@ class Call:
             parts = [part.to(dtype) if part is not None else None for part in (x, weight, bias)]
             return kind.forward(*parts).to(result_type)  # type: ignore[arg-type]
 
-        def probe(result: Tensor) -> Probe | None:
-            return kind.probe("forward", x, weight, bias, result, engine.place())
+        def probe(result: Tensor, *encoded: Encoded) -> Probe | None:
+            return kind.probe("forward", x, weight, bias, result, engine.place(), encoded)
 
         if again:
             result = low(*operands()) if self.node.last_low else high(engine.high)
@@ -129,7 +129,7 @@ class Call:
 
         return self.engine.compute(
             self.node, role, lambda: (gradient_low(), other_low()), low, high,
-            lambda result: kind.probe(role, gradient, other, None, result, self.engine.place()),
+            lambda result, *encoded: kind.probe(role, gradient, other, None, result, self.engine.place(), encoded),
         ).to(dtype)  # fmt: skip
 
     def _encoded(self, tensor: Tensor, which: str) -> Encoded:

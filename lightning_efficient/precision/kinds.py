@@ -55,8 +55,9 @@ class Kind(ABC):
         return None
 
     def probe(
-        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
-    ) -> Probe | None:
+        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int,
+        encoded: Sequence[Encoded],
+    ) -> Probe | None:  # fmt: skip
         """How far off some results of a product are, computed again exactly; None: it cannot be told."""
         return None
 
@@ -65,6 +66,7 @@ class MatMul(Kind):
     """``x @ weight``, of matrices or batches of them."""
 
     name = "matmul"
+    _gradient_first = False  # in the product that is the gradient of the weight
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = torch.matmul(x, weight)
@@ -99,32 +101,34 @@ class MatMul(Kind):
         return result if role == "grad_weight" else result.view(*a.shape[:-1], -1)
 
     def probe(
-        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
-    ) -> Probe | None:
+        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int,
+        encoded: Sequence[Encoded],
+    ) -> Probe | None:  # fmt: skip
         if (result if role == "grad_weight" else other).dim() != 2:
             return None
-        return probe_of(*self._matrices(role, one, other), bias, result.reshape(-1, result.shape[-1]), at)
+        kept = [part.integers.kept if part.integers is not None else None for part in encoded]
+        first, second = kept if role != "grad_weight" or self._gradient_first else reversed(kept)
+        matrices = self._matrices(role, one, other)
+        return probe_of(*matrices, bias, result.reshape(-1, result.shape[-1]), at, (first, second))
 
     def _matrices(self, role: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied by what, of the operands of a product whose weight is a matrix."""
         rows = one.reshape(-1, one.shape[-1])
         if role == "grad_weight":
-            return self._of_weight(rows, other.reshape(-1, other.shape[-1]))
+            gradient, x = rows, other.reshape(-1, other.shape[-1])
+            return (gradient.t(), x) if self._gradient_first else (x.t(), gradient)
         return rows, self._right(other) if role == "forward" else self._right(other).t()
 
     def _right(self, weight: Tensor) -> Tensor:
         """The matrix that is multiplied by."""
         return weight
 
-    def _of_weight(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices whose product is the gradient of the weight."""
-        return x.t(), gradient
-
 
 class Linear(MatMul):
     """``x @ weight.T + bias``."""
 
     name = "linear"
+    _gradient_first = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -137,9 +141,6 @@ class Linear(MatMul):
 
     def _right(self, weight: Tensor) -> Tensor:
         return weight.t()
-
-    def _of_weight(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient.t(), x
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.precision import probes
-from lightning_efficient.precision.probes import measured_result, probe_of
+from lightning_efficient.precision.integers import to_integers
+from lightning_efficient.precision.probes import measured_result, places, probe_of
 from lightning_efficient.precision.signs import Measured
 
 
@@ -111,3 +112,34 @@ def test_what_is_zero_tells_nothing_and_tensors_of_any_strides_are_taken() -> No
         assert error_of_some(x, weight, None, one @ other * 3, 3) == pytest.approx(2, rel=1e-4)
     every_second = torch.randn(20, 540)[:, ::2]
     assert error_of_some(every_second, other, None, every_second @ other, 3) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 300, 48), (40, 40, 40), (33, 17, 16)])
+def test_columns_that_were_kept_are_looked_at_where_sums_run_over_rows(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows, terms, columns = shape
+    one, other = torch.randn(terms, rows).to(dtype), torch.randn(terms, columns).to(dtype)
+    kept = [to_integers(values, 5, at=at)[0].kept for values, at in ((one, 3), (other, 8))]
+    if kept[0] is None:
+        pytest.skip("needs a C compiler")
+    wrong = one.t().float() @ other.float() + torch.randn(rows, columns)
+    block = [list(places(rows, 3)), list(places(columns, 8))]
+    exact = one.double()[:, block[0]].t() @ other.double()[:, block[1]]
+    off = float((wrong.double()[block[0]][:, block[1]] - exact).square().sum().sqrt())
+    found = probe_of(one.t(), other, None, wrong, 5, (kept[0], kept[1]))
+    assert found.off == pytest.approx(off, rel=1e-4)
+    assert found.size == pytest.approx(float(exact.square().sum().sqrt()), rel=1e-4)
+    # of matrices whose rows are looked at, columns tell nothing
+    lying, standing = one.t().contiguous(), other.t().contiguous().t()
+    assert probe_of(lying, standing, None, wrong, 5, (kept[0], kept[1])) == probe_of(lying, standing, None, wrong, 5)
+
+
+def test_a_weight_that_lies_transposed_keeps_no_columns() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, 32), torch.randn(32, 32).t()
+    kept = to_integers(weight, 5, at=3)[0].kept
+    found = probe_of(x, weight.t(), None, x @ weight.t(), 7, (None, kept))
+    assert found.off < 1e-4 * found.size
