@@ -187,11 +187,11 @@ def _coded(values: Tensor, exponent: int, key: int | None, at: int | None) -> tu
     found = (_FLOAT * parts)()
     table = noise_table(values.device).data_ptr() if key is not None else None
     noise = (_LONG * parts)(*(noise_at(key or 0, part) for part in range(parts)))
-    columns = (_LONG * SIDE)(*places(kept.width, kept.at)) if kept is not None else None
+    columns = (_LONG * SIDE)(*places(values.shape[-1], kept.at)) if kept is not None else None
     job = _Quantizing(
         values.data_ptr(), _TYPES[values.dtype], numel, _PART, factor, again, table, ctypes.addressof(noise),
         codes.data_ptr(), one_run_in(numel, LOOKED_AT), ctypes.addressof(seen), ctypes.addressof(found),
-        _Kept(kept.width, ctypes.addressof(columns), kept.columns.data_ptr()) if kept and columns else _Kept(),
+        _Kept(values.shape[-1], ctypes.addressof(columns), kept.columns.data_ptr()) if kept and columns else _Kept(),
     )  # fmt: skip
     in_team(library.quantize_all, job, parts)
     largest = _most(list(found))
@@ -210,8 +210,7 @@ def _to_keep(values: Tensor, at: int | None) -> Kept | None:
     few = values.dim() not in (2, 3) or values.shape[-1] < SIDE or not values.numel()
     if at is None or few or not values.is_contiguous():  # else its rows may be what does not lie together
         return None
-    width = values.shape[-1]
-    return Kept(at, torch.empty(values.numel() // width, SIDE), width)
+    return Kept(at, torch.empty(values.numel() // values.shape[-1], SIDE))
 
 
 def _most(found: Sequence[float]) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
 from lightning_efficient.precision.integers import can_multiply, multiply
-from lightning_efficient.precision.probes import probe_of
+from lightning_efficient.precision.probes import Side, probe_of
 from lightning_efficient.precision.signs import Probe
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
 
 Shapes = tuple[torch.Size, torch.Size]
 """Of the input and of the weight."""
+
+_Sides = Mapping[str, tuple[tuple[int, bool], tuple[int, bool]]]
+"""Of each product, the operand whose rows are multiplied, and by those of which one; true: its columns instead."""
 
 
 class Kind(ABC):
@@ -66,14 +69,18 @@ class MatMul(Kind):
     """``x @ weight``, of matrices or batches of them."""
 
     name = "matmul"
-    _gradient_first = False  # in the product that is the gradient of the weight
+    _sides: ClassVar[_Sides] = {
+        "forward": ((0, False), (1, True)),
+        "grad_input": ((0, False), (1, False)),
+        "grad_weight": ((1, True), (0, True)),
+    }
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = torch.matmul(x, weight)
         return result if bias is None else result + bias
 
     def work(self, x: Tensor, weight: Tensor) -> int:
-        columns = self._right(weight).shape[-1]
+        columns = self._columns(weight)
         batches = torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]) if weight.dim() > 2 else x.shape[:-2]
         return batches.numel() * x.shape[-2] * x.shape[-1] * columns if x.dim() > 1 else x.numel() * columns
 
@@ -107,28 +114,31 @@ class MatMul(Kind):
         if (result if role == "grad_weight" else other).dim() != 2:
             return None
         kept = [part.integers.kept if part.integers is not None else None for part in encoded]
-        first, second = kept if role != "grad_weight" or self._gradient_first else reversed(kept)
-        matrices = self._matrices(role, one, other)
-        return probe_of(*matrices, bias, result.reshape(-1, result.shape[-1]), at, (first, second))
+        (first, across), (second, down) = self._sides[role]
+        operands = one, other
+        left, right = Side(operands[first], across, kept[first]), Side(operands[second], down, kept[second])
+        return probe_of(left, right, bias, result, at)
 
-    def _matrices(self, role: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def _columns(self, weight: Tensor) -> int:
+        """Of the result."""
+        return weight.shape[-1]
+
+    def _matrices(self, role: str, *operands: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied by what, of the operands of a product whose weight is a matrix."""
-        rows = one.reshape(-1, one.shape[-1])
-        if role == "grad_weight":
-            gradient, x = rows, other.reshape(-1, other.shape[-1])
-            return (gradient.t(), x) if self._gradient_first else (x.t(), gradient)
-        return rows, self._right(other) if role == "forward" else self._right(other).t()
-
-    def _right(self, weight: Tensor) -> Tensor:
-        """The matrix that is multiplied by."""
-        return weight
+        (one, across), (other, down) = self._sides[role]
+        left, right = (operands[which].reshape(-1, operands[which].shape[-1]) for which in (one, other))
+        return left.t() if across else left, right if down else right.t()
 
 
 class Linear(MatMul):
     """``x @ weight.T + bias``."""
 
     name = "linear"
-    _gradient_first = True
+    _sides: ClassVar[_Sides] = {
+        "forward": ((0, False), (1, False)),
+        "grad_input": ((0, False), (1, True)),
+        "grad_weight": ((0, True), (1, True)),
+    }
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -139,8 +149,8 @@ class Linear(MatMul):
     def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
-    def _right(self, weight: Tensor) -> Tensor:
-        return weight.t()
+    def _columns(self, weight: Tensor) -> int:
+        return weight.shape[0]
 
 
 @dataclass(frozen=True)

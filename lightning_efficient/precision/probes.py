@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_efficient.core.native import compiled
 from lightning_efficient.precision.signs import Measured, Probe, shared_exponent
 
-__all__ = ["GROUP", "SIDE", "Kept", "measured_result", "places", "probe_of"]
+__all__ = ["GROUP", "SIDE", "Kept", "Side", "measured_result", "places", "probe_of"]
 
 SIDE = 16
 """Rows and columns of the block that is computed again exactly."""
@@ -50,16 +50,10 @@ class Kept:
     Attributes:
         at: Which they are: see :func:`places`.
         columns: float32 ``[rows of the matrix, SIDE]``.
-        width: Columns of the matrix.
     """
 
     at: int
     columns: Tensor
-    width: int
-
-    def has_rows_of(self, size: int, terms: int, step: int) -> bool:
-        """Whether they are rows of a view of the matrix ``[size, terms]``, whose terms are ``step`` elements apart."""
-        return step != 1 and self.width == size and self.columns.shape[0] == terms
 
 
 def measured_result(result: Tensor) -> Measured:
@@ -81,62 +75,87 @@ def measured_result(result: Tensor) -> Measured:
     return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
-def probe_of(
-    one: Tensor,
-    other: Tensor,
-    bias: Tensor | None,
-    result: Tensor,
-    at: int,
-    kept: tuple[Kept | None, Kept | None] = (None, None),
-) -> Probe:
-    """How far off some numbers of ``one @ other + bias`` are, which are computed again.
+def probe_of(one: Side, other: Side, bias: Tensor | None, result: Tensor, at: int) -> Probe:
+    """How far off some numbers of a product are, which are computed again.
 
     Args:
-        one: ``[M, K]``, of any strides.
-        other: ``[K, N]``, likewise.
-        bias: ``[N]``.
-        result: ``[M, N]``, to be checked.
+        one: Whose rows ``[M, K]``,
+        other: by those of which, ``[N, K]``.
+        bias: ``[N]``, that is added.
+        result: ``[..., N]`` with M rows, to be checked.
         at: Others with each number.
-        kept: Of the matrices that ``one`` and ``other`` are or are views of: if sums run over their rows, these
-            columns are looked at.
     """
-    rows, columns, terms = one.shape[0], other.shape[1], one.shape[1]
-    left, right = kept
-    if left is not None and not left.has_rows_of(rows, terms, one.stride(1)):
-        left = None
-    if right is not None and not right.has_rows_of(columns, terms, other.stride(0)):
-        right = None
-    down, across = left.at if left is not None else at, right.at if right is not None else at
-    plain = result, *((bias,) if bias is not None else ())
-    if _library_for(one, other) and all(_library_for(tensor) and tensor.is_contiguous() for tensor in plain):
+    left, right, plain = one.read(at), other.read(at), (result, *((bias,) if bias is not None else ()))
+    if _library_for(left.values, right.values) and all(_library_for(t) and t.is_contiguous() for t in plain):
         size, off = 0.0, 0.0
-        if rows and columns:
+        if left.size and right.size:
             found = (ctypes.c_double * 2)()
             _library().probe(  # type: ignore[union-attr]
-                *_given(one), *one.stride(), _pointer(left), down,
-                *_given(other), *reversed(other.stride()), _pointer(right), across,
-                *_given(bias), *_given(result), rows, columns, terms, found,
-            )  # fmt: skip
+                *left.in_c(), *right.in_c(), *_given(bias), *_given(result), left.size, right.size, left.terms, found
+            )
             size, off = found
     else:
-        these, those = (
-            torch.tensor(places(count, there), dtype=torch.long, device=one.device)
-            for count, there in ((rows, down), (columns, across))
-        )
-        exact = one.index_select(0, these).float() @ other.index_select(1, those).float()
+        exact = left.block() @ right.block().t()
+        rows, columns = left.places(), right.places()
         if bias is not None:
-            exact += bias[those].float()
-        wrong = result.index_select(0, these).index_select(1, those).float() - exact
+            exact += bias[columns].float()
+        wrong = result.reshape(left.size, right.size).index_select(0, rows).index_select(1, columns).float() - exact
         size, off = float(exact.double().square().sum()), float(wrong.double().square().sum())
     return Probe(math.sqrt(off), math.sqrt(size))
 
 
+class Side(NamedTuple):
+    """One operand of a product.
+
+    Attributes:
+        values: ``[..., width]``.
+        across: Whether the rows that are multiplied are its columns.
+        kept: Some of these; they are looked at then.
+    """
+
+    values: Tensor
+    across: bool
+    kept: Kept | None = None
+
+    def read(self, at: int) -> _Rows:
+        """Without a view of it: to make one takes longer than a look."""
+        values, width = self.values, self.values.shape[-1]
+        row, step = width, 1
+        if not values.is_contiguous():
+            values = values.reshape(-1, width)
+            row, step = values.stride()
+        count = values.numel() // width if width else values.shape[:-1].numel()
+        if not self.across:
+            return _Rows(values, count, width, row, step, at, None)
+        kept = self.kept
+        return _Rows(values, width, count, step, row, kept.at if kept is not None else at, kept)
+
+
+class _Rows(NamedTuple):
+    """Of a matrix: how they lie, and which are looked at."""
+
+    values: Tensor
+    size: int
+    terms: int
+    row: int
+    term: int
+    at: int
+    kept: Kept | None
+
+    def in_c(self) -> tuple[int | None, ...]:
+        columns = self.kept.columns.data_ptr() if self.kept is not None else None
+        return *_given(self.values), self.row, self.term, columns, self.at
+
+    def places(self) -> Tensor:
+        return torch.tensor(places(self.size, self.at), dtype=torch.long, device=self.values.device)
+
+    def block(self) -> Tensor:
+        rows = self.values.as_strided((self.size, self.terms), (self.row, self.term))
+        return rows.index_select(0, self.places()).float()
+
+
 def _given(tensor: Tensor | None) -> tuple[int | None, int]:
     return (tensor.data_ptr(), _TYPES[tensor.dtype]) if tensor is not None else (None, 0)
-
-
-def _pointer(kept: Kept | None) -> int | None:
-    return kept.columns.data_ptr() if kept is not None else None
 
 
 def places(size: int, at: int) -> tuple[int, ...]:

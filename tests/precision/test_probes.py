@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_efficient.precision import probes
 from lightning_efficient.precision.integers import to_integers
-from lightning_efficient.precision.probes import measured_result, places, probe_of
+from lightning_efficient.precision.probes import Side, measured_result, places, probe_of
 from lightning_efficient.precision.signs import Measured
 
 
@@ -30,7 +30,7 @@ def by(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
     """Of a probe, the relative error."""
-    off, size = probe_of(one, other, bias, result, at)
+    off, size = probe_of(Side(one, False), Side(other, True), bias, result, at)
     return off / size if size else None
 
 
@@ -129,17 +129,20 @@ def test_columns_that_were_kept_are_looked_at_where_sums_run_over_rows(
     block = [list(places(rows, 3)), list(places(columns, 8))]
     exact = one.double()[:, block[0]].t() @ other.double()[:, block[1]]
     off = float((wrong.double()[block[0]][:, block[1]] - exact).square().sum().sqrt())
-    found = probe_of(one.t(), other, None, wrong, 5, (kept[0], kept[1]))
+    found = probe_of(Side(one, True, kept[0]), Side(other, True, kept[1]), None, wrong, 5)
     assert found.off == pytest.approx(off, rel=1e-4)
     assert found.size == pytest.approx(float(exact.square().sum().sqrt()), rel=1e-4)
-    # of matrices whose rows are looked at, columns tell nothing
-    lying, standing = one.t().contiguous(), other.t().contiguous().t()
-    assert probe_of(lying, standing, None, wrong, 5, (kept[0], kept[1])) == probe_of(lying, standing, None, wrong, 5)
 
 
-def test_a_weight_that_lies_transposed_keeps_no_columns() -> None:
+@pytest.mark.parametrize("shape", [(20, 32), (2, 10, 32), (10, 1, 32), (32,)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_any_tensor_are_multiplied(shape: tuple[int, ...], transposed: bool) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(20, 32), torch.randn(32, 32).t()
+    x, weight = torch.randn(shape), torch.randn(32, 32)
+    if x.dim() == 3:  # also where a stride means nothing
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    weight = weight.t() if transposed else weight
     kept = to_integers(weight, 5, at=3)[0].kept
-    found = probe_of(x, weight.t(), None, x @ weight.t(), 7, (None, kept))
-    assert found.off < 1e-4 * found.size
+    for across, result in ((False, x @ weight.t()), (True, x @ weight)):
+        found = probe_of(Side(x, False), Side(weight, across, kept), None, result, 7)
+        assert found.off < 1e-4 * found.size
