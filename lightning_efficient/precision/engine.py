@@ -117,8 +117,15 @@ class Engine:
             if other is not None:
                 other.put_back()
 
-    def encoded(self, tensor: Tensor, which: str, guess: int | None = None) -> Encoded:
-        """``tensor`` in few bits; made once for all products of a step that it is in."""
+    def encoded(self, tensor: Tensor, which: str, guess: int | None = None, *, columns: bool = False) -> Encoded:
+        """``tensor`` in few bits; made once for all products of a step that it is in.
+
+        Args:
+            tensor: An operand.
+            which: ``input``, ``weight`` or ``gradient``.
+            guess: What its exponent may well be.
+            columns: Whether probes will look at its columns.
+        """
         if which == "weight":
             known = self._weights.get(id(tensor))
         elif which == "input":
@@ -127,7 +134,7 @@ class Engine:
             known = None
         if known is not None and known[0]() is tensor and known[1] == tensor_version(tensor):
             return known[2]
-        found = self._encode(tensor, which, guess)
+        found = self._encode(tensor, which, guess, columns)
         if tensor.is_inference():  # whether it was changed in place cannot be told
             return found
         if which == "weight":
@@ -136,10 +143,10 @@ class Engine:
             self._last = weakref.ref(tensor), tensor_version(tensor), found
         return found
 
-    def _encode(self, tensor: Tensor, which: str, guess: int | None) -> Encoded:
+    def _encode(self, tensor: Tensor, which: str, guess: int | None, columns: bool) -> Encoded:
         self._count += 1
         key = mix(self._seed, self._count) if is_at_random(self._stochastic, which) else None
-        at = self.place() if self._protect else None
+        at = self._count + self.batch if columns and self._protect else None
         return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess, at=at)
 
     def compute(

@@ -56,6 +56,7 @@ be too few for gradients of which next to all become zero."""
 _CHUNK = 1 << 15  # elements that are converted at a time: what lies between two operations stays in the cache
 _PART = TABLE  # elements that are a thread's work at a time; their noise is read from one place
 _ROWS = 1 << 16  # elements of a result, likewise
+_WIDE = 512  # from which on columns are kept, which take at most an eighth of what the codes do
 _MOST_TERMS = ((1 << 31) - 1) // (LARGEST * LARGEST)  # of a sum in 32 bits that cannot overflow
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LONG, _FLOAT = ctypes.c_int64, ctypes.c_float
@@ -98,7 +99,7 @@ class Integers:
     Attributes:
         codes: int8, of any shape.
         exponent: Q; of a tensor of zeros any will do.
-        kept: Some columns of the values, where it was asked for and is possible.
+        kept: Some columns of the values, if that was asked for.
     """
 
     codes: Tensor
@@ -164,7 +165,7 @@ def to_integers(
         values: Floating-point numbers, of any shape, finite.
         exponent: Q.
         key: Of the noise by which they are rounded up or down; None: to nearest.
-        at: Which columns are kept, of a contiguous matrix, or several, in C: see :class:`~.probes.Kept`; None: none.
+        at: Which columns are kept: see :class:`~.probes.Kept`; None: none.
 
     Returns:
         They, and what signs of failure can be seen in that.
@@ -172,7 +173,8 @@ def to_integers(
     if _library_for(values) is not None:
         return _coded(values, exponent, key, at)[:2]
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    return Integers(codes, exponent), _encode(_flat(values), codes.view(-1), exponent, key)
+    kept = Kept(at) if at is not None else None
+    return Integers(codes, exponent, kept), _encode(_flat(values), codes.view(-1), exponent, key)
 
 
 def _coded(values: Tensor, exponent: int, key: int | None, at: int | None) -> tuple[Integers, Measured, float]:
@@ -187,11 +189,14 @@ def _coded(values: Tensor, exponent: int, key: int | None, at: int | None) -> tu
     found = (_FLOAT * parts)()
     table = noise_table(values.device).data_ptr() if key is not None else None
     noise = (_LONG * parts)(*(noise_at(key or 0, part) for part in range(parts)))
-    columns = (_LONG * SIDE)(*places(values.shape[-1], kept.at)) if kept is not None else None
+    keeping = _Kept()
+    if kept is not None and kept.columns is not None:
+        these = (_LONG * SIDE)(*places(values.shape[-1], kept.at))
+        keeping = _Kept(values.shape[-1], ctypes.addressof(these), kept.columns.data_ptr())
     job = _Quantizing(
         values.data_ptr(), _TYPES[values.dtype], numel, _PART, factor, again, table, ctypes.addressof(noise),
         codes.data_ptr(), one_run_in(numel, LOOKED_AT), ctypes.addressof(seen), ctypes.addressof(found),
-        _Kept(values.shape[-1], ctypes.addressof(columns), kept.columns.data_ptr()) if kept and columns else _Kept(),
+        keeping,
     )  # fmt: skip
     in_team(library.quantize_all, job, parts)
     largest = _most(list(found))
@@ -207,10 +212,12 @@ def _coded(values: Tensor, exponent: int, key: int | None, at: int | None) -> tu
 
 
 def _to_keep(values: Tensor, at: int | None) -> Kept | None:
-    few = values.dim() not in (2, 3) or values.shape[-1] < SIDE or not values.numel()
-    if at is None or few or not values.is_contiguous():  # else its rows may be what does not lie together
+    if at is None:
         return None
-    return Kept(at, torch.empty(values.numel() // values.shape[-1], SIDE))
+    if values.dim() < 2 or values.shape[-1] < _WIDE or not values.numel() or not values.is_contiguous():
+        return Kept(at)
+    rows = values.numel() // values.shape[-1]
+    return Kept(at, torch.empty(rows, SIDE, dtype=torch.float32, device="cpu"))
 
 
 def _most(found: Sequence[float]) -> float:

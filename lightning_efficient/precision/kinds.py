@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
 from lightning_efficient.precision.integers import can_multiply, multiply
-from lightning_efficient.precision.probes import Side, probe_of
+from lightning_efficient.precision.probes import Operand, probe_of
 from lightning_efficient.precision.signs import Probe
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
@@ -56,6 +56,10 @@ class Kind(ABC):
     ) -> Tensor | None:
         """A product by the kernels for integers, of this type; None where there are none for it."""
         return None
+
+    def reads_columns(self, weight: Tensor) -> bool:
+        """Whether probes look at columns of operands."""
+        return False
 
     def probe(
         self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int,
@@ -116,8 +120,11 @@ class MatMul(Kind):
         kept = [part.integers.kept if part.integers is not None else None for part in encoded]
         (first, across), (second, down) = self._sides[role]
         operands = one, other
-        left, right = Side(operands[first], across, kept[first]), Side(operands[second], down, kept[second])
+        left, right = Operand(operands[first], across, kept[first]), Operand(operands[second], down, kept[second])
         return probe_of(left, right, bias, result, at)
+
+    def reads_columns(self, weight: Tensor) -> bool:
+        return weight.dim() == 2
 
     def _columns(self, weight: Tensor) -> int:
         """Of the result."""

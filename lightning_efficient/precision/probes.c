@@ -50,7 +50,7 @@ struct matrix {
     const void *values;
     int type;
     int64_t row, term; /* from one to the next, in elements */
-    const float *kept; /* the rows that are looked at, `[terms, SIDE]`, or null */
+    const float *kept; /* what the rows that are looked at were, `[terms, SIDE]`, or null */
 };
 
 static inline const void *address(struct matrix m, int64_t place) {
@@ -75,6 +75,19 @@ static inline void fetch_as(struct matrix m, int type, const int64_t *rows, int6
     }
 }
 
+/* Whether the rows still are what was kept, as far as some terms tell, others with each `at`. */
+static int is_as_kept(struct matrix m, const int64_t *rows, int64_t terms, int64_t at) {
+    int64_t some[SIDE];
+    for (int64_t s = 0; s < SIDE; s++) {
+        some[s] = (s * terms / SIDE + at) % terms;
+        for (int64_t i = 0; i < SIDE; i += GROUP) __builtin_prefetch(address(m, rows[i] * m.row + some[s] * m.term));
+    }
+    for (int64_t s = 0; s < SIDE; s++)
+        for (int64_t i = 0; i < SIDE; i++)
+            if (number_at(m.values, m.type, rows[i] * m.row + some[s] * m.term) != m.kept[some[s] * SIDE + i]) return 0;
+    return 1;
+}
+
 typedef const float (*terms_of_rows)[SIDE];
 
 static terms_of_rows fetch(struct matrix m, const int64_t *rows, int64_t count, int64_t begin, int64_t terms,
@@ -86,7 +99,7 @@ static terms_of_rows fetch(struct matrix m, const int64_t *rows, int64_t count, 
 }
 
 /* Computes some of `a [rows, terms] @ b [columns, terms] transposed + bias` again, others with each `at`, which may
-   differ between the two.
+   differ between the two. What was kept is of SIDE rows; where these have changed since, they are read.
 
    found: the sums of the squares of those, and of what `result [rows, columns]` is off there. */
 void probe(const void *a, int a_type, int64_t a_row, int64_t a_term, const float *a_kept, int64_t a_at, const void *b,
@@ -101,6 +114,8 @@ void probe(const void *a, int a_type, int64_t a_row, int64_t a_term, const float
     for (int64_t j = 0; j < wide; j++) across[j] = place(j, columns, b_at);
     for (int64_t i = 0; i < high; i++) /* they come while the sums are made */
         for (int64_t j = 0; j < wide; j += GROUP) __builtin_prefetch(address(there, down[i] * columns + across[j]));
+    if (one.kept && !is_as_kept(one, down, terms, b_at)) one.kept = 0;
+    if (other.kept && !is_as_kept(other, across, terms, a_at)) other.kept = 0;
     for (int64_t begin = 0; begin < terms; begin += TERMS) {
         int64_t count = terms - begin < TERMS ? terms - begin : TERMS;
         terms_of_rows left = fetch(one, down, high, begin, count, memory[0]);

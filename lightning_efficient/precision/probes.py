@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_efficient.core.native import compiled
 from lightning_efficient.precision.signs import Measured, Probe, shared_exponent
 
-__all__ = ["GROUP", "SIDE", "Kept", "Side", "measured_result", "places", "probe_of"]
+__all__ = ["GROUP", "SIDE", "Kept", "Operand", "measured_result", "places", "probe_of"]
 
 SIDE = 16
 """Rows and columns of the block that is computed again exactly."""
@@ -44,16 +44,16 @@ _ARGUMENTS = {
 class Kept:
     """Some columns of a matrix, taken when all of it was read.
 
-    Later each of their numbers lies in a page of its own, which has left the caches: to fetch those takes several times
-    as long as all else that a probe does.
+    Later they have left the caches, and in a wide matrix each of their numbers lies in a page of its own: to fetch
+    those takes several times as long as all else that a probe does. Whether the matrix is still the same, a few show.
 
     Attributes:
         at: Which they are: see :func:`places`.
-        columns: float32 ``[rows of the matrix, SIDE]``.
+        columns: float32 ``[rows of the matrix, SIDE]``; None: they have to be read again.
     """
 
     at: int
-    columns: Tensor
+    columns: Tensor | None = None
 
 
 def measured_result(result: Tensor) -> Measured:
@@ -75,14 +75,14 @@ def measured_result(result: Tensor) -> Measured:
     return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
-def probe_of(one: Side, other: Side, bias: Tensor | None, result: Tensor, at: int) -> Probe:
+def probe_of(one: Operand, other: Operand, bias: Tensor | None, result: Tensor, at: int) -> Probe:
     """How far off some numbers of a product are, which are computed again.
 
     Args:
-        one: Whose rows ``[M, K]``,
-        other: by those of which, ``[N, K]``.
+        one: A matrix ``[M, K]``; its rows are multiplied by those of
+        other: a matrix ``[N, K]``.
         bias: ``[N]``, that is added.
-        result: ``[..., N]`` with M rows, to be checked.
+        result: To be checked, ``[..., N]`` with M rows.
         at: Others with each number.
     """
     left, right, plain = one.read(at), other.read(at), (result, *((bias,) if bias is not None else ()))
@@ -104,13 +104,13 @@ def probe_of(one: Side, other: Side, bias: Tensor | None, result: Tensor, at: in
     return Probe(math.sqrt(off), math.sqrt(size))
 
 
-class Side(NamedTuple):
-    """One operand of a product.
+class Operand(NamedTuple):
+    """Of a product.
 
     Attributes:
         values: ``[..., width]``.
         across: Whether the rows that are multiplied are its columns.
-        kept: Some of these; they are looked at then.
+        kept: Of its columns; if it is across, these are looked at.
     """
 
     values: Tensor
@@ -126,9 +126,12 @@ class Side(NamedTuple):
             row, step = values.stride()
         count = values.numel() // width if width else values.shape[:-1].numel()
         if not self.across:
-            return _Rows(values, count, width, row, step, at, None)
-        kept = self.kept
-        return _Rows(values, width, count, step, row, kept.at if kept is not None else at, kept)
+            return _Rows(values, count, width, row, step, at)
+        if self.kept is None:
+            return _Rows(values, width, count, step, row, at)
+        columns = self.kept.columns
+        fits = columns is not None and columns.shape == (count, SIDE)
+        return _Rows(values, width, count, step, row, self.kept.at, columns if fits else None)
 
 
 class _Rows(NamedTuple):
@@ -140,11 +143,11 @@ class _Rows(NamedTuple):
     row: int
     term: int
     at: int
-    kept: Kept | None
+    kept: Tensor | None = None
 
     def in_c(self) -> tuple[int | None, ...]:
-        columns = self.kept.columns.data_ptr() if self.kept is not None else None
-        return *_given(self.values), self.row, self.term, columns, self.at
+        kept = self.kept.data_ptr() if self.kept is not None else None
+        return *_given(self.values), self.row, self.term, kept, self.at
 
     def places(self) -> Tensor:
         return torch.tensor(places(self.size, self.at), dtype=torch.long, device=self.values.device)
