@@ -78,7 +78,8 @@ def run(options: Options) -> Result:
             "alone, by torch's kernel.",
             "protection_overhead: against the same plugin that looks for no sign, whole steps side by side, whose "
             "noise is larger than it. protection_by_part: the time within a step that goes into looking at "
-            "results; what is looked at while a tensor is quantized (one of 17 runs of its numbers) is not in it.",
+            "results; what is looked at while a tensor is quantized (one of 17 runs of its numbers), and kept then to "
+            "compute some results again (16 of its columns), is not in it.",
             "In few bits, computed again: of all operations of main learning, and of those tried in few bits. Gap: "
             "difference from the run in fp32 of the same seed, the mean over its standard error.",
             "fault_loss_ratio: the largest of all faults, over that of fp32, the median over the seeds; "

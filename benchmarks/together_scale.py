@@ -137,7 +137,8 @@ def measured_scale(options: Options) -> Scale:
         "Peak: the kernel's high-water mark of resident memory from the start of the process on: Python, torch and "
         f"Lightning are in it, and the making of the model. Sizes are {RATIO - 1:.0%} apart. The suite: optimizer "
         "state, gradients and parameters on a disk as far as they do not fit (optimizer state only where plain would "
-        "just fit), activations in 8 or 4 bits, products in int8; growth has no part in it, the full model trains."
+        "just fit, in bf16 if it would in that and the processor is faster in it), activations in 8 or 4 bits, "
+        "products in int8; growth has no part in it, the full model trains."
     )
     clock = "cpu" if options.device == "cpu" else "wall"
     ratio_rows = [(arm, str(best[arm][0]), *(spread(values, 2) for values in times[arm].values())) for arm in times]

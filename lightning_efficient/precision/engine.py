@@ -117,8 +117,15 @@ class Engine:
             if other is not None:
                 other.put_back()
 
-    def encoded(self, tensor: Tensor, which: str, guess: int | None = None) -> Encoded:
-        """``tensor`` in few bits; made once for all products of a step that it is in."""
+    def encoded(self, tensor: Tensor, which: str, guess: int | None = None, *, columns: bool = False) -> Encoded:
+        """``tensor`` in few bits; made once for all products of a step that it is in.
+
+        Args:
+            tensor: An operand.
+            which: ``input``, ``weight`` or ``gradient``.
+            guess: What its exponent may well be.
+            columns: Whether probes will look at its columns.
+        """
         if which == "weight":
             known = self._weights.get(id(tensor))
         elif which == "input":
@@ -127,7 +134,7 @@ class Engine:
             known = None
         if known is not None and known[0]() is tensor and known[1] == tensor_version(tensor):
             return known[2]
-        found = self._encode(tensor, which, guess)
+        found = self._encode(tensor, which, guess, columns)
         if tensor.is_inference():  # whether it was changed in place cannot be told
             return found
         if which == "weight":
@@ -136,10 +143,11 @@ class Engine:
             self._last = weakref.ref(tensor), tensor_version(tensor), found
         return found
 
-    def _encode(self, tensor: Tensor, which: str, guess: int | None) -> Encoded:
+    def _encode(self, tensor: Tensor, which: str, guess: int | None, columns: bool) -> Encoded:
         self._count += 1
         key = mix(self._seed, self._count) if is_at_random(self._stochastic, which) else None
-        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess)
+        at = self._count + self.batch if columns and self._protect else None
+        return self.low.encode(tensor.detach(), gradient=which == "gradient", key=key, guess=guess, at=at)
 
     def compute(
         self,
@@ -148,7 +156,7 @@ class Engine:
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
         high: Callable[[torch.dtype], Tensor],
-        probe: Callable[[Tensor], Probe | None],
+        probe: Callable[[Tensor, Encoded, Encoded], Probe | None],
     ) -> Tensor:
         """One product."""
         self.work += node.work
@@ -177,7 +185,7 @@ class Engine:
         if not reason:
             result = low(one, other)
             if self._protect:
-                reason = node.sign_of_result(role, measured_result(result), probe(result))
+                reason = node.sign_of_result(role, measured_result(result), probe(result, one, other))
             if not reason:
                 status.computed_low()
                 self.low_work += node.work
@@ -201,7 +209,7 @@ class Engine:
         operands: Callable[[], tuple[Encoded, Encoded]],
         low: Callable[[Encoded, Encoded], Tensor],
         high: Callable[[torch.dtype], Tensor],
-        probe: Callable[[Tensor], Probe | None],
+        probe: Callable[[Tensor, Encoded, Encoded], Probe | None],
     ) -> Tensor:
         """One product in high bits, whose numbers are taken for healthy."""
         start = time.perf_counter()
@@ -211,7 +219,7 @@ class Engine:
         computed = time.perf_counter()
         if not (one.measured.finite and other.measured.finite):
             return result
-        found = probe(low(one, other))
+        found = probe(low(one, other), one, other)
         node.learn(role, one.measured, other.measured, measured_result(result).exponent, found)
         took = encoded - start + time.perf_counter() - computed
         node.learning.took(took, computed - encoded)

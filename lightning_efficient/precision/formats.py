@@ -92,7 +92,13 @@ class Format(ABC):
 
     @abstractmethod
     def encode(
-        self, values: Tensor, *, gradient: bool = False, key: int | None = None, guess: int | None = None
+        self,
+        values: Tensor,
+        *,
+        gradient: bool = False,
+        key: int | None = None,
+        guess: int | None = None,
+        at: int | None = None,
     ) -> Encoded:
         """``values``, of any shape, in this format.
 
@@ -101,6 +107,7 @@ class Format(ABC):
             gradient: Whether they are one.
             key: Of the noise by which they are rounded at random.
             guess: What their shared exponent may well be; it changes nothing but the time.
+            at: Which columns are kept as they are, where they can be: see :func:`~.integers.to_integers`.
         """
 
 
@@ -110,9 +117,15 @@ class SharedExponent(Format):
     name, bits, emulated = "int8", 8, False
 
     def encode(
-        self, values: Tensor, *, gradient: bool = False, key: int | None = None, guess: int | None = None
+        self,
+        values: Tensor,
+        *,
+        gradient: bool = False,
+        key: int | None = None,
+        guess: int | None = None,
+        at: int | None = None,
     ) -> Encoded:
-        found = with_shared_exponent(values, guess=guess, key=key)
+        found = with_shared_exponent(values, guess=guess, key=key, at=at)
         return Encoded(found[1], found[0]) if found is not None else _NOT_FINITE
 
 
@@ -120,7 +133,13 @@ class _Rounded(Format):
     """Numbers that are kept in a type that has them all."""
 
     def encode(
-        self, values: Tensor, *, gradient: bool = False, key: int | None = None, guess: int | None = None
+        self,
+        values: Tensor,
+        *,
+        gradient: bool = False,
+        key: int | None = None,
+        guess: int | None = None,
+        at: int | None = None,
     ) -> Encoded:
         largest = largest_magnitude(values)
         if not math.isfinite(largest):

@@ -53,8 +53,8 @@ class Call:
                 self.node.learning.untimed()
 
         def operands() -> tuple[Encoded, Encoded]:
-            self.input_low = self._encoded(x, "input")
-            return self.input_low, self._encoded(weight, "weight")
+            self.input_low = self._encoded(x, "input", weight)
+            return self.input_low, self._encoded(weight, "weight", weight)
 
         def low(one: Encoded, other: Encoded) -> Tensor:
             added = bias.float().contiguous() if bias is not None else None
@@ -68,8 +68,8 @@ class Call:
             parts = [part.to(dtype) if part is not None else None for part in (x, weight, bias)]
             return kind.forward(*parts).to(result_type)  # type: ignore[arg-type]
 
-        def probe(result: Tensor) -> Probe | None:
-            return kind.probe("forward", x, weight, bias, result, engine.place())
+        def probe(result: Tensor, *encoded: Encoded) -> Probe | None:
+            return kind.probe("forward", x, weight, bias, result, engine.place(), encoded)
 
         if again:
             result = low(*operands()) if self.node.last_low else high(engine.high)
@@ -90,17 +90,17 @@ class Call:
 
         def in_low() -> Encoded:
             if not kept:
-                kept.append(self._encoded(gradient, "gradient"))
+                kept.append(self._encoded(gradient, "gradient", weight))
             return kept[0]
 
         def of_input() -> Encoded:
             if self.input_low is None:
-                self.input_low = self._encoded(x, "input")
+                self.input_low = self._encoded(x, "input", weight)
             return self.input_low
 
         found: list[Tensor | None] = [None, None, None]
         if needed[0]:
-            found[0] = self._gradient("grad_input", in_low, lambda: self._encoded(weight, "weight"), gradient,
+            found[0] = self._gradient("grad_input", in_low, lambda: self._encoded(weight, "weight", weight), gradient,
                                       weight, shapes, x.dtype)  # fmt: skip
         if needed[1]:
             found[1] = self._gradient("grad_weight", in_low, of_input, gradient, x, shapes, weight.dtype)
@@ -129,13 +129,13 @@ class Call:
 
         return self.engine.compute(
             self.node, role, lambda: (gradient_low(), other_low()), low, high,
-            lambda result: kind.probe(role, gradient, other, None, result, self.engine.place()),
+            lambda result, *encoded: kind.probe(role, gradient, other, None, result, self.engine.place(), encoded),
         ).to(dtype)  # fmt: skip
 
-    def _encoded(self, tensor: Tensor, which: str) -> Encoded:
+    def _encoded(self, tensor: Tensor, which: str, weight: Tensor) -> Encoded:
         """With the exponent that it had the last time, if that is still right."""
         exponents = self.node.last_exponents
-        found = self.engine.encoded(tensor, which, exponents.get(which))
+        found = self.engine.encoded(tensor, which, exponents.get(which), columns=self.kind.reads_columns(weight))
         exponents[which] = found.measured.exponent
         return found
 

@@ -14,6 +14,7 @@
 #define LARGEST 127.0f
 #define BLOCK 4096 /* numbers whose sums stay exact enough in float32, and in the first cache */
 #define RUN 64     /* neighbours that are looked at together */
+#define SIDE 16    /* columns that are kept */
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -94,6 +95,25 @@ static void look(const float *x, const float *u, const int8_t *codes, int64_t co
     seen->before += before, seen->after += after;
 }
 
+/* Some columns of a matrix, and what is kept of them. */
+struct kept {
+    int64_t width;         /* of the matrix */
+    const int64_t *places; /* SIDE of its columns */
+    float *columns;        /* `[rows, SIDE]`, or null */
+};
+
+/* Of numbers `at` to `at + count` - 1, which are in the first cache. */
+static void keep(const float *x, int64_t at, int64_t count, struct kept kept) {
+    for (int64_t row = at / kept.width; row * kept.width < at + count; row++) {
+        int64_t begin = row * kept.width - at;
+        float *into = kept.columns + row * SIDE;
+        for (int j = 0; j < SIDE; j++) {
+            int64_t i = begin + kept.places[j];
+            if (i >= 0 && i < count) into[j] = x[i];
+        }
+    }
+}
+
 /* Codes of numbers `start` to `end` - 1: `x * factor * again`, to nearest, or with `noise` up or down at random.
 
    Returns what `largest` does, so that who guessed the factor sees whether it was right. Each loop has little to do,
@@ -101,12 +121,13 @@ static void look(const float *x, const float *u, const int8_t *codes, int64_t co
    every: of so many runs of neighbours one is looked at; 1: all numbers are.
    seen: of those; null: nothing is looked at. */
 static float quantize(const void *values, int type, int64_t start, int64_t end, float factor, float again,
-                      const float *noise, int8_t *codes, int64_t every, struct seen *seen) {
+                      const float *noise, int8_t *codes, int64_t every, struct seen *seen, struct kept kept) {
     float memory[BLOCK], most = 0;
     int strange = 0;
     for (int64_t at = start; at < end; at += BLOCK) {
         int64_t count = end - at < BLOCK ? end - at : BLOCK;
         const float *x = block(values, type, at, count, memory);
+        if (kept.columns) keep(x, at, count, kept);
         int8_t *out = codes + at;
         const float *u = noise ? noise + (at - start) : 0;
         float size = largest_of(x, count);
@@ -143,6 +164,7 @@ struct quantizing {
     int64_t every;
     struct seen *seen; /* of each part, or null */
     float *largest;    /* likewise */
+    struct kept kept;
     int64_t seats; /* of threads; who finds them taken goes */
     _Atomic int64_t came, taken;
 };
@@ -155,7 +177,7 @@ void quantize_all(struct quantizing *job) {
         job->largest[number] =
             quantize(job->values, (int)job->type, start, end, job->factor, job->again,
                      job->noise ? job->noise + job->noise_at[number] : 0, job->codes, job->every,
-                     job->seen ? job->seen + number : 0);
+                     job->seen ? job->seen + number : 0, job->kept);
     }
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_efficient.core.native import compiled, in_team, in_threads
 from lightning_efficient.core.random import TABLE, noise_at, noise_table
+from lightning_efficient.precision.probes import SIDE, Kept, places
 from lightning_efficient.precision.scratch import Scratch
 from lightning_efficient.precision.signs import (
     Measured,
@@ -55,6 +56,7 @@ be too few for gradients of which next to all become zero."""
 _CHUNK = 1 << 15  # elements that are converted at a time: what lies between two operations stays in the cache
 _PART = TABLE  # elements that are a thread's work at a time; their noise is read from one place
 _ROWS = 1 << 16  # elements of a result, likewise
+_WIDE = 512  # from which on columns are kept, which take at most an eighth of what the codes do
 _MOST_TERMS = ((1 << 31) - 1) // (LARGEST * LARGEST)  # of a sum in 32 bits that cannot overflow
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LONG, _FLOAT = ctypes.c_int64, ctypes.c_float
@@ -74,13 +76,19 @@ class _Seen(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Kept(ctypes.Structure):
+    """Likewise."""
+
+    _fields_ = (("width", _LONG), ("places", _POINTER), ("columns", _POINTER))
+
+
 class _Quantizing(ctypes.Structure):
     """Likewise."""
 
     _fields_ = (
         ("values", _POINTER), ("type", _LONG), ("count", _LONG), ("part", _LONG), ("factor", _FLOAT),
         ("again", _FLOAT), ("noise", _POINTER), ("noise_at", _POINTER), ("codes", _POINTER), ("every", _LONG),
-        ("seen", _POINTER), ("largest", _POINTER), ("seats", _LONG), ("came", _LONG), ("taken", _LONG),
+        ("seen", _POINTER), ("largest", _POINTER), ("kept", _Kept), ("seats", _LONG), ("came", _LONG), ("taken", _LONG),
     )  # fmt: skip
 
 
@@ -91,10 +99,12 @@ class Integers:
     Attributes:
         codes: int8, of any shape.
         exponent: Q; of a tensor of zeros any will do.
+        kept: Some columns of the values, if that was asked for.
     """
 
     codes: Tensor
     exponent: int
+    kept: Kept | None = None
 
     def decoded(self) -> Tensor:
         """The values, float32."""
@@ -122,7 +132,7 @@ def largest_magnitude(values: Tensor) -> float:
 
 
 def with_shared_exponent(
-    values: Tensor, *, guess: int | None = None, key: int | None = None
+    values: Tensor, *, guess: int | None = None, key: int | None = None, at: int | None = None
 ) -> tuple[Integers, Measured] | None:
     """Codes of ``values`` with the exponent that suits the largest.
 
@@ -130,41 +140,47 @@ def with_shared_exponent(
         values: Floating-point numbers, of any shape.
         guess: An exponent that may well be it; if it is, one pass over memory is enough.
         key: See :func:`to_integers`.
+        at: Likewise.
 
     Returns:
         See :func:`to_integers`; None if there are values that are not finite.
     """
     if guess is not None and _library_for(values) is not None:
-        integers, measured, largest = _coded(values, guess, key)
+        integers, measured, largest = _coded(values, guess, key, at)
         if math.isfinite(largest) and shared_exponent(largest, 8) in (guess, None):
             return integers, measured
     else:
         largest = largest_magnitude(values)
     if not math.isfinite(largest):
         return None
-    return to_integers(values, shared_exponent(largest, 8) or 0, key=key)
+    return to_integers(values, shared_exponent(largest, 8) or 0, key=key, at=at)
 
 
-def to_integers(values: Tensor, exponent: int, *, key: int | None = None) -> tuple[Integers, Measured]:
+def to_integers(
+    values: Tensor, exponent: int, *, key: int | None = None, at: int | None = None
+) -> tuple[Integers, Measured]:
     """Codes of ``values``, to nearest, or up or down at random; what is beyond the largest code becomes that.
 
     Args:
         values: Floating-point numbers, of any shape, finite.
         exponent: Q.
         key: Of the noise by which they are rounded up or down; None: to nearest.
+        at: Which columns are kept: see :class:`~.probes.Kept`; None: none.
 
     Returns:
         They, and what signs of failure can be seen in that.
     """
     if _library_for(values) is not None:
-        return _coded(values, exponent, key)[:2]
+        return _coded(values, exponent, key, at)[:2]
     codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    return Integers(codes, exponent), _encode(_flat(values), codes.view(-1), exponent, key)
+    kept = Kept(at) if at is not None else None
+    return Integers(codes, exponent, kept), _encode(_flat(values), codes.view(-1), exponent, key)
 
 
-def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Measured, float]:
+def _coded(values: Tensor, exponent: int, key: int | None, at: int | None) -> tuple[Integers, Measured, float]:
     """In C; with the largest magnitude."""
     codes = torch.empty(values.shape, dtype=torch.int8)
+    kept = _to_keep(values, at)
     values = values.contiguous()
     numel, (factor, again) = values.numel(), _factors(exponent)
     library: Any = _library()
@@ -172,10 +188,15 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
     seen = (_Seen * parts)()  # no tensors: they would cost more than the rest
     found = (_FLOAT * parts)()
     table = noise_table(values.device).data_ptr() if key is not None else None
-    places = (_LONG * parts)(*(noise_at(key or 0, part) for part in range(parts)))
+    noise = (_LONG * parts)(*(noise_at(key or 0, part) for part in range(parts)))
+    keeping = _Kept()
+    if kept is not None and kept.columns is not None:
+        these = (_LONG * SIDE)(*places(values.shape[-1], kept.at))
+        keeping = _Kept(values.shape[-1], ctypes.addressof(these), kept.columns.data_ptr())
     job = _Quantizing(
-        values.data_ptr(), _TYPES[values.dtype], numel, _PART, factor, again, table, ctypes.addressof(places),
+        values.data_ptr(), _TYPES[values.dtype], numel, _PART, factor, again, table, ctypes.addressof(noise),
         codes.data_ptr(), one_run_in(numel, LOOKED_AT), ctypes.addressof(seen), ctypes.addressof(found),
+        keeping,
     )  # fmt: skip
     in_team(library.quantize_all, job, parts)
     largest = _most(list(found))
@@ -187,7 +208,16 @@ def _coded(values: Tensor, exponent: int, key: int | None) -> tuple[Integers, Me
         all_zero=not largest,
         error=quantization_error(sum(one.before for one in seen), sum(one.after for one in seen)),
     )
-    return Integers(codes, exponent), measured, largest
+    return Integers(codes, exponent, kept), measured, largest
+
+
+def _to_keep(values: Tensor, at: int | None) -> Kept | None:
+    if at is None:
+        return None
+    if values.dim() < 2 or values.shape[-1] < _WIDE or not values.numel() or not values.is_contiguous():
+        return Kept(at)
+    rows = values.numel() // values.shape[-1]
+    return Kept(at, torch.empty(rows, SIDE, dtype=torch.float32, device="cpu"))
 
 
 def _most(found: Sequence[float]) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from lightning_efficient.precision.formats import Encoded
 from lightning_efficient.precision.integers import can_multiply, multiply
-from lightning_efficient.precision.probes import probe_of
+from lightning_efficient.precision.probes import Operand, probe_of
 from lightning_efficient.precision.signs import Probe
 
 __all__ = ["Convolution", "Kind", "Linear", "MatMul", "Shapes"]
 
 Shapes = tuple[torch.Size, torch.Size]
 """Of the input and of the weight."""
+
+_Sides = Mapping[str, tuple[tuple[int, bool], tuple[int, bool]]]
+"""Of each product, the operand whose rows are multiplied, and by those of which one; true: its columns instead."""
 
 
 class Kind(ABC):
@@ -54,9 +57,14 @@ class Kind(ABC):
         """A product by the kernels for integers, of this type; None where there are none for it."""
         return None
 
+    def reads_columns(self, weight: Tensor) -> bool:
+        """Whether probes look at columns of operands."""
+        return False
+
     def probe(
-        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
-    ) -> Probe | None:
+        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int,
+        encoded: Sequence[Encoded],
+    ) -> Probe | None:  # fmt: skip
         """How far off some results of a product are, computed again exactly; None: it cannot be told."""
         return None
 
@@ -65,13 +73,18 @@ class MatMul(Kind):
     """``x @ weight``, of matrices or batches of them."""
 
     name = "matmul"
+    _sides: ClassVar[_Sides] = {
+        "forward": ((0, False), (1, True)),
+        "grad_input": ((0, False), (1, False)),
+        "grad_weight": ((1, True), (0, True)),
+    }
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = torch.matmul(x, weight)
         return result if bias is None else result + bias
 
     def work(self, x: Tensor, weight: Tensor) -> int:
-        columns = self._right(weight).shape[-1]
+        columns = self._columns(weight)
         batches = torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2]) if weight.dim() > 2 else x.shape[:-2]
         return batches.numel() * x.shape[-2] * x.shape[-1] * columns if x.dim() > 1 else x.numel() * columns
 
@@ -99,32 +112,40 @@ class MatMul(Kind):
         return result if role == "grad_weight" else result.view(*a.shape[:-1], -1)
 
     def probe(
-        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int
-    ) -> Probe | None:
+        self, role: str, one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int,
+        encoded: Sequence[Encoded],
+    ) -> Probe | None:  # fmt: skip
         if (result if role == "grad_weight" else other).dim() != 2:
             return None
-        return probe_of(*self._matrices(role, one, other), bias, result.reshape(-1, result.shape[-1]), at)
+        kept = [part.integers.kept if part.integers is not None else None for part in encoded]
+        (first, across), (second, down) = self._sides[role]
+        operands = one, other
+        left, right = Operand(operands[first], across, kept[first]), Operand(operands[second], down, kept[second])
+        return probe_of(left, right, bias, result, at)
 
-    def _matrices(self, role: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def reads_columns(self, weight: Tensor) -> bool:
+        return weight.dim() == 2
+
+    def _columns(self, weight: Tensor) -> int:
+        """Of the result."""
+        return weight.shape[-1]
+
+    def _matrices(self, role: str, *operands: Tensor) -> tuple[Tensor, Tensor]:
         """What is multiplied by what, of the operands of a product whose weight is a matrix."""
-        rows = one.reshape(-1, one.shape[-1])
-        if role == "grad_weight":
-            return self._of_weight(rows, other.reshape(-1, other.shape[-1]))
-        return rows, self._right(other) if role == "forward" else self._right(other).t()
-
-    def _right(self, weight: Tensor) -> Tensor:
-        """The matrix that is multiplied by."""
-        return weight
-
-    def _of_weight(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices whose product is the gradient of the weight."""
-        return x.t(), gradient
+        (one, across), (other, down) = self._sides[role]
+        left, right = (operands[which].reshape(-1, operands[which].shape[-1]) for which in (one, other))
+        return left.t() if across else left, right if down else right.t()
 
 
 class Linear(MatMul):
     """``x @ weight.T + bias``."""
 
     name = "linear"
+    _sides: ClassVar[_Sides] = {
+        "forward": ((0, False), (1, False)),
+        "grad_input": ((0, False), (1, True)),
+        "grad_weight": ((0, True), (1, True)),
+    }
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -135,11 +156,8 @@ class Linear(MatMul):
     def grad_weight(self, gradient: Tensor, x: Tensor, shapes: Shapes) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
-    def _right(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def _of_weight(self, gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient.t(), x
+    def _columns(self, weight: Tensor) -> int:
+        return weight.shape[0]
 
 
 @dataclass(frozen=True)

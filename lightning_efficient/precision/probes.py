@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from lightning_efficient.core.native import compiled
 from lightning_efficient.precision.signs import Measured, Probe, shared_exponent
 
-__all__ = ["GROUP", "SIDE", "measured_result", "places", "probe_of"]
+__all__ = ["GROUP", "SIDE", "Kept", "Operand", "measured_result", "places", "probe_of"]
 
 SIDE = 16
 """Rows and columns of the block that is computed again exactly."""
@@ -33,13 +34,30 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LONG, _POINTER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 _ARGUMENTS = {
     "largest_in_runs": (_POINTER, _INT, _LONG, _LONG, _LONG),
-    "probe": (*(_POINTER, _INT, _LONG, _LONG) * 2, *(_POINTER, _INT) * 2, *(_LONG,) * 4, _POINTER),
+    "probe": (
+        *(_POINTER, _INT, _LONG, _LONG, _POINTER, _LONG) * 2, *(_POINTER, _INT) * 2, *(_LONG,) * 3, _POINTER,
+    ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Some columns of a matrix, taken when all of it was read.
+
+    Later they have left the caches, and in a wide matrix each of their numbers lies in a page of its own: to fetch
+    those takes several times as long as all else that a probe does. Whether the matrix is still the same, a few show.
+
+    Attributes:
+        at: Which they are: see :func:`places`.
+        columns: float32 ``[rows of the matrix, SIDE]``; None: they have to be read again.
+    """
+
+    at: int
+    columns: Tensor | None = None
 
 
 def measured_result(result: Tensor) -> Measured:
     """What can be seen in a sample of a result: its exponent, and whether it is finite or zero."""
-    result = result.detach()
     count = result.numel()
     runs = count // _RUN
     step = max(_PART, runs // _MOST | 1) if runs >= 2 * _PART else 1
@@ -49,7 +67,7 @@ def measured_result(result: Tensor) -> Measured:
     elif library is not None:
         largest = library.largest_in_runs(result.data_ptr(), _TYPES[result.dtype], count, _RUN, step)
     else:
-        part = result.reshape(-1)
+        part = result.detach().reshape(-1)
         part = part[: runs * _RUN].view(runs, _RUN)[::step] if step > 1 else part
         largest = float(torch.linalg.vector_norm(part, math.inf))
     if not math.isfinite(largest):
@@ -57,48 +75,96 @@ def measured_result(result: Tensor) -> Measured:
     return Measured(shared_exponent(largest, 8), all_zero=largest == 0)
 
 
-def probe_of(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> Probe:
-    """How far off some numbers of ``one @ other + bias`` are, which are computed again.
+def probe_of(one: Operand, other: Operand, bias: Tensor | None, result: Tensor, at: int) -> Probe:
+    """How far off some numbers of a product are, which are computed again.
 
     Args:
-        one: ``[M, K]``, of any strides.
-        other: ``[K, N]``, likewise.
-        bias: ``[N]``.
-        result: ``[M, N]``, to be checked.
+        one: A matrix ``[M, K]``; its rows are multiplied by those of
+        other: a matrix ``[N, K]``.
+        bias: ``[N]``, that is added.
+        result: To be checked, ``[..., N]`` with M rows.
         at: Others with each number.
     """
-    plain = result, *((bias,) if bias is not None else ())
-    if _library_for(one, other) and all(_library_for(tensor) and tensor.is_contiguous() for tensor in plain):
-        size, off = _sums_in_c(one, other, bias, result, at)
+    left, right, plain = one.read(at), other.read(at), (result, *((bias,) if bias is not None else ()))
+    if _library_for(left.values, right.values) and all(_library_for(t) and t.is_contiguous() for t in plain):
+        size, off = 0.0, 0.0
+        if left.size and right.size:
+            found = (ctypes.c_double * 2)()
+            _library().probe(  # type: ignore[union-attr]
+                *left.in_c(), *right.in_c(), *_given(bias), *_given(result), left.size, right.size, left.terms, found
+            )
+            size, off = found
     else:
-        rows, columns = places(one.shape[0], at, one.device), places(other.shape[1], at, one.device)
-        exact = one.index_select(0, rows).float() @ other.index_select(1, columns).float()
+        exact = left.block() @ right.block().t()
+        rows, columns = left.places(), right.places()
         if bias is not None:
             exact += bias[columns].float()
-        found = result.index_select(0, rows).index_select(1, columns).float()
-        size, off = float(exact.double().square().sum()), float((found - exact).double().square().sum())
+        wrong = result.reshape(left.size, right.size).index_select(0, rows).index_select(1, columns).float() - exact
+        size, off = float(exact.double().square().sum()), float(wrong.double().square().sum())
     return Probe(math.sqrt(off), math.sqrt(size))
 
 
-def _sums_in_c(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> tuple[float, float]:
-    rows, columns = result.shape
-    if not result.numel():
-        return 0.0, 0.0
-    found = (ctypes.c_double * 2)()
-    given: list[int | None] = []
-    for matrix in (one, other.t()):
-        given += (matrix.data_ptr(), _TYPES[matrix.dtype], *matrix.stride())
-    for tensor in (bias, result):
-        given += (tensor.data_ptr(), _TYPES[tensor.dtype]) if tensor is not None else (None, 0)
-    _library().probe(*given, rows, columns, one.shape[1], at, found)  # type: ignore[union-attr]
-    return found[0], found[1]
+class Operand(NamedTuple):
+    """Of a product.
+
+    Attributes:
+        values: ``[..., width]``.
+        across: Whether the rows that are multiplied are its columns.
+        kept: Of its columns; if it is across, these are looked at.
+    """
+
+    values: Tensor
+    across: bool
+    kept: Kept | None = None
+
+    def read(self, at: int) -> _Rows:
+        """Without a view of it: to make one takes longer than a look."""
+        values, width = self.values, self.values.shape[-1]
+        row, step = width, 1
+        if not values.is_contiguous():
+            values = values.reshape(-1, width)
+            row, step = values.stride()
+        count = values.numel() // width if width else values.shape[:-1].numel()
+        if not self.across:
+            return _Rows(values, count, width, row, step, at)
+        if self.kept is None:
+            return _Rows(values, width, count, step, row, at)
+        columns = self.kept.columns
+        fits = columns is not None and columns.shape == (count, SIDE)
+        return _Rows(values, width, count, step, row, self.kept.at, columns if fits else None)
 
 
-def places(size: int, at: int, device: torch.device) -> Tensor:
-    """Which of ``size`` rows are looked at: groups of neighbours, evenly spread."""
-    number = torch.arange(min(size, SIDE), device=device)
-    spread = number if size < SIDE else number // GROUP * (size * GROUP // SIDE) + number % GROUP
-    return (spread + at) % max(1, size)
+class _Rows(NamedTuple):
+    """Of a matrix: how they lie, and which are looked at."""
+
+    values: Tensor
+    size: int
+    terms: int
+    row: int
+    term: int
+    at: int
+    kept: Tensor | None = None
+
+    def in_c(self) -> tuple[int | None, ...]:
+        kept = self.kept.data_ptr() if self.kept is not None else None
+        return *_given(self.values), self.row, self.term, kept, self.at
+
+    def places(self) -> Tensor:
+        return torch.tensor(places(self.size, self.at), dtype=torch.long, device=self.values.device)
+
+    def block(self) -> Tensor:
+        rows = self.values.as_strided((self.size, self.terms), (self.row, self.term))
+        return rows.index_select(0, self.places()).float()
+
+
+def _given(tensor: Tensor | None) -> tuple[int | None, int]:
+    return (tensor.data_ptr(), _TYPES[tensor.dtype]) if tensor is not None else (None, 0)
+
+
+def places(size: int, at: int) -> tuple[int, ...]:
+    """Which of ``size`` rows are looked at: groups of neighbours, evenly spread, others with each ``at``."""
+    spread = range(size) if size < SIDE else [n // GROUP * (size * GROUP // SIDE) + n % GROUP for n in range(SIDE)]
+    return tuple((number + at) % size for number in spread)
 
 
 @cache
@@ -112,4 +178,4 @@ def _library() -> Any | None:
 
 
 def _library_for(*tensors: Tensor) -> Any | None:
-    return _library() if all(t.device.type == "cpu" and t.dtype in _TYPES for t in tensors) else None
+    return _library() if all(t.is_cpu and t.dtype in _TYPES for t in tensors) else None

@@ -248,7 +248,7 @@ def test_gradients_that_are_wrong_but_no_larger_are_seen_p2(role: str, monkeypat
 
 def test_results_are_looked_at_elsewhere_in_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, seen = nn.Linear(24, 32), torch.randn(64, 24), list[int]()
-    monkeypatch.setattr(kinds.MatMul, "probe", lambda self, *arguments: seen.append(arguments[-1]))
+    monkeypatch.setattr(kinds.MatMul, "probe", lambda self, *arguments: seen.append(arguments[-2]))
     bits = LowBits(module)
     bits.engine.learning = True
     for batch in range(3):

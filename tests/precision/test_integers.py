@@ -18,6 +18,7 @@ from lightning_efficient.precision.integers import (
     to_integers,
     with_shared_exponent,
 )
+from lightning_efficient.precision.probes import Kept, places
 from lightning_efficient.precision.signs import Measured, shared_exponent
 
 
@@ -81,6 +82,41 @@ def test_both_ways_give_the_same_codes_p5(numel: int, dtype: torch.dtype, key: i
     with mock.patch.object(integers, "_library", return_value=None):
         assert torch.equal(to_integers(values, 5, key=key)[0].codes, codes)
         assert largest_magnitude(values) == float(values.abs().max())
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """Torch's threads and default type."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.usefixtures("as_it_was")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1000, 1024), (70, 5000), (3, 11, 700), (1, 512)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_columns_are_kept_as_they_are(shape: tuple[int, ...], dtype: torch.dtype, threads: int, by: str) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.set_num_threads(threads)
+    for at in (0, 7, 123_456_789):
+        for default in (torch.float32, torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            found = to_integers(values, 5, at=at)[0]
+            assert torch.equal(found.codes, to_integers(values, 5)[0].codes)
+            assert found.kept is not None
+            assert found.kept.at == at
+            assert (found.kept.columns is None) == (by == "torch")
+            if found.kept.columns is not None:
+                these = list(places(shape[-1], at))
+                assert torch.equal(found.kept.columns, values.reshape(-1, shape[-1])[:, these].float())
+
+
+def test_of_some_tensors_no_columns_are_kept() -> None:
+    for values in (torch.randn(1024), torch.randn(32, 511), torch.randn(0, 1024), torch.randn(1024, 1024).t()):
+        assert to_integers(values, 5, at=1)[0].kept == Kept(1)
+    assert to_integers(torch.randn(32, 1024), 5)[0].kept is None
 
 
 def test_what_is_counted_p9(by: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_efficient.precision import probes
-from lightning_efficient.precision.probes import measured_result, probe_of
+from lightning_efficient.precision.integers import to_integers
+from lightning_efficient.precision.probes import Kept, Operand, measured_result, places, probe_of
 from lightning_efficient.precision.signs import Measured
 
 
@@ -29,7 +30,7 @@ def by(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def error_of_some(one: Tensor, other: Tensor, bias: Tensor | None, result: Tensor, at: int) -> float | None:
     """Of a probe, the relative error."""
-    off, size = probe_of(one, other, bias, result, at)
+    off, size = probe_of(Operand(one, False), Operand(other, True), bias, result, at)
     return off / size if size else None
 
 
@@ -111,3 +112,57 @@ def test_what_is_zero_tells_nothing_and_tensors_of_any_strides_are_taken() -> No
         assert error_of_some(x, weight, None, one @ other * 3, 3) == pytest.approx(2, rel=1e-4)
     every_second = torch.randn(20, 540)[:, ::2]
     assert error_of_some(every_second, other, None, every_second @ other, 3) == pytest.approx(0, abs=1e-5)
+
+
+def kept_of(values: Tensor, at: int) -> Kept | None:
+    return to_integers(values, 5, at=at)[0].kept
+
+
+def block_of(one: Tensor, other: Tensor, ats: tuple[int, int]) -> tuple[list[int], list[int], Tensor]:
+    """Some columns of both, and the products of those."""
+    rows, columns = list(places(one.shape[1], ats[0])), list(places(other.shape[1], ats[1]))
+    return rows, columns, one.double()[:, rows].t() @ other.double()[:, columns]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(512, 300, 700), (600, 600, 600), (33, 17, 1024)])
+def test_columns_that_were_kept_are_looked_at_where_sums_run_over_rows(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows, terms, columns = shape
+    one, other = torch.randn(terms, rows).to(dtype), torch.randn(terms, columns).to(dtype)
+    wrong = one.t().float() @ other.float() + torch.randn(rows, columns)
+    down, across, exact = block_of(one, other, (3, 8))
+    found = probe_of(Operand(one, True, kept_of(one, 3)), Operand(other, True, kept_of(other, 8)), None, wrong, 5)
+    assert found.off == pytest.approx(float((wrong.double()[down][:, across] - exact).norm()), rel=1e-4)
+    assert found.size == pytest.approx(float(exact.norm()), rel=1e-4)
+
+
+def test_columns_that_have_changed_since_are_read_again() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(300, 512), torch.randn(300, 512)
+    kept = kept_of(one, 3), kept_of(other, 8)
+    result = one.t() @ other
+    for changed in (one, other):
+        before = changed.clone()
+        changed.data.mul_(4)
+        _, _, exact = block_of(one, other, (3, 8))
+        found = probe_of(Operand(one, True, kept[0]), Operand(other, True, kept[1]), None, result, 5)
+        assert found.size == pytest.approx(float(exact.norm()), rel=1e-4)
+        assert found.off == pytest.approx(0.75 * found.size, rel=1e-3)
+        changed.copy_(before)
+
+
+@pytest.mark.parametrize("shape", [(20, 512), (2, 10, 512), (10, 1, 512), (512,)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_any_tensor_are_multiplied(shape: tuple[int, ...], transposed: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(512, 512)
+    if x.dim() == 3:  # also where a stride means nothing
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    weight = weight.t() if transposed else weight
+    kept = kept_of(weight, 3)
+    for across, result in ((False, x @ weight.t()), (True, x @ weight)):
+        found = probe_of(Operand(x, False), Operand(weight, across, kept), None, result, 7)
+        assert found.off < 1e-4 * found.size

@@ -64,7 +64,7 @@ def look(
     count, every = sampled(flat.numel())
     place = torch.arange(count, device=flat.device)
     measure(flat[place // 64 * (64 * every) + place % 64], measured, slot)
-    rows, columns = places(out.shape[0], at, out.device), places(out.shape[1], at, out.device)
+    rows, columns = (torch.tensor(places(size, at), dtype=torch.long, device=out.device) for size in out.shape)
     exact = a[rows].float() @ b[columns].float().t()
     if bias is not None:
         exact += bias[columns].float()
