@@ -104,7 +104,7 @@ def _trainings(quick: bool) -> dict[str, dict[str, Any]]:
     }
 
 
-def plan_errors(folder: Path, *, quick: bool, device: str = "cpu") -> tuple[list[Row], float, float]:
+def plan_errors(folder: Path, *, quick: bool, device: str = "cpu") -> tuple[list[Row], float, float, list[str]]:
     """Predict and run.
 
     Args:
@@ -113,10 +113,10 @@ def plan_errors(folder: Path, *, quick: bool, device: str = "cpu") -> tuple[list
         device: ``cpu`` or ``cuda``.
 
     Returns:
-        The rows, the largest error of a peak, and the largest of a time (of the process where that is all there is;
-        with an offload, which waits for a disk, by the clock).
+        The rows, the largest error of a peak, the largest of a time (of the process where that is all there is; with an
+        offload, which waits for a disk, by the clock), and which combinations could not be run, and why.
     """
-    rows = []
+    rows, failed = list[Row](), list[str]()
     for number, (name, config) in enumerate(_trainings(quick).items()):
         place = folder / str(number)
         place.mkdir(parents=True)
@@ -124,8 +124,10 @@ def plan_errors(folder: Path, *, quick: bool, device: str = "cpu") -> tuple[list
         file = place / "config.yaml"
         trainer |= {"max_epochs": 2000, "enable_checkpointing": False}  # type: ignore[assignment]
         file.write_text(yaml.safe_dump({"seed_everything": 0, "trainer": trainer, **config}), encoding="utf-8")
-        rows += _rows(name, file, place, COMBINATIONS[:2] if quick else COMBINATIONS, quick)
-    return rows, max(row.peak_error for row in rows), max(time_error(row) for row in rows)
+        found, without = _rows(name, file, place, COMBINATIONS[:2] if quick else COMBINATIONS, quick)
+        rows += found
+        failed += without
+    return rows, max(row.peak_error for row in rows), max(time_error(row) for row in rows), failed
 
 
 def time_error(row: Row) -> float:
@@ -133,7 +135,9 @@ def time_error(row: Row) -> float:
     return row.wall_error if "offload" in row.techniques else row.cpu_error
 
 
-def _rows(name: str, config: Path, place: Path, combinations: Sequence[tuple[str, ...]], quick: bool) -> list[Row]:
+def _rows(
+    name: str, config: Path, place: Path, combinations: Sequence[tuple[str, ...]], quick: bool
+) -> tuple[list[Row], list[str]]:
     def say(text: str) -> None:
         print(f"{name}  {text}", flush=True)
 
@@ -141,15 +145,18 @@ def _rows(name: str, config: Path, place: Path, combinations: Sequence[tuple[str
     began = time.monotonic()
     plan = make_plan(shop, only={key for keys in combinations for key in keys})
     say(f"planned in {time.monotonic() - began:.0f} s")
-    rows = []
+    rows, failed = list[Row](), list[str]()
     for keys in combinations:
         if not all(key in plan.alone for key in keys):
+            why = next(plan.not_tried.get(key, "not tried") for key in keys if key not in plan.alone)
+            failed.append(f"{name}, {' + '.join(keys)}: {why}")
             continue
         candidate = plan.candidate(keys)
         try:
             peak, seconds = check(shop, candidate, plan.profile)
         except RunFailed as error:
             say(f"{candidate.name}: {error}")
+            failed.append(f"{name}, {candidate.name}: {error}")
             continue
         expected = candidate.prediction
         beside = plan.profile.data_seconds
@@ -159,7 +166,7 @@ def _rows(name: str, config: Path, place: Path, combinations: Sequence[tuple[str
         )  # fmt: skip
         say(f"{row.techniques}: peak {row.peak_error:.1%}, wall {row.wall_error:.1%}, CPU {row.cpu_error:.1%} off")
         rows.append(row)
-    return rows
+    return rows, failed
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -185,14 +192,16 @@ def table(rows: Sequence[Row]) -> Table:
 def run(options: Options) -> Result:
     """The benchmark."""
     with tempfile.TemporaryDirectory(prefix=".bench-plan-", dir=Path.cwd()) as folder:
-        rows, peak, seconds = plan_errors(Path(folder), quick=options.quick, device=options.device)
-    raw = {"rows": [asdict(row) for row in rows]}
+        rows, peak, seconds, failed = plan_errors(Path(folder), quick=options.quick, device=options.device)
+    raw = {"rows": [asdict(row) for row in rows], "failed": failed}
     notes = (
+        *(f"Could not be run: {each}." for each in failed),
         "The planner profiles plain training, tries each technique alone, and predicts the rest; each row is then a "
         "run of its own. The errors of the last line are the largest of all rows.",
         "Times are compared at the machine's speed in the profile, as a fixed piece of work before and after the steps "
         "shows it. The error of a time is that of the process's CPU time; with an offload, which waits for a disk, "
         "that of the wall time.",
     )
-    figures = {"plan_peak_error": peak, "plan_time_error": seconds}
+    checked = f"{len(rows)}/{len(rows) + len(failed)}"
+    figures: dict[str, float | str] = {"plan_peak_error": peak, "plan_time_error": seconds, "plan_checked": checked}
     return Result("plan", figures, [table(rows)], raw, notes)

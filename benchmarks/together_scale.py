@@ -138,7 +138,7 @@ def measured_scale(options: Options) -> Scale:
         f"Lightning are in it, and the making of the model. Sizes are {RATIO - 1:.0%} apart. The suite: optimizer "
         "state, gradients and parameters on a disk as far as they do not fit (optimizer state only where plain would "
         "just fit, in bf16 if it would in that and the processor is faster in it), activations in 8 or 4 bits, "
-        "products in int8; growth has no part in it, the full model trains."
+        "products in int8; growth has no part in it, for the full model trains, and checkpoints are not saved."
     )
     clock = "cpu" if options.device == "cpu" else "wall"
     ratio_rows = [(arm, str(best[arm][0]), *(spread(values, 2) for values in times[arm].values())) for arm in times]

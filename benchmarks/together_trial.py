@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["ARMS", "CONTEXT", "SUITE", "TOKENS", "Trial", "tried"]
 
@@ -21,7 +21,10 @@ CONTEXT, TOKENS = 128, 1024
 SUITE = "the suite"
 ARMS = ("plain, fp32", "plain, bf16-mixed, activation checkpointing", SUITE)
 _SAVED = {8: 20, 4: 12}  # bytes of what backward needs, for each token and channel of a block, by bits
-_AS_PLAIN = {"fp32": 92, "bf16": 52}  # likewise, of a plain run, with what the C library keeps
+_AS_PLAIN: dict[Literal["fp32", "bf16"], int] = {
+    "fp32": 92,
+    "bf16": 52,
+}  # likewise, of a plain run, with what the C library keeps
 _BESIDE = 100 << 20  # what else a run takes: temporary tensors, the Trainer, what the C library keeps
 _MAKING = 8 << 20  # beside all parameters, while they are made and go to their places
 _LEAST = 32 << 20
@@ -168,7 +171,7 @@ def _arguments(
     bits = 8 if 4 * parameters + _SAVED[8] * units + _BESIDE <= room else 4
     budget = max(min(room - _SAVED[bits] * units - _BESIDE, room - parameters - _MAKING), _LEAST)
     offload: dict[str, Any] = {"memory_budget": {"host" if device == "cpu" else "device": budget}}
-    high = "fp32" if device == "cpu" else "bf16"
+    high: Literal["fp32", "bf16"] = "fp32" if device == "cpu" else "bf16"
     fits = [kind for kind, each in _AS_PLAIN.items() if 4 * parameters + each * units <= room]
     if fits[:1] == ["fp32"] or (fits and _bf16_is_faster(device)):
         # without a budget, for which freed memory goes back to the system, and that takes time
