@@ -18,6 +18,7 @@ CARDS = {
     "offload": "Offload",
     "precision": "Low bits",
     "monitoring": "EfficiencyMonitor",
+    "planning": "Plan",
 }
 SECTIONS = ("Composes with, refuses", "Refuses", "Limits")
 

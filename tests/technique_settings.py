@@ -23,6 +23,7 @@ __all__ = [
     "EPOCH",
     "RELATED",
     "SETTINGS",
+    "SHARDS",
     "STEPS",
     "TechniqueSetting",
     "demo_data",
@@ -143,18 +144,18 @@ _WIDTH_REFUSES = {"averaging": "Width growth cannot widen the averaged model of 
 
 _ACTIVATIONS = "lightning_efficient.ActivationCompressionPlugin"
 
-_SHARDS = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+SHARDS: dict[str, Any] = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
 
 _PLAIN = {
     "ddp": {"class_path": "lightning.pytorch.strategies.DDPStrategy"},
-    "fsdp2": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": _SHARDS},
+    "fsdp2": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy", "init_args": SHARDS},
 }
 
 _OFFLOAD = "lightning_efficient.OffloadStrategy"
 
 _OFFLOAD_RANKS = {
     "ddp": ("lightning_efficient.OffloadDDPStrategy", {}),
-    "fsdp2": ("lightning_efficient.OffloadFSDP2Strategy", _SHARDS),
+    "fsdp2": ("lightning_efficient.OffloadFSDP2Strategy", SHARDS),
 }
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the whole suite, and the soak: their arithmetic, and whether they run."""
+"""The benchmark of the whole suite, and the soak: their arithmetic, their runs and faults, and the last line."""
 
 from __future__ import annotations
 

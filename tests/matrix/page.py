@@ -77,6 +77,8 @@ def page(record: Record) -> str:
         "- bf16-mixed is Lightning's `MixedPrecision`, which `RollbackPrecision` has as its `inner` plugin.",
         "- With FSDP2 checkpoints are single files (`save_distributed_checkpoint=False`), and offload is "
         "`OffloadFSDP2Strategy`; with DDP it is `OffloadDDPStrategy`.",
+        "- Whether few bits pay for a product is measured while it learns, and then kept in the checkpoint: a run that "
+        "is resumed before that may choose otherwise, unless `only_if_faster=False`, as here.",
         "- The settings are those of `tests/technique_settings.py`. Each run's outcome, versions and date is in "
         "`docs/compatibility.json`; `make test` repeats all refusals and some of the runs.",
         "",

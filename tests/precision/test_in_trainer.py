@@ -16,6 +16,7 @@ from lightning_efficient import RollbackPrecision
 from lightning_efficient.coordination import ParameterChange, announce
 from lightning_efficient.demos import ByteLanguageModel
 from lightning_efficient.precision import kinds
+from lightning_efficient.precision.retry import Retry
 from tests.helpers.fitting import fit
 from tests.helpers.models import CheckpointedModel
 from tests.technique_settings import demo_model
@@ -112,6 +113,23 @@ def test_a_fault_is_seen_said_and_healed_p2_p3_p4(
         "lightning.pytorch.utilities.rank_zero"
     }, "whose lines of this level are shown"
     assert any("result" in row["last reason"] for row in precision.precision_map())
+    logged = ours.logged_values()
+    by_operation = {tag: value for (step, tag), value in logged.items() if tag.startswith("precision/retries/")}
+    assert sum(by_operation.values()) == precision.measurements()["precision/retries"]
+    assert {tag.removeprefix("precision/retries/") for tag in by_operation} <= set(precision.nodes)
+
+
+def test_after_twenty_retries_every_hundredth_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    precision = plugin()
+    with caplog.at_level("INFO"):
+        for number in range(250):
+            precision._engine.retries.append(Retry("block", "forward", f"reason {number}"))
+            precision._account.note_retries(None)
+    said = [record.getMessage() for record in caplog.records if "in high bits again" in record.getMessage()]
+    assert [text.partition("(retry ")[2].partition(")")[0] for text in said] == [
+        *map(str, range(1, 21)), "100", "200",
+    ]  # fmt: skip
+    assert said[-1].endswith("reason 199")
 
 
 def test_it_is_logged(tmp_path: Path) -> None:

@@ -217,6 +217,22 @@ def test_damaged_weights_heal_from_a_snapshot(accumulate: int) -> None:
     assert one.plugin.events()[0].text.startswith("Epoch 0, batch 13, step")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_network_is_guarded_too() -> None:
+    def compiled() -> Net:
+        module = Net(plain=True)
+        module.net.compile(backend="aot_eager")
+        return module
+
+    one, other = train(guarded(), AtBatch(10, damage), module=compiled()), train(guarded(), module=compiled())
+    assert one.counts == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
+    assert_same(one, other)
+    skipped = train(guarded(), data=Batches(bad={9: 100.0}), module=compiled())
+    assert skipped.counts == {"spikes": 1, "rollbacks": 1, "skipped": 1}
+    without = train(guarded(), data=Batches(without=(9,)), module=compiled())
+    assert_same_tree(skipped.state, without.state, "state")
+
+
 def test_over_the_end_of_an_epoch() -> None:
     class InSecondEpoch(AtBatch):
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

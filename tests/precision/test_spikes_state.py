@@ -17,6 +17,7 @@ from lightning_efficient.precision.scaling import lower_scale
 from tests.helpers.fitting import assert_same_tree
 from tests.helpers.ranks import run_on_two_ranks
 from tests.precision.spiking import AtBatch, Batches, Net, guarded, train
+from tests.technique_settings import SHARDS
 
 
 def test_resumed_bit_for_bit_with_all_that_was_seen(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def on_sharded_rank(rank: int) -> dict[str, Any]:
     def go(*callbacks: Any, bad: dict[int, float] | None = None, **more: Any) -> Any:
         return train(
             guarded(**more), *callbacks, data=Batches(bad=bad if rank else {}, rank=rank), module=Sharded(plain=True),
-            devices=2, strategy=ModelParallelStrategy(save_distributed_checkpoint=False), use_distributed_sampler=False,
+            devices=2, strategy=ModelParallelStrategy(**SHARDS), use_distributed_sampler=False,
         )  # fmt: skip
 
     def weights(result: Any) -> dict[str, Any]:

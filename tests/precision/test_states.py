@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_efficient import RollbackPrecision
@@ -21,9 +23,10 @@ from lightning_efficient.precision.learning import Learning
 from lightning_efficient.precision.nodes import Node
 from lightning_efficient.precision.status import ReturnPolicy
 from tests.helpers.fitting import assert_same_tree, fit
+from tests.helpers.models import ShardedModel
 from tests.helpers.ranks import run_on_two_ranks
 from tests.precision.device_network import Run
-from tests.technique_settings import demo_model
+from tests.technique_settings import SHARDS, demo_model
 
 
 def plugin(**more: Any) -> RollbackPrecision:
@@ -186,7 +189,7 @@ def test_gradients_of_gradients_are_refused_with_what_to_do() -> None:
         precision.backward(torch.zeros(()), module, None)
 
 
-def with_a_fault_on_one(rank: int, root: Path) -> dict[str, Any]:
+def with_a_fault_on_one(rank: int, root: Path, *, sharded: bool) -> dict[str, Any]:
     precision = plugin(pre_learning_steps=4, return_after=3)
     true, spoilt = kinds.MatMul.in_integers, []
 
@@ -198,21 +201,26 @@ def with_a_fault_on_one(rank: int, root: Path) -> dict[str, Any]:
 
     kinds.MatMul.in_integers = in_integers  # type: ignore[method-assign]
     run = fit(
-        None, plugins=[precision], root=root, devices=2, strategy="ddp", use_distributed_sampler=False, max_steps=8
-    )
+        None, module=demo_model(ShardedModel) if sharded else None, plugins=[precision], root=root, devices=2,
+        strategy=ModelParallelStrategy(**SHARDS) if sharded else "ddp",
+        use_distributed_sampler=False, max_steps=8,
+    )  # fmt: skip
     nodes = precision.state_dict()["nodes"]
     for node in nodes.values():
         del node["learning"]["limits"]  # what each rank saw last, when it learnt
         for product in node["products"].values():
             del product["status"]["reason"]
+    weights = {name: value.full_tensor() if sharded else value for name, value in run.weights.items()}  # type: ignore[operator]
     return {
-        "weights": run.weights, "nodes": nodes, "retries": precision.measurements()["precision/retries"],
+        "weights": weights, "nodes": nodes, "retries": precision.measurements()["precision/retries"],
         "spoilt": len(spoilt), "losses": run.losses,
     }  # fmt: skip
 
 
-def test_a_product_that_fails_on_one_rank_hangs_none_and_all_know(tmp_path: Path) -> None:
-    one, other = run_on_two_ranks(with_a_fault_on_one, tmp_path, tmp_path / "run")
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_a_product_that_fails_on_one_rank_hangs_none_and_all_know(sharded: bool, tmp_path: Path) -> None:
+    fault = functools.partial(with_a_fault_on_one, sharded=sharded)
+    one, other = run_on_two_ranks(fault, tmp_path, tmp_path / "run")
     assert (one["spoilt"], other["spoilt"]) == (0, 1)
     assert one["retries"] == other["retries"] >= 1
     assert_same_tree(one["weights"], other["weights"], "weights")
