@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -93,3 +97,21 @@ def test_private_symbols_of_lightning_live_in_compat(path: Path) -> None:
         and any(word in ast.unparse(node.value) for word in ("trainer", "strategy", "fit_loop"))
     ]
     assert not private, private
+
+
+def test_what_is_imported_is_a_dependency_or_comes_with_one() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {plain_name(line) for line in (*project["dependencies"], *project["optional-dependencies"]["cli"])}
+    brought = {
+        plain_name(line) for name in declared for line in metadata.requires(name) or () if "extra ==" not in line
+    }
+    used = {name.split(".")[0] for path in FILES for name in imports(path)} - {"lightning_efficient", "triton"}
+    owners = metadata.packages_distributions()
+    for package in used - sys.stdlib_module_names:
+        names = {plain_name(owner) for owner in owners[package]}
+        assert names & (declared | brought), f"{package} is imported, and nothing installs it"
+
+
+def plain_name(requirement: str) -> str:
+    """Of what it requires, as PyPI writes it."""
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
