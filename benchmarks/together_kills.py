@@ -241,7 +241,8 @@ def _settings(folder: Path, steps: int, every: int) -> dict[str, Any]:
 
 
 def _last(folder: Path) -> Path:
-    return (folder / "checkpoints" / "last.ckpt").resolve()
+    """Where a run went on from its very first checkpoint, Lightning leaves ``last.ckpt``, and names a ``last-v1``."""
+    return max((folder / "checkpoints").glob("last*.ckpt"), key=_step).resolve()
 
 
 def _end(folder: Path) -> dict[str, Any]:

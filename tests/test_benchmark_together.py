@@ -8,17 +8,27 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import together
 from benchmarks.harness import Options, Result, Table
 from benchmarks.soak import growth_of, surplus
-from benchmarks.together_kills import Killed
+from benchmarks.together_kills import Killed, _last
 from benchmarks.together_losses import CLOCKS, Losses, difference, ratio
 from benchmarks.together_runs import settings
 from benchmarks.together_scale import RATIO, Scale, grid, largest
 from lightning_efficient.monitoring.series import Point
 
 TABLE = Table("a table", (), ())
+
+
+def test_the_last_checkpoint_is_that_of_the_last_run(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step, name in ((4, "last.ckpt"), (96, "last-v1.ckpt")):
+        torch.save({"global_step": step}, folder / f"step={step}.ckpt")
+        (folder / name).symlink_to(f"step={step}.ckpt")
+    assert _last(tmp_path).name == "step=96.ckpt"
 
 
 def test_sizes_grow_by_the_same_ratio() -> None:
