@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lightning_efficient.core.units import parse_bytes
 from lightning_efficient.planning.facts import Profile, Seconds
-from lightning_efficient.planning.model import Alone, Parts, Prediction, predict
+from lightning_efficient.planning.model import Alone, Interplay, Parts, Prediction, predict
 from lightning_efficient.planning.options import Option, as_mebibytes
 
 __all__ = ["MARGIN", "Candidate", "best", "candidates", "frontier", "least", "with_room"]
@@ -42,7 +42,12 @@ class Candidate:
 
 
 def candidates(
-    profile: Profile, parts: Parts, plain: Seconds, options: Sequence[Option], alone: Mapping[str, Alone]
+    profile: Profile,
+    parts: Parts,
+    plain: Seconds,
+    options: Sequence[Option],
+    alone: Mapping[str, Alone],
+    interplay: Sequence[Interplay] = (),
 ) -> list[Candidate]:
     """Every combination of options that were tried, the plain configuration first.
 
@@ -52,6 +57,7 @@ def candidates(
         plain: Its time of a batch.
         options: Those that were tried.
         alone: What each of them did, by key.
+        interplay: What pairs of them did beyond that.
     """
     slots: dict[str, list[Option | None]] = {}
     for option in options:
@@ -64,6 +70,7 @@ def candidates(
                 parts,
                 plain,
                 [alone[option.key] for option in together],
+                interplay=interplay,
                 data_seconds=profile.data_seconds,
                 save_seconds=profile.run.save_seconds,
                 save_interval=profile.save_interval,

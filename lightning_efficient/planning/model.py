@@ -7,9 +7,9 @@ tensors. The peak is the largest of these moments; a technique takes its kinds o
 smaller. What the sum for one technique alone is off by (its own buffers, mostly) is measured, and added wherever it is
 part of a combination. When the model is made there is P alone, with every technique.
 
-Time. What each technique adds to a step is measured alone, and adds up. A disk works behind the computing: what of its
-work was hidden is hidden in proportion where the computing takes longer or shorter, the rest is waited for. While a
-model grows, the shallower steps take their measured part of all of it.
+Time. What each technique adds to a step is measured alone, and adds up, but for pairs that were tried together. A disk
+works behind the computing: what of its work was hidden is hidden in proportion where the computing takes longer or
+shorter, the rest is waited for. While a model grows, the shallower steps take their measured part of all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from lightning_efficient.planning.facts import Seconds
 
-__all__ = ["Alone", "Parts", "Prediction", "predict"]
+__all__ = ["Alone", "Interplay", "Parts", "Prediction", "predict"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,25 @@ class Alone:
 
 
 @dataclass(frozen=True)
+class Interplay:
+    """What two techniques do together beyond the sum of what each does alone.
+
+    Attributes:
+        keys: Of either, the options that it holds for; it was measured with the first ones.
+        seconds: Of a batch, more or less.
+        peak: Bytes, likewise.
+    """
+
+    keys: tuple[tuple[str, ...], tuple[str, ...]]
+    seconds: Seconds
+    peak: int
+
+    def holds(self, techniques: Sequence[Alone]) -> bool:
+        """Whether both are there."""
+        return all(any(one.key in side for one in techniques) for side in self.keys)
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Of one combination.
 
@@ -111,6 +130,7 @@ def predict(
     plain: Seconds,
     techniques: Sequence[Alone],
     *,
+    interplay: Sequence[Interplay] = (),
     data_seconds: float = 0.0,
     save_seconds: float = 0.0,
     save_interval: int = 0,
@@ -121,14 +141,18 @@ def predict(
         parts: Memory of plain training.
         plain: Its time of a batch.
         techniques: None: plain training.
+        interplay: What is known of pairs.
         data_seconds: To get a batch.
         save_seconds: What a checkpoint of plain training costs.
         save_interval: Batches between checkpoints; 0 for none.
     """
     step = replace(parts, checkpoint_peak=0)  # what techniques did alone was without checkpoints of the training's own
     peak = _summed(parts, techniques) + sum(one.peak - _summed(step, [one]) for one in techniques)
+    more = [each for each in interplay if each.holds(techniques)]
+    peak += sum(each.peak for each in more)
     peak = max(peak, parts.base + parts.parameters)  # the model is made in memory, whatever becomes of it
-    seconds = _step(plain, techniques)
+    seconds = sum((each.seconds for each in more), _step(plain, techniques))
+    seconds = Seconds(max(seconds.wall, 0.0), max(seconds.cpu, 0.0))
     average = seconds
     for one in techniques:
         if one.shares:
@@ -167,4 +191,4 @@ def _step(plain: Seconds, techniques: Sequence[Alone]) -> Seconds:
             alone = one.seconds.wall - one.waited
             hidden = max(0.0, one.busy - one.waited) * (computing.wall / alone if alone > 0 else 1.0)
             total = computing + Seconds(max(0.0, max(one.busy, one.waited) - hidden), 0.0)
-    return Seconds(max(total.wall, 0.0), max(total.cpu, 0.0))
+    return total

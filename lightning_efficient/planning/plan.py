@@ -17,13 +17,18 @@ import yaml
 from lightning_efficient.planning.choose import Candidate, candidates
 from lightning_efficient.planning.facts import Profile, Seconds, ShortRun
 from lightning_efficient.planning.job import Job
-from lightning_efficient.planning.model import Alone, Parts
+from lightning_efficient.planning.model import Alone, Interplay, Parts, predict
 from lightning_efficient.planning.options import Option, merged, options_for
 
 __all__ = ["Plan", "RunFailed", "Shop", "make_plan"]
 
 _GROWN = ((0.25, 0.0), (0.25, 1 / 3))  # parts of the run, and how far their depth is from a quarter to all
 _ADDS_WORK = ("activation", "offload")  # whose steps are never faster than plain ones
+_TOGETHER = (
+    (("activations-4bit", "activations-lossless"), ("int8",)),  # what is kept compressed has to be quantized twice
+    (("activations-4bit",), ("offload-all",)),  # whose memory goes back to the system, and has to be made anew
+)
+"""Options that are more, or less, than their sum; what the first ones are is taken for the others."""
 _SIZES = 48  # batches of a check, so that large ones are among them
 _PARTS_OF_RUN = 4  # the first phase of growth is a quarter of the run, and must be as long as a trial
 
@@ -160,7 +165,8 @@ def make_plan(shop: Shop, only: Collection[str] | None = None) -> Plan:
         tried.append(option)
         alone[option.key] = _alone(option, run, profile, parts, plain)
     plan = Plan(profile, parts, plain, tried, alone, not_tried)
-    plan.found = candidates(profile, parts, plain, tried, alone)
+    pairs = list(filter(None, (_tried_together(shop, plan, keys) for keys in _TOGETHER)))
+    plan.found = candidates(profile, parts, plain, tried, alone, pairs)
     return plan
 
 
@@ -208,6 +214,25 @@ def _run(shop: Shop, option: Option, trainer: Mapping[str, Any]) -> ShortRun:
     return ShortRun.from_json(shop.run(dict(trainer), **job))
 
 
+def _tried_together(shop: Shop, plan: Plan, keys: tuple[tuple[str, ...], tuple[str, ...]]) -> Interplay | None:
+    options = [option for side in keys for option in plan.options if option.key == side[0]]
+    if len(options) < len(keys):
+        return None
+    names = " and ".join(option.key for option in options)
+    shop.say(f"trying {names} ...")
+    try:
+        found = shop.run(merged(options, trial=True), warm_up=max(option.warm_up for option in options))
+    except RunFailed as error:
+        shop.say(f"{names}: {error}")
+        return None
+    run, profile, plain = ShortRun.from_json(found), plan.profile, plan.plain
+    seconds = run.seconds(profile.sizes, profile.run.yardstick)
+    if all(option.slot != "offload" for option in options):
+        seconds = _on_one_thread(seconds, profile, plain)
+    expected = predict(plan.parts, plain, [plan.alone[option.key] for option in options])
+    return Interplay(keys, seconds - expected.step, run.peak_bytes - expected.peak)
+
+
 def _alone(option: Option, run: ShortRun, profile: Profile, parts: Parts, plain: Seconds) -> Alone:
     seconds = _trusted(run.seconds(profile.sizes, profile.run.yardstick), option, profile, plain)
     keeps = dict.fromkeys(option.frees, 0.0)
@@ -229,14 +254,16 @@ def _alone(option: Option, run: ShortRun, profile: Profile, parts: Parts, plain:
 
 def _trusted(seconds: Seconds, option: Option, profile: Profile, plain: Seconds) -> Seconds:
     """What was measured, less what only chance can have done on a machine that has other work."""
-    wall = seconds.wall
-    if profile.device == "cpu" and profile.threads == 1 and option.slot != "offload" and plain.cpu > 0:
-        wall = (
-            plain.wall * seconds.cpu / plain.cpu
-        )  # one thread and no waiting: the processor's time does not see others
-    if option.slot in _ADDS_WORK:
-        wall = max(wall, plain.wall)
-    return Seconds(wall, seconds.cpu)
+    if option.slot != "offload":
+        seconds = _on_one_thread(seconds, profile, plain)
+    return Seconds(max(seconds.wall, plain.wall), seconds.cpu) if option.slot in _ADDS_WORK else seconds
+
+
+def _on_one_thread(seconds: Seconds, profile: Profile, plain: Seconds) -> Seconds:
+    """Of what does not wait: there the processor's time does not see others."""
+    if profile.device != "cpu" or profile.threads > 1 or plain.cpu <= 0:
+        return seconds
+    return Seconds(plain.wall * seconds.cpu / plain.cpu, seconds.cpu)
 
 
 def check(shop: Shop, candidate: Candidate, profile: Profile) -> tuple[int, Seconds]:

@@ -86,6 +86,34 @@ def test_what_changes_results_has_to_be_allowed(tmp_path: Path, runs: Runs) -> N
     assert "GrowAndUnshareCallback" in text
 
 
+def test_pairs_that_are_more_than_their_sum_are_tried_together(
+    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(tmp_path, "--no-check") == 0
+    both = [str(trainer) for trainer, _ in runs.asked if str(trainer).count("class_path") == 2]
+    assert len(both) == 2
+    assert all("ActivationCompressionPlugin" in trainer for trainer in both)
+    assert "RollbackPrecision" in both[0]
+    assert "'parameter': 'disk'" in both[1]
+    assert "trying activations-4bit and int8" in capsys.readouterr().err
+
+
+def test_a_pair_that_is_refused_counts_as_its_sum(
+    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses = runs.__call__
+
+    def refused(trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
+        if str(trainer).count("class_path") == 2:
+            raise RunFailed("MisconfigurationException", "not both")
+        return refuses(None, trainer, **job)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shop, "run", lambda shop, trainer, **job: refused(trainer, **job))
+        assert plan(tmp_path, "--no-check") == 0
+    assert "activations-4bit and int8: not both" in capsys.readouterr().err
+
+
 def test_nothing_fits_is_status_two_x4(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(tmp_path, "--memory", "50MiB") == 2
     assert "Nothing fits into 50 MiB" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_efficient.planning.facts import Seconds
-from lightning_efficient.planning.model import Alone, Parts, predict
+from lightning_efficient.planning.model import Alone, Interplay, Parts, predict
 
 PARTS = Parts(
     base=100, parameters=100, gradients=100, optimizer_state=200, saved=400, peak=950, update_peak=520
@@ -79,6 +79,19 @@ def test_growth_takes_its_part_of_all_that_the_others_add() -> None:
     assert found.step.wall == pytest.approx(1.2)
     assert found.seconds.wall == pytest.approx(1.2 * (0.5 + 0.25 * 0.4 + 0.25 * 0.6))
     assert found.peak == 600  # growth ends with the whole model
+
+
+def test_a_pair_that_was_tried_together_is_more_than_its_sum() -> None:
+    pair = Interplay((("activations-4bit", "others"), ("int8",)), Seconds(0.3, 0.4), -30)
+    few, fast = (
+        alone("others", "activation", Seconds(1.2, 2.3), 600),
+        alone("int8", "precision", Seconds(0.4, 0.8), 950),
+    )
+    without, found = (predict(PARTS, PLAIN, [few, fast], interplay=known) for known in ((), [pair]))
+    assert found.seconds.wall == pytest.approx(without.seconds.wall + 0.3)
+    assert found.seconds.cpu == pytest.approx(without.seconds.cpu + 0.4)
+    assert found.peak == without.peak - 30
+    assert predict(PARTS, PLAIN, [fast], interplay=[pair]) == predict(PARTS, PLAIN, [fast])
 
 
 def test_data_and_checkpoints_come_on_top() -> None:
