@@ -95,7 +95,7 @@ def test_the_last_line_begins_with_what_was_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         together, "killed_and_resumed", lambda folder, kills: Killed(kills, kills, Counter(growth=7), [], TABLE)
     )
-    planned = Result("plan", {"plan_peak_error": 0.05, "plan_time_error": 0.1}, [])
+    planned = Result("plan", {"plan_peak_error": 0.05, "plan_time_error": 0.1, "plan_checked": "4/4"}, [])
     monkeypatch.setattr(together.plan, "run", lambda options: planned)
     options = Options(quick=False, device="cpu", seeds=(0,), threads=1, out=None)  # type: ignore[arg-type]
     result = together.run(options)

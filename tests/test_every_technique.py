@@ -321,17 +321,24 @@ class Interruption(Callback):
 
 
 class GoneInTime(Callback):
-    """Holds no loss, and looks at how many of those of earlier batches somebody holds."""
+    """Holds no batch, output or loss, and looks at how many of those of earlier batches somebody holds."""
 
     def __init__(self) -> None:
-        self.losses: list[weakref.ref[Tensor]] = []
+        self.seen: list[list[weakref.ref[Tensor]]] = []
         self.held: list[int] = []
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.model.register_forward_hook(lambda module, args, output: self.note(*args, output))  # type: ignore[union-attr, operator]
+
+    def note(self, *tensors: Tensor) -> None:
+        self.seen[-1] += map(weakref.ref, tensors)
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self.losses.append(weakref.ref(loss))
+        self.note(loss)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.held.append(sum(loss() is not None for loss in self.losses[:-1]))
+        self.held.append(sum(tensor() is not None for batch in self.seen[:-1] for tensor in batch))
+        self.seen.append([])
 
 
 @every()
@@ -344,7 +351,9 @@ def test_a_batch_is_freed_without_pythons_collector(setting: TechniqueSetting, t
         fit(setting, root=tmp_path, after=[gone])
     finally:
         gc.enable()
-    assert len(gone.losses) >= STEPS
+    assert min(map(len, gone.seen)) >= 1
+    assert len(gone.seen[0]) >= 3, "an input, an output, a loss, until growth replaces the network"
+    assert len(gone.seen) >= STEPS
     assert max(gone.held) == 0
 
 

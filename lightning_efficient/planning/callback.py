@@ -95,7 +95,7 @@ class StepWatch(pl.Callback):
         end = self._warm_up + self._timed
         if self._number == end:
             self.peak = self._meter.peak_bytes()
-        if self._number in (0, end) and trainer.strategy.root_device.type == "cpu":
+        if self._number in (self._warm_up, end) and trainer.strategy.root_device.type == "cpu":
             self._yardstick.measure()
         if self._detail and end <= self._number < end + self._sizes:
             self._looking = LayerAccount(pl_module)

@@ -148,9 +148,9 @@ def predict(
     """
     step = replace(parts, checkpoint_peak=0)  # what techniques did alone was without checkpoints of the training's own
     peak = _summed(parts, techniques) + sum(one.peak - _summed(step, [one]) for one in techniques)
+    made = parts.base + parts.parameters  # the model is made in memory, whatever becomes of it
     more = [each for each in interplay if each.holds(techniques)]
-    peak += sum(each.peak for each in more)
-    peak = max(peak, parts.base + parts.parameters)  # the model is made in memory, whatever becomes of it
+    peak = max(max(peak, made) + sum(each.peak for each in more), made)
     seconds = sum((each.seconds for each in more), _step(plain, techniques))
     seconds = Seconds(max(seconds.wall, 0.0), max(seconds.cpu, 0.0))
     average = seconds

@@ -128,7 +128,7 @@ class Plan:
 
 
 def make_plan(shop: Shop, only: Collection[str] | None = None) -> Plan:
-    """Profile plain training, try each technique alone, and predict all combinations.
+    """Profile plain training, try each technique alone and some pairs, and predict all combinations.
 
     Args:
         shop: Where the runs are made.
@@ -165,9 +165,29 @@ def make_plan(shop: Shop, only: Collection[str] | None = None) -> Plan:
         tried.append(option)
         alone[option.key] = _alone(option, run, profile, parts, plain)
     plan = Plan(profile, parts, plain, tried, alone, not_tried)
-    pairs = list(filter(None, (_tried_together(shop, plan, keys) for keys in _TOGETHER)))
-    plan.found = candidates(profile, parts, plain, tried, alone, pairs)
+    pairs, failed = list[Interplay](), dict[frozenset[str], str]()
+    for keys in _TOGETHER:
+        both = [option for side in keys for option in tried if option.key == side[0]]
+        if len(both) < len(keys):
+            continue
+        try:
+            pairs.append(_together(shop, plan, keys, both))
+        except RunFailed as error:
+            failed[frozenset(option.key for option in both)] = error.kind
+            why = "they did not fit" if error.kind == "memory" else str(error).splitlines()[0]
+            not_tried[" + ".join(option.key for option in both)] = why
+    plan.found = [
+        candidate
+        for candidate in candidates(profile, parts, plain, tried, alone, pairs)
+        if not any(_has_failed(candidate, pair, kind) for pair, kind in failed.items())
+    ]
     return plan
+
+
+def _has_failed(candidate: Candidate, pair: frozenset[str], kind: str) -> bool:
+    """Whether a pair that was tried in vain is all of it; what is refused is so in more company, too."""
+    keys = {option.key for option in candidate.options}
+    return pair == keys if kind == "memory" else pair <= keys
 
 
 def _without_fitting(shop: Shop) -> Profile:
@@ -214,22 +234,19 @@ def _run(shop: Shop, option: Option, trainer: Mapping[str, Any]) -> ShortRun:
     return ShortRun.from_json(shop.run(dict(trainer), **job))
 
 
-def _tried_together(shop: Shop, plan: Plan, keys: tuple[tuple[str, ...], tuple[str, ...]]) -> Interplay | None:
-    options = [option for side in keys for option in plan.options if option.key == side[0]]
-    if len(options) < len(keys):
-        return None
-    names = " and ".join(option.key for option in options)
-    shop.say(f"trying {names} ...")
-    try:
-        found = shop.run(merged(options, trial=True), warm_up=max(option.warm_up for option in options))
-    except RunFailed as error:
-        shop.say(f"{names}: {error}")
-        return None
+def _together(
+    shop: Shop, plan: Plan, keys: tuple[tuple[str, ...], tuple[str, ...]], options: Sequence[Option]
+) -> Interplay:
+    shop.say(f"trying {' and '.join(option.key for option in options)} ...")
+    found = shop.run(merged(options, trial=True), warm_up=max(option.warm_up for option in options))
     run, profile, plain = ShortRun.from_json(found), plan.profile, plan.plain
-    seconds = run.seconds(profile.sizes, profile.run.yardstick)
-    if all(option.slot != "offload" for option in options):
+    seconds, slots = run.seconds(profile.sizes, profile.run.yardstick), {option.slot for option in options}
+    if "offload" not in slots:
         seconds = _on_one_thread(seconds, profile, plain)
-    expected = predict(plan.parts, plain, [plan.alone[option.key] for option in options])
+    if slots <= set(_ADDS_WORK):
+        seconds = Seconds(max(seconds.wall, plain.wall), seconds.cpu)
+    without_saves = replace(plan.parts, checkpoint_peak=0)  # as the pair was run
+    expected = predict(without_saves, plain, [plan.alone[option.key] for option in options])
     return Interplay(keys, seconds - expected.step, run.peak_bytes - expected.peak)
 
 

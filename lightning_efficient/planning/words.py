@@ -113,8 +113,8 @@ def _candidates(plan: Plan, chosen: Candidate | None, *, lossy: bool) -> str:
     shown = {candidate.name: candidate for candidate in wanted}
     rows = [_row(candidate, plain, chosen) for candidate in shown.values()]
     note = (
-        "Each technique was tried alone for some batches, and combinations are predicted from that; how good that is, "
-        "the check of what was chosen shows."
+        "Each technique was tried alone for some batches, and some pairs; combinations are predicted from that. How "
+        "good that is, the check of what was chosen shows."
     )
     return (
         _table(("techniques", "peak", "a batch", "of the processors", "against now", "results"), rows) + f"\n\n{note}"

@@ -13,7 +13,7 @@ from lightning_efficient.planning import plan as planning
 from lightning_efficient.planning.command import main
 from lightning_efficient.planning.facts import Sample, ShortRun
 from lightning_efficient.planning.options import options_for
-from lightning_efficient.planning.plan import RunFailed, Shop
+from lightning_efficient.planning.plan import Plan, RunFailed, Shop, make_plan
 from tests.planning.small import MIB, configuration, profile
 
 TRIALS = {
@@ -32,6 +32,8 @@ class Runs:
         self.profile = profile(**changed)
         self.asked: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.refused: dict[str, str] = {}
+        self.together: tuple[float, int] | str | None = None
+        self.said: list[str] = []
 
     def __call__(self, shop: Shop, trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
         self.asked.append((trainer, job))
@@ -41,8 +43,12 @@ class Runs:
         if job.get("profile"):
             return self.profile.to_json()
         names = [name for name in TRIALS if name in str(trainer)]
+        if len(names) > 1 and isinstance(self.together, str):
+            raise RunFailed(self.together, "not both")
         wall = 1.0 + sum(TRIALS[name][0] - 1.0 for name in names)
         peak = min([950, *(TRIALS[name][1] for name in names)]) if names else 950
+        if len(names) > 1 and self.together is not None:
+            wall, peak = self.together
         values = {"activations/saved_bytes": 400.0 * MIB, "activations/kept_bytes": 40.0 * MIB}
         samples = tuple(Sample(64, wall, wall) for _ in range(3))
         return ShortRun(
@@ -86,32 +92,44 @@ def test_what_changes_results_has_to_be_allowed(tmp_path: Path, runs: Runs) -> N
     assert "GrowAndUnshareCallback" in text
 
 
-def test_pairs_that_are_more_than_their_sum_are_tried_together(
-    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+KEYS = {"activations-lossless", "activations-4bit", "offload-all", "int8", "async-checkpoints"}
+
+
+def made(tmp_path: Path, runs: Runs) -> Plan:
+    return make_plan(Shop([], tmp_path, say=lambda text: runs.said.append(text)), only=KEYS)
+
+
+@pytest.mark.parametrize("saves", [0, 60])
+def test_a_pair_that_was_tried_is_predicted_as_it_was_x4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
 ) -> None:
-    assert plan(tmp_path, "--no-check") == 0
-    both = [str(trainer) for trainer, _ in runs.asked if str(trainer).count("class_path") == 2]
-    assert len(both) == 2
-    assert all("ActivationCompressionPlugin" in trainer for trainer in both)
-    assert "RollbackPrecision" in both[0]
-    assert "'parameter': 'disk'" in both[1]
-    assert "trying activations-4bit and int8" in capsys.readouterr().err
+    runs = Runs(save_interval=saves)
+    runs.together = (1.4, 630)
+    monkeypatch.setattr(Shop, "run", lambda shop, trainer, **job: runs(shop, trainer, **job))
+    plan = made(tmp_path, runs)
+    for keys in (("activations-4bit", "int8"), ("activations-4bit", "offload-all")):
+        found = plan.candidate((*keys, "async-checkpoints") if saves else keys).prediction
+        assert found.step.wall == pytest.approx(1.4)
+        if not saves:
+            assert found.peak == pytest.approx(630 * MIB, abs=10)
+        else:  # as if it were alone, but for what the other one adds to any combination
+            assert found.peak >= 630 * MIB
+    assert "trying activations-4bit and int8 ..." in runs.said
 
 
-def test_a_pair_that_is_refused_counts_as_its_sum(
-    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("kind", "left"), [("memory", True), ("MisconfigurationException", False)])
+def test_a_pair_that_was_tried_in_vain_is_no_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, left: bool
 ) -> None:
-    refuses = runs.__call__
-
-    def refused(trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
-        if str(trainer).count("class_path") == 2:
-            raise RunFailed("MisconfigurationException", "not both")
-        return refuses(None, trainer, **job)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shop, "run", lambda shop, trainer, **job: refused(trainer, **job))
-        assert plan(tmp_path, "--no-check") == 0
-    assert "activations-4bit and int8: not both" in capsys.readouterr().err
+    runs = Runs()
+    runs.together = kind
+    monkeypatch.setattr(Shop, "run", lambda shop, trainer, **job: runs(shop, trainer, **job))
+    plan = made(tmp_path, runs)
+    names = {candidate.name for candidate in plan.found}
+    assert not names & {"activations-4bit + int8", "activations-4bit + offload-all"}
+    assert ("activations-4bit + offload-all + int8" in names) == left
+    assert "activations-lossless + int8" in names
+    assert "activations-4bit + int8" in plan.not_tried
 
 
 def test_nothing_fits_is_status_two_x4(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
