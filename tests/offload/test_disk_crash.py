@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
@@ -302,3 +303,28 @@ def test_after_an_error_of_the_training_the_file_is_gone(tmp_path: Path) -> None
     )
     assert run.stderr.strip().endswith("RuntimeError: the training failed")
     assert not list((tmp_path / "offload").iterdir())
+
+
+def test_a_folder_that_another_rank_removes_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, left = tmp_path / "swap", [3]
+    true = Path.mkdir
+
+    def removed(path: Path, *arguments: Any, **options: Any) -> None:
+        true(path, *arguments, **options)
+        if path == folder and left[0]:
+            left[0] -= 1
+            path.rmdir()
+            if left[0] == 1:
+                raise FileExistsError(17, "File exists", str(path))  # as pathlib's, when it looks again and it is gone
+
+    monkeypatch.setattr(Path, "mkdir", removed)
+    spill_file.SpillFile(folder).remove()
+    assert left == [0]
+
+    def gone(path: Path, pattern: str) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "glob", gone)
+    assert spill_file.sweep(folder) == []

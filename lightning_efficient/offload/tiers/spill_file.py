@@ -82,8 +82,10 @@ def sweep(directory: Path) -> list[Path]:
     Returns:
         What was removed.
     """
-    removed = []
-    for path in sorted(directory.glob(f"{_PREFIX}*{_SUFFIX}")) if directory.is_dir() else ():
+    removed, found = [], list[Path]()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another rank may remove it meanwhile
+        found = sorted(directory.glob(f"{_PREFIX}*{_SUFFIX}"))
+    for path in found:
         match = _NAME.fullmatch(path.name)
         if match is None:
             continue
@@ -98,10 +100,10 @@ def _make(directory: Path) -> tuple[Path, int]:
     vanished = 0
     while True:
         path = directory / _name("")
-        directory.mkdir(parents=True, exist_ok=True)
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # another rank, which is ending, has removed the folder, for it was empty
+        except (FileNotFoundError, FileExistsError):  # another rank, which is ending, has removed it, for it was empty
             vanished += 1
             if vanished > _ATTEMPTS:
                 raise
