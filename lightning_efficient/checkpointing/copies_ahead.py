@@ -59,7 +59,10 @@ class CopiesAhead:
             if number is not None and key not in plan.shared and key not in self._planner.volatile:
                 sources[number], watched[number] = storage, tensor
         snapshot.offer(sources, watched)
-        self._start(snapshot.copy)
+        if self._planner.calibrated((plan.keys[number] for number in sources), _PLACE):
+            self._start(snapshot.copy)
+        else:  # to be compared with what other code makes of it: not copied only after that
+            snapshot.wait(sources)
 
     def take(self, skeleton: Skeleton, plan: CopyPlan, step: int) -> Snapshot | None:
         """The snapshot begun for this save, if what is in it is what is to be saved.

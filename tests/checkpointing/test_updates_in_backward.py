@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 import zipfile
@@ -178,6 +179,23 @@ class MovesNowAndThen(Callback):
 def test_what_changes_between_its_update_and_the_save_is_saved_as_it_is_then_c7(changes: Any, tmp_path: Path) -> None:
     train(tmp_path, changes(), AsyncCheckpointIO(optimizer_in_backward=True), every(tmp_path, 2))
     train(tmp_path / "plain", changes(), every(tmp_path / "plain", 2))
+    for name in names(tmp_path):
+        one, other = (torch.load(folder / "ck" / name, weights_only=True) for folder in (tmp_path, tmp_path / "plain"))
+        assert_same_tree(dict(one["state_dict"]), dict(other["state_dict"]), name)
+
+
+def test_a_thread_that_copies_late_hides_no_change_c7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other code changes uncounted is found by comparison, also if nothing was copied when it changed."""
+    real = Snapshot.copy
+
+    def late(snapshot: Snapshot, *arguments: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            real(snapshot, *arguments)
+
+    train(tmp_path / "plain", ClampsAtTheEnd(), every(tmp_path / "plain", 2))
+    monkeypatch.setattr(Snapshot, "copy", late)
+    train(tmp_path, ClampsAtTheEnd(), io := AsyncCheckpointIO(optimizer_in_backward=True), every(tmp_path, 2))
+    assert len(io.engine.planner.volatile) == 1
     for name in names(tmp_path):
         one, other = (torch.load(folder / "ck" / name, weights_only=True) for folder in (tmp_path, tmp_path / "plain"))
         assert_same_tree(dict(one["state_dict"]), dict(other["state_dict"]), name)

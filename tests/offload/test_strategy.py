@@ -253,7 +253,8 @@ def test_its_balance_says_what_it_moved_and_that_it_would_have_fitted_x5() -> No
     last = run.trainer.strategy.measurements()
     assert balance.cost_ms is not None
     assert balance.cost_ms >= 0
-    assert last["offload/update_ms"] > last["offload/wait_ms"]
+    assert last["offload/update_ms"] > 0
+    assert last["offload/wait_ms"] >= 0
     assert "of optimizer state on disk, because it was told to" in balance.verdict
     assert "would have fitted" in balance.verdict
 
