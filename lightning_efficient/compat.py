@@ -106,7 +106,8 @@ def defer_links(
         trainer.strategy.barrier()
 
     def exists_or_will(filepath: Any, trainer: pl.Trainer) -> bool:
-        return own_exists(filepath, trainer) or trainer.strategy.broadcast(exists(str(filepath)))
+        coming = trainer.strategy.broadcast(exists(str(filepath)))  # asked first: it may come while it is looked for
+        return coming or own_exists(filepath, trainer)
 
     callback.__dict__["_link_checkpoint"] = link_later
     callback.__dict__["file_exists"] = exists_or_will
@@ -129,6 +130,28 @@ def leaves_training(trainer: pl.Trainer) -> bool:
     if loop.batch_progress.is_last_batch or loop._is_training_done or trainer.should_stop:
         return True
     return fetcher is not None and loop._should_check_val_fx(fetcher)
+
+
+def before_validations(trainer: pl.Trainer, call: Callable[[], object]) -> Callable[[], None]:
+    """Let ``call`` be called before each validation of a fit begins, ahead of all hooks.
+
+    Returns:
+        What undoes it.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    own_run = loop.run
+
+    def run() -> Any:
+        call()
+        return own_run()
+
+    loop.__dict__["run"] = run
+
+    def undo() -> None:
+        if loop.__dict__.get("run") is run:
+            del loop.__dict__["run"]
+
+    return undo
 
 
 def compiled_parts(module: pl.LightningModule) -> list[str]:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = [
+    "BackgroundCopier",
     "KeptState",
     "Offloader",
     "ParameterChange",
@@ -60,6 +61,14 @@ class StateHolder(Protocol):
 
     def before_parameters_change(self, trainer: pl.Trainer) -> None:
         """Put it back, for parameters are about to come or go; :class:`ParameterListener` hears what did."""
+
+
+@runtime_checkable
+class BackgroundCopier(Protocol):
+    """Whoever copies parameters and optimizer state while training goes on, up to the next update."""
+
+    def finish_copies(self, trainer: pl.Trainer) -> None:
+        """Copy the rest now, for they are about to change by other means than an update."""
 
 
 @runtime_checkable
@@ -120,7 +129,10 @@ def members(trainer: pl.Trainer) -> Iterator[object]:
 
 
 def announce_before(trainer: pl.Trainer) -> None:
-    """Tell every :class:`StateHolder` of the run that parameters are about to change."""
+    """Tell every :class:`BackgroundCopier` and :class:`StateHolder` of the run that parameters are about to change."""
+    for member in members(trainer):
+        if isinstance(member, BackgroundCopier):
+            member.finish_copies(trainer)
     for member in members(trainer):
         if isinstance(member, StateHolder):
             member.before_parameters_change(trainer)

@@ -83,6 +83,43 @@ def test_what_follows_a_batch_is_known(tmp_path) -> None:
         assert left == (in_epoch % 3 == 0 or in_epoch == batches or number == 11), number
 
 
+class Validates(ValidatedModel):
+    """Its mode is the first thing that a validation changes."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.seen.append("eval")
+
+
+def test_what_is_called_before_each_validation_of_a_fit(tmp_path) -> None:
+    seen: list[str] = []
+    runner = trainer(tmp_path, val_check_interval=4, num_sanity_val_steps=0)
+    undo = compat.before_validations(runner, lambda: seen.append("before"))
+    runner.fit(Validates(seen), loader(), loader(8))
+    assert seen == ["before", "eval"] * 2
+    undo()
+    assert "run" not in vars(runner.fit_loop.epoch_loop.val_loop)
+
+
+def test_a_file_that_comes_while_it_is_looked_for_is_one_that_will_exist(tmp_path) -> None:
+    coming = [tmp_path / "a.ckpt"]
+
+    class Looks(ModelCheckpoint):
+        def file_exists(self, filepath: Any, trainer: pl.Trainer) -> bool:
+            coming.clear()  # it has come, right after the look
+            return False
+
+    callback = Looks()
+    undo = compat.defer_links(callback, lambda target, link: None, lambda path: bool(coming))
+    assert callback.file_exists(tmp_path / "a.ckpt", trainer(tmp_path))
+    undo()
+    assert not callback.file_exists(tmp_path / "a.ckpt", trainer(tmp_path))
+
+
 def test_how_often_a_model_checkpoint_saves() -> None:
     assert compat.saves_every_n_steps(ModelCheckpoint(every_n_train_steps=7)) == 7
     assert compat.saves_every_n_steps(ModelCheckpoint(every_n_epochs=2)) == 0

@@ -15,6 +15,7 @@ from lightning_efficient.coordination import (
     ParameterChange,
     ParameterListener,
     announce,
+    announce_before,
     find,
     members,
 )
@@ -64,6 +65,21 @@ class OffloadingCallback(pl.Callback):
         pass
 
 
+class Told(pl.Callback):
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+
+class Holds(Told):
+    def before_parameters_change(self, trainer: pl.Trainer) -> None:
+        self.told.append("puts back")
+
+
+class Copies(Told):
+    def finish_copies(self, trainer: pl.Trainer) -> None:
+        self.told.append("has copied")
+
+
 def _trainer(tmp_path, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
     defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     defaults |= {"enable_model_summary": False, "default_root_dir": tmp_path}
@@ -82,6 +98,13 @@ def test_members_come_in_the_order_in_which_they_are_told(tmp_path) -> None:
     change = ParameterChange(added=("a",), reason="test")
     announce(trainer, change)
     assert all(one.heard == [change] for one in (inner, strategy, innermost, first, second))
+
+
+def test_who_copies_is_told_before_who_puts_state_back(tmp_path) -> None:
+    """Whatever their order: what is put back lies where it may still be copied."""
+    told: list[str] = []
+    announce_before(_trainer(tmp_path, [Holds(told), Copies(told)]))
+    assert told == ["has copied", "puts back"]
 
 
 def test_an_object_with_two_roles_is_told_once(tmp_path) -> None:

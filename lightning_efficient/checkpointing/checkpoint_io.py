@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -131,6 +132,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._random = RandomStates()
         self._exact = ExactResume()
         self._in_batch_end = False
+        self._place = ""  # in the program, from which the save in progress was asked for
+        self._forget_validations: Callable[[], None] = _nothing_to_undo
         self._over = False  # whether a run has ended, and nobody will ask what became of a save
         self._prepared = False
         self._warned_plain = False
@@ -178,8 +181,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
                 file,
                 step,
                 owners=trainer.optimizers if trainer is not None and fitting else (),
-                place="on_train_batch_end",
-                at_once=not self._in_batch_end,
+                place=self._place,
+                at_once=not self._in_batch_end or (trainer is not None and compat.leaves_training(trainer)),
                 first=self._in_backward.tensors_in_order,
             )
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -248,6 +251,7 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self.engine.forget_places()
         self.engine.forget_recent()
         self.engine.barrier.attach()
+        self._forget_validations = compat.before_validations(trainer, self.engine.settle)
         if self.optimizer_in_backward:
             refuse_in_backward(trainer, pl_module)
             self._in_backward.begin(trainer.optimizers, lambda: not compat.accumulating(trainer))
@@ -323,6 +327,10 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
         self._settle()
         self._outcomes.poll_together(trainer)
 
+    def finish_copies(self, trainer: pl.Trainer) -> None:
+        """Weights are about to change in place, other than by an update."""
+        self.engine.settle()
+
     def on_parameters_changed(self, trainer: pl.Trainer, change: ParameterChange) -> None:
         """The parameters are others now."""
         self.engine.settle()
@@ -357,6 +365,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def _let_go(self) -> None:
         self._exact.teardown()
+        self._forget_validations()
+        self._forget_validations = _nothing_to_undo
         if self._trainer is not None:
             self._autosave.leave(self._trainer)
             if self._save is not None and self._trainer.__dict__.get("save_checkpoint") is self._save:
@@ -369,6 +379,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def _note_save(self, save: Callable[..., None], *arguments: Any, **more: Any) -> None:
         self._outcomes.unresolved = True
+        caller = sys._getframe(1)
+        self._place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
         save(*arguments, **more)
 
     def _save_follows(self, trainer: pl.Trainer) -> bool:
@@ -387,8 +399,8 @@ class AsyncCheckpointIO(Callback, CheckpointIO):
 
     def discard_after(self, step: int) -> None:
         """Forget those in memory of later steps, and finish all copies: weights are about to change."""
-        self.engine.settle()
         self.engine.discard_after(step)
+        self.engine.settle()
 
     # -- state and telemetry -----------------------------------------------------------------------------------------
 
@@ -435,3 +447,7 @@ def _rebuild(kind: type[AsyncCheckpointIO], arguments: Mapping[str, Any]) -> Asy
     new = kind.__new__(kind)
     AsyncCheckpointIO.__init__(new, **arguments)
     return new
+
+
+def _nothing_to_undo() -> None:
+    pass

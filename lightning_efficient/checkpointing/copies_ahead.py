@@ -73,7 +73,7 @@ class CopiesAhead:
         self.taken_bytes = 0
         if snapshot is None:
             return None
-        if snapshot.step != step or plan is not self._plan or not snapshot.unchanged():
+        if snapshot.step != step or plan is not self._plan or snapshot.torn or not snapshot.unchanged():
             self._discard(snapshot)
             return None
         if not self._planner.calibrated((plan.keys[number] for number in snapshot.offered), _PLACE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,6 +101,8 @@ class CheckpointEngine:
         self.ahead = CopiesAhead(self.planner, self._writer.prepare, self._discard)
         self._rest_nbytes: int | None = None  # of the files, beside storages and directory
         self._recent: deque[Snapshot] = deque()
+        self._coming: set[Snapshot] = set()  # to be among the recent ones when they are written
+        self._choosing = threading.Lock()
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -154,6 +157,9 @@ class CheckpointEngine:
         except BaseException:
             self._discard(snapshot)
             raise
+        if self._in_memory:
+            with self._choosing:
+                self._coming.add(snapshot)
         self._writer.save(snapshot, path)  # the buffer is the writer's from now on
         later_bytes = sum(plan.layout.records[number].nbytes for number in later)
         copied_bytes = plan.layout.end - later_bytes - self.ahead.taken_bytes
@@ -165,16 +171,17 @@ class CheckpointEngine:
         snapshot.describe = lambda: skeleton.pickled
         if self._verify:
             snapshot.expected = {number: storage_checksum(skeleton.storages[number]) for number in plan.keys}
-        later, inspected = set[int](), set[int]()
+        allowed, inspected = set[int](), set[int]()
         if place is not None:
-            later, inspected = self.planner.later(plan, place) - ahead, self.planner.to_calibrate(plan, place)
+            allowed, inspected = self.planner.later(plan, place), self.planner.to_calibrate(plan, place)
+        later = allowed - ahead
         if place is not None and inspected:
             storages = {plan.keys[number]: skeleton.storages[number] for number in inspected}
             tensors_of = [skeleton.tensors[number] for number in inspected]
             self.barrier.before_updates = self.planner.calibrate(storages, tensors_of, place)
         self._stall_tells = bool(later) and not inspected
-        begun = later | ahead
-        at_once = {number: skeleton.storages[number] for number in records if number not in begun}
+        begun = later | ahead & allowed
+        at_once = {number: skeleton.storages[number] for number in records if number not in later | ahead}
         wanted = {number: skeleton.storages[number] for number in records if number in later}
         tensors = {number: tensor for number in later if (tensor := skeleton.tensors[number]) is not None}
         if plan.on_gpu and (staged := self.staging.stage(at_once | wanted)):
@@ -183,7 +190,7 @@ class CheckpointEngine:
             tensors = {number: tensor for number, tensor in tensors.items() if number not in staged}
             wanted |= staged  # type: ignore[arg-type]
         snapshot.offer(at_once)
-        snapshot.wait(at_once.keys())
+        snapshot.wait([*at_once, *(ahead - allowed)])
         snapshot.offer(wanted, tensors)
         self.barrier.protect(snapshot, {plan.keys[number]: number for number in begun})
         return later
@@ -291,9 +298,11 @@ class CheckpointEngine:
         self.discard_after(-1)
 
     def discard_after(self, step: int) -> None:
-        """Forget the snapshots in memory of later steps."""
-        while self._recent and self._recent[-1].step > step:
-            self.pool.give_back(self._recent.pop().retire())
+        """Forget the snapshots in memory of later steps; those that are being written become files, and no more."""
+        with self._choosing:
+            self._coming = {snapshot for snapshot in self._coming if snapshot.step <= step}
+            while self._recent and self._recent[-1].step > step:
+                self.pool.give_back(self._recent.pop().retire())
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -335,12 +344,15 @@ class CheckpointEngine:
             rest = snapshot.archive.nbytes - snapshot.layout.end - snapshot.layout.directory_nbytes
             self._rest_nbytes = max(self._rest_nbytes or 0, rest + _RECORDS_BYTES)
         snapshot.release_sources()
-        if snapshot.sealed and self._in_memory:
-            self._recent.append(snapshot)
-            if len(self._recent) > self._in_memory:
-                self._evict_oldest()
-        else:
+        with self._choosing:
+            keep = snapshot.sealed and snapshot in self._coming
+            self._coming.discard(snapshot)
+            if keep:
+                self._recent.append(snapshot)
+        if not keep:
             self.pool.give_back(snapshot.lent)
+        elif len(self._recent) > self._in_memory:
+            self._evict_oldest()
 
     def _evict_oldest(self) -> None:
         with contextlib.suppress(IndexError):  # another thread was faster

@@ -72,8 +72,9 @@ class Outcomes:
             if error := self._heard(trainer):
                 raise error
             return
+        pending = self._places.pending()  # before: what fails in between is heard of the next time
         error = self._heard(trainer) if trainer.is_global_zero else None
-        text, self.unresolved = trainer.strategy.broadcast((str(error or ""), self._places.pending()))
+        text, self.unresolved = trainer.strategy.broadcast((str(error or ""), pending))
         if text:
             raise error or CheckpointSaveError(f"On rank zero: {text}")
 

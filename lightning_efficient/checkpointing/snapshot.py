@@ -173,9 +173,10 @@ class Snapshot:
             if self._copies is not None:
                 self._copies.let_current_wait(self._last_events(numbers))
         # Once more: torch counts a change when it is over, and one may have been going on during the copy.
-        for number in list(self._versions) if numbers is None else numbers:
-            self._compare_version(number)
-            self._versions.pop(number, None)
+        with self._changed:
+            for number in list(self._versions) if numbers is None else numbers:
+                self._compare_version(number)
+                self._versions.pop(number, None)
         return time.perf_counter() - begin if waited else 0.0
 
     def seal(self) -> Iterator[int]:
@@ -204,9 +205,7 @@ class Snapshot:
             close(record)
             if self.expected.get(number, checksums[record.name]) != checksums[record.name]:
                 self.torn.append(number)
-            if self.torn:
-                names = tensor_names(self.describe())
-                raise TornSnapshotError([names.get(str(number), "a tensor") for number in self.torn])
+            self._raise_if_torn()
             yield record.end
         if archive.nbytes > self.buffer.nbytes:
             self.buffer = self.buffer.grown(archive.nbytes, keep=self.layout.end)  # for this time: it goes with us
@@ -217,6 +216,17 @@ class Snapshot:
         image[archive.directory : archive.nbytes] = archive.tail(checksums, headers)
         self.sealed = True
         yield archive.nbytes
+
+    def refuse_torn(self) -> None:
+        """To be called again when all is written: a change is counted when it is over, maybe after what it changed.
+
+        Raises:
+            TornSnapshotError: If a tensor changed while it was being copied, as far as it was noticed by now.
+        """
+        with self._changed:
+            for number in self._versions:
+                self._compare_version(number)
+        self._raise_if_torn()
 
     def checksum(self, number: int) -> int:
         """CRC-32 of the copy of a storage that was offered, once it is there."""
@@ -356,6 +366,11 @@ class Snapshot:
                 self._last[device] = marks[device] = self._copies.mark(device)
             self._enqueued[number] = len(self._enqueued), device, marks[device]
         self._compare_version(number)  # now: the update that waits for this copy is about to change it, rightly
+
+    def _raise_if_torn(self) -> None:
+        if self.torn:
+            names = tensor_names(self.describe())
+            raise TornSnapshotError([names.get(str(number), "a tensor") for number in self.torn])
 
     def _compare_version(self, number: int) -> None:
         tensor, version = self._versions.get(number, (None, 0))

@@ -227,7 +227,13 @@ class BackgroundWriter:
             self._changed.notify_all()
 
     def _start(self) -> None:
+        ending = self._closing and threading.current_thread() not in self._threads  # close() was interrupted
+        if ending:
+            for thread in self._threads:
+                thread.join()
+            self._closing, self._threads = False, []
         if not self._threads:
+            self._copies = queue.SimpleQueue()
             if torch.cuda.is_initialized():
                 self._device = torch.cuda.current_device()
             self._threads = [
@@ -338,6 +344,7 @@ def _persist(snapshot: Snapshot, path: Path) -> float:
             whole = round_up(ready) if snapshot.sealed else ready
             while (left := whole - file.written) >= CHUNK_BYTES or (left and snapshot.sealed):
                 file.append(image[file.written : file.written + min(left, CHUNK_BYTES)])
+        snapshot.refuse_torn()
         file.commit(snapshot.archive.nbytes)
     except BaseException:
         with contextlib.suppress(OSError):

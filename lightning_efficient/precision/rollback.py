@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
@@ -116,20 +118,27 @@ class Rollback:
 
     def _choose(self) -> tuple[int, Callable[[], None], list[KeptBatch]] | None:
         """The oldest snapshot from which there is something to replay that was not replayed before."""
-        choices: list[tuple[int, Callable[[], None]]] = [(one.step, one.back) for one in self.ring.snapshots]
+        backs: dict[int, Callable[[], None]] = {one.step: one.back for one in self.ring.snapshots}
         elsewhere = self._elsewhere()
-        if elsewhere is not None:
-            choices.append((elsewhere.step, lambda: self._load(elsewhere)))
-        found = {step: (step, restore, self.ring.since(step)) for step, restore in choices}
-        able = [step for step, _, batches in found.values() if any(not batch.replayed for batch in batches)]
+        steps = {*backs, elsewhere.step} if elsewhere is not None else {*backs}
+        since = {step: self.ring.since(step) for step in steps}
+        able = [step for step, batches in since.items() if any(not batch.replayed for batch in batches)]
         step = self._agree(min(able, default=_NEVER))
-        return found[step] if not self._agree(int(step not in able)) else None
+        if self._agree(int(step not in able)):
+            return None
+        if elsewhere is None or step != elsewhere.step:
+            return step, backs[step], since[step]
+        try:
+            checkpoint = elsewhere.load()
+        except LookupError:  # a newer one has just taken its place; only a run of one rank has any
+            return self._choose()
+        return step, partial(self._put_back, checkpoint), since[step]
 
     def _elsewhere(self) -> KeptState | None:
         return self._source.last_good() if self._source is not None else None
 
-    def _load(self, kept: KeptState) -> None:
-        trainer, checkpoint = self._trainer, kept.load()
+    def _put_back(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self._trainer
         weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
         trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=trainer.lightning_module.strict_loading)
         trainer.strategy.load_optimizer_state_dict(checkpoint)

@@ -23,7 +23,7 @@ from lightning_efficient.checkpointing.verification import verify
 from lightning_efficient.checkpointing.writer import BackgroundWriter
 from lightning_efficient.core.buffers import BufferPool
 from lightning_efficient.core.durable_file import DurableFile
-from tests.checkpointing.states import checkpoint_of, same, step, trained
+from tests.checkpointing.states import checkpoint_of, same, snapshot_of, step, trained
 
 
 @pytest.fixture
@@ -328,6 +328,24 @@ def test_the_last_good_stays_in_memory(make: Any, tmp_path: Path) -> None:
     assert engine.last_good() is None
 
 
+def test_what_is_still_being_written_is_not_good_after_going_back(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It becomes a file, but takes nobody's place in memory."""
+    engine = make(in_memory=1)
+    engine.save(state(1), tmp_path / "1.ckpt", 1)
+    engine.drain()
+    kept, hold = engine.last_good(), threading.Event()
+    monkeypatch.setattr(Snapshot, "seal", _after(hold))
+    engine.save(state(2), tmp_path / "2.ckpt", 2)
+    engine.discard_after(1)
+    hold.set()
+    engine.drain()
+    assert engine.last_good().step == 1
+    assert same(kept.load(), state(1))
+    verify(tmp_path / "2.ckpt")
+
+
 def test_what_is_read_from_memory_is_not_overwritten_meanwhile(make: Any, tmp_path: Path) -> None:
     engine = make(in_memory=1)
     engine.save(state(1), tmp_path / "1.ckpt", 1)
@@ -496,6 +514,26 @@ def test_a_save_that_fails_at_once_holds_nobody_up_c10(make: Any, tmp_path: Path
         step(model, optimizer)
     engine.drain()
     assert len(engine.take_failures()) == 10
+
+
+def test_an_end_that_was_interrupted_loses_no_later_save_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C: the threads end all the same."""
+    writer = BackgroundWriter(lambda snapshot: None)
+    writer.save(snapshot_of(state(1)), tmp_path / "1.ckpt")
+    threads = list(writer._threads)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+    for thread in threads:
+        thread.join()
+    writer.save(snapshot_of(state(2)), tmp_path / "2.ckpt")
+    writer.close()
+    assert same(torch.load(tmp_path / "2.ckpt"), state(2))
 
 
 def test_what_was_asked_for_is_written_when_the_program_ends_c10(tmp_path: Path) -> None:

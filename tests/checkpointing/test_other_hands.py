@@ -13,9 +13,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_efficient import AsyncCheckpointIO
-from lightning_efficient.checkpointing.snapshot import Snapshot
+from lightning_efficient import AsyncCheckpointIO, GrowAndUnshareCallback
+from lightning_efficient.checkpointing import writer
+from lightning_efficient.checkpointing.snapshot import Snapshot, TornSnapshotError
+from lightning_efficient.core.durable_file import DurableFile
+from tests.checkpointing.states import snapshot_of
 from tests.checkpointing.test_checkpoint_io import every, names
+from tests.helpers.fitting import assert_same_tree
 from tests.helpers.quick import train
 
 pytestmark = [
@@ -36,6 +40,18 @@ def _slow_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         real(snapshot, *arguments)
 
     monkeypatch.setattr(Snapshot, "_copy_piece", slow)
+
+
+@pytest.fixture
+def _late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that copies gets to nothing: all that may be copied later is copied by who waits for it."""
+    real = Snapshot.copy
+
+    def late(snapshot: Snapshot, *arguments: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            real(snapshot, *arguments)
+
+    monkeypatch.setattr(Snapshot, "copy", late)
 
 
 class Truth(Callback):
@@ -128,23 +144,128 @@ class SwapsFirst(Callback):
             pl_module.swap()
 
 
+VALIDATES = {"limit_val_batches": 1, "num_sanity_val_steps": 0}
+
+
+@pytest.mark.usefixtures("_late_copies")
 @pytest.mark.parametrize("where", ["module", "callback"])
-def test_swapped_before_a_validation_begins_c4(where: str, tmp_path: Path) -> None:
-    truth = Truth()
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_swapped_before_a_validation_begins_c4(where: str, in_backward: bool, tmp_path: Path) -> None:
+    """Every save stands right before a validation; from the third on, copies have begun before it."""
+    truth, io = Truth(), AsyncCheckpointIO(optimizer_in_backward=in_backward)
+    often = {"val_check_interval": 4, "check_val_every_n_epoch": None}
     train(
-        tmp_path,
-        SwapsFirst(),
-        AsyncCheckpointIO(),
-        truth,
-        every(tmp_path, 4),
-        module=Swaps(where),
-        max_steps=16,
-        val_check_interval=4,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
+        tmp_path, SwapsFirst(), io, truth, every(tmp_path, 4), module=Swaps(where), max_steps=20, **VALIDATES, **often
     )
+    assert len(truth.at) == 5
+    assert truth.torn(tmp_path) == []
+
+
+@pytest.mark.usefixtures("_late_copies")
+@pytest.mark.parametrize("where", ["module", "callback"])
+def test_swapped_before_a_validation_after_an_accumulating_batch_c4(where: str, tmp_path: Path) -> None:
+    """No update stands between the save, which follows the fourth batch, and the validation after the fifth."""
+    truth = Truth()
+    arguments = {"module": Swaps(where), "accumulate_grad_batches": 2, "val_check_interval": 5}
+    train(tmp_path, SwapsFirst(), AsyncCheckpointIO(), truth, every(tmp_path, 1), **arguments, **VALIDATES)
+    assert len(truth.at) == 12
+    assert truth.torn(tmp_path) == []
+
+
+class ShrinksFirst(Callback):
+    """Stands before AsyncCheckpointIO in the list."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.net.weight.data.mul_(0.5)
+
+
+@pytest.mark.usefixtures("_late_copies")
+def test_changed_at_the_end_of_an_epoch_c7(tmp_path: Path) -> None:
+    """Every save stands right before it; from the third on, copies have begun before the save."""
+    truth, io = Truth(), AsyncCheckpointIO(optimizer_in_backward=True)
+    train(tmp_path, ShrinksFirst(), io, truth, every(tmp_path, 10), module=Swaps("nowhere"), max_steps=40)
     assert len(truth.at) == 4
     assert truth.torn(tmp_path) == []
+
+
+class Stops(Callback):
+    """Stands behind it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 6
+
+
+@pytest.mark.usefixtures("_late_copies")
+def test_changed_at_the_end_of_an_epoch_that_was_not_foreseen_c4(tmp_path: Path) -> None:
+    """When our hook of the batch runs, nobody has asked for a stop yet."""
+    truth = Truth()
+    train(tmp_path, ShrinksFirst(), AsyncCheckpointIO(), Stops(), truth, every(tmp_path, 2), module=Swaps("nowhere"))
+    assert sorted(truth.at) == [2, 4, 6]
+    assert truth.torn(tmp_path) == []
+
+
+class ShrinksAfterTheSave(Swaps):
+    """After each batch, past torch's counting: a module's hook follows those of all callbacks."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.net.weight.data.mul_(0.9)
+
+    def on_validation_end(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("_late_copies")
+def test_copies_ahead_are_not_left_to_a_place_that_is_not_known_c7(tmp_path: Path) -> None:
+    """The saves of steps 4 and 8 stand before a validation; that of step 12 is the first of another kind."""
+    truth, io = Truth(), AsyncCheckpointIO(optimizer_in_backward=True)
+    module = ShrinksAfterTheSave("nowhere")
+    train(tmp_path, io, truth, every(tmp_path, 4), module=module, max_steps=20, val_check_interval=4, **VALIDATES)
+    assert len(truth.at) == 5
+    assert truth.torn(tmp_path) == []
+    assert len(io.engine.planner.volatile) == 1
+
+
+class Saves(Truth):
+    """After every third batch, before others change weights, into files of its own."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        pass  # others save at the same steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if (step := trainer.global_step) % 3 == 0:
+            self.at[step] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            trainer.save_checkpoint(self.root / "ck" / f"step={step}.ckpt")
+
+
+class Shrinks(Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.net.weight.data.mul_(0.9)
+
+
+@pytest.mark.usefixtures("_late_copies")
+def test_what_is_known_of_one_place_is_not_taken_for_granted_at_another_c2(tmp_path: Path) -> None:
+    """What ModelCheckpoint saves changes no more before the update; what is saved from another callback does."""
+    saves = Saves(tmp_path)
+    other = every(tmp_path / "other", 2)
+    train(tmp_path, AsyncCheckpointIO(), saves, Shrinks(), other, module=Swaps("nowhere"))
+    assert sorted(saves.at) == [3, 6, 9, 12]
+    assert saves.torn(tmp_path) == []
+
+
+def test_layers_that_are_copied_by_growth_are_saved_as_they_were_c4(tmp_path: Path) -> None:
+    """The save of step 4 is still being copied when the switch moves the state of the layers."""
+    for name, io in (("ours", [AsyncCheckpointIO()]), ("plain", [])):
+        grow = GrowAndUnshareCallback(mode="interleave", stages=[{"depth": 2, "until": 4}, {"depth": 4}])
+        train(tmp_path / name, grow, *io, every(tmp_path / name, 2), max_steps=6)
+    for step in (4, 6):
+        files = (tmp_path / name / "ck" / f"step={step}.ckpt" for name in ("ours", "plain"))
+        one, other = (torch.load(file, weights_only=True) for file in files)
+        assert_same_tree(dict(one["state_dict"]), dict(other["state_dict"]), "weights")
+        assert_same_tree(one["optimizer_states"], other["optimizer_states"], "optimizer")
 
 
 class SamplesBetween(Swaps):
@@ -168,8 +289,6 @@ def test_swapped_in_and_out_after_the_batch_c4(tmp_path: Path) -> None:
 
 def test_a_change_that_is_going_on_during_the_copy_is_noticed_c4() -> None:
     """Torch counts it when it is over."""
-    from tests.checkpointing.states import snapshot_of
-
     tensor = torch.zeros(10)
     snapshot = snapshot_of({"a": tensor}, watched={0: tensor})
     tensor.data[3:].fill_(1.0)  # the first half of the change
@@ -177,6 +296,26 @@ def test_a_change_that_is_going_on_during_the_copy_is_noticed_c4() -> None:
     tensor.add_(0.0)  # its end
     snapshot.wait([0])
     assert snapshot.torn == [0]
+
+
+def test_a_change_that_ends_while_the_file_is_written_costs_the_file_c4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy was compared before that; the last look is right before the file gets its name."""
+    tensor = torch.zeros(10)
+    snapshot = snapshot_of({"a": tensor}, watched={0: tensor})
+    tensor.data[3:].fill_(1.0)  # the first half of the change
+    snapshot.copy()
+    real = DurableFile.append
+
+    def append(file: DurableFile, piece: memoryview) -> None:
+        tensor.add_(0.0)  # its end
+        real(file, piece)
+
+    monkeypatch.setattr(DurableFile, "append", append)
+    with pytest.raises(TornSnapshotError, match="'a' changed"):
+        writer._persist(snapshot, tmp_path / "a.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 class SharedMemory(pl.LightningModule):

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_efficient import AsyncCheckpointIO
 from lightning_efficient.checkpointing import verify
+from lightning_efficient.checkpointing.outcomes import Outcomes
+from lightning_efficient.checkpointing.writer import Failure
 from tests.checkpointing.clouds import Bucket
 from tests.helpers.fitting import assert_same_tree, fit
 from tests.helpers.processes import context
@@ -149,6 +152,29 @@ def go_on_without(rank: int, root: Path) -> list[Any]:
     save = every(root, save_top_k=1, monitor="step", mode="max")
     trainer = train(AsyncCheckpointIO(on_error="warn"), save, root=root, max_steps=12)
     return [trainer.global_step, save.best_model_path, list(save.best_k_models)]
+
+
+def test_a_save_that_fails_while_it_is_asked_about_is_heard_of_c10() -> None:
+    """It is not pending any more then, and nothing may have been seen of its failure yet."""
+    failures: list[Failure] = []
+
+    def pending() -> bool:
+        failures.append(Failure("save", Path("a.ckpt"), 1, OSError("No space left on device")))
+        return False
+
+    def take() -> list[Failure]:
+        taken, failures[:] = failures[:], []
+        return taken
+
+    engine = SimpleNamespace(take_failures=take)
+    places = SimpleNamespace(pending=pending, take_written=list, take_failures=list)
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=1))
+    strategy = SimpleNamespace(broadcast=lambda told: told)
+    trainer = SimpleNamespace(world_size=2, is_global_zero=True, strategy=strategy, fit_loop=loop)
+    outcomes = Outcomes(engine, places, "raise", lambda _: None)  # type: ignore[arg-type]
+    outcomes.unresolved = True
+    heard = [outcome(lambda: outcomes.poll_together(trainer)) for _ in range(2)]  # type: ignore[arg-type]
+    assert any("No space left" in one for one in heard)
 
 
 def test_all_name_the_same_files_when_one_could_not_be_written_c10(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_efficient.checkpointing import AsyncCheckpointIO
+from lightning_efficient.checkpointing.snapshot import Snapshot as Kept
 from lightning_efficient.precision.precision import RollbackPrecision
 from lightning_efficient.precision.replay import Snapshot, group_options, versions
 from lightning_efficient.precision.ring import KeptBatch, Ring
@@ -272,12 +273,40 @@ def test_snapshots_of_asynchronous_checkpoints_are_used(tmp_path: Path) -> None:
     assert_same_tree(one.state, other.state, "state")
 
 
+def test_a_snapshot_that_has_just_given_way_to_a_newer_one_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read before anything is given up for it."""
+    calls, load, discard = [], Kept.load, AsyncCheckpointIO.discard_after
+
+    def load_next_time(kept: Kept, *arguments: Any) -> Any:
+        calls.append("load")
+        if calls == ["load"]:
+            raise LookupError
+        return load(kept, *arguments)
+
+    def note(io: AsyncCheckpointIO, step: int) -> None:
+        calls.append("discard")
+        discard(io, step)
+
+    monkeypatch.setattr(Kept, "load", load_next_time)
+    monkeypatch.setattr(AsyncCheckpointIO, "discard_after", note)
+    every = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    plugin = guarded(spike_guard=GUARD | {"snapshots": 0})
+    io = AsyncCheckpointIO(in_memory=1)
+    written = AtBatch(9, lambda _: io.engine.drain())
+    result = train(plugin, io, written, AtBatch(10, damage), every, root=tmp_path)
+    assert result.counts == {"spikes": 1, "rollbacks": 1, "healed_from_snapshot": 1}
+    assert calls == ["load", "load", "discard"]
+
+
 def test_a_checkpoint_io_finishes_its_copies_before_a_run_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is finished only then is not to go back to."""
     io, calls = AsyncCheckpointIO(in_memory=1), []
     monkeypatch.setattr(io.engine, "settle", lambda: calls.append("settled"))
     monkeypatch.setattr(io.engine, "discard_after", lambda step: calls.append(step))
     io.discard_after(3)
-    assert calls == ["settled", 3]
+    assert calls == [3, "settled"]
 
 
 def test_a_ring_goes_back_as_far_as_it_says() -> None:
