@@ -30,6 +30,7 @@ from lightning_efficient.offload import session as offload_session
 from lightning_efficient.offload import tier_set
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
+from lightning_efficient.offload.updates import engine
 from lightning_efficient.offload.updates.under_forward import StaleWeightsError
 from tests.helpers.fitting import assert_same_tree, make_trainer
 
@@ -602,6 +603,33 @@ def test_no_checkpoint_is_of_two_steps_o3(
     plain = trained(None, max_steps=3)[1]
     assert_same_tree(dict(saved["state_dict"]), plain["weights"], "weights")
     assert_same_tree(saved["optimizer_states"], plain["optimizers"], "optimizers")
+
+
+@every_way
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", range(16, 19))
+def test_no_checkpoint_is_of_a_step_in_whose_midst_an_update_failed_o3(
+    call: int,
+    error: type[BaseException],
+    way: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """Those of other parameters, made on the way out, make no whole step of it."""
+    real, calls = engine.step_subset, itertools.count()
+
+    def fail(*arguments: Any) -> None:
+        if next(calls) == call:
+            raise error("made for this test")
+        real(*arguments)
+
+    monkeypatch.setattr(engine, "step_subset", fail)
+    monkeypatch.setattr(offload_session, "TOGETHER_BYTES", 1)  # each parameter by itself
+    with pytest.raises((error, SystemExit)):
+        trained(WAYS[way], Small, lambda: [OnExceptionCheckpoint(tmp_path, "last")], enable_checkpointing=True)
+    assert not (tmp_path / "last.ckpt").exists()
+    assert "The step in progress has updated some weights" in str([str(one.message) for one in recwarn])
 
 
 @every_way

@@ -265,6 +265,31 @@ def test_what_a_step_ends_with_is_said_where_it_is_waited_for(
     job.engine.rest()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_cannot_be_copied_to_the_host_ends_the_run_and_is_not_waited_for(
+    schedule: str, kind: str, jobs: Callable[..., HostJobs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs(ADAMW)
+    job.on_host(schedule, kind)
+    job.train(2)
+    job.updates.finish()
+
+    def breaks(*_: Any) -> Any:
+        monkeypatch.undo()  # once
+        raise MemoryError("no pinned memory")
+
+    monkeypatch.setattr(LateCrossing, "to_host", breaks)
+    with pytest.raises(MemoryError, match="no pinned memory"):
+        job.train(1, start=2)
+    assert job.engine.updating, "weights may be half new"
+    job.updates.detach()
+    job.host.close()
+    assert not job.host.under_way
+    assert job.host._copying_bytes == 0
+
+
 def test_a_thread_that_is_gone_is_not_waited_for(
     jobs: Callable[..., HostJobs], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_efficient.core import buffers
 from lightning_efficient.core.buffers import PAGE, BufferPool, HostBuffer
 from lightning_efficient.offload.tiers.host import HostTier
-from lightning_efficient.offload.updates.staging import Placed, Staging
+from lightning_efficient.offload.tiers.tier import Record
+from lightning_efficient.offload.updates.staging import Lease, Placed, Staging
 from tests.offload.tier_model import noise, write
 
 SIZE = 4 * PAGE
@@ -98,4 +102,44 @@ def test_records_may_become_larger() -> None:
     staging.drop(staging.read(placed))
     staging.resize(SIZE - PAGE)
     assert staging.held_bytes == 0
+    staging.close()
+
+
+class Interrupted:
+    """A tier that has begun to read, and whose caller gives up waiting; the bytes come when ``comes`` is set."""
+
+    def __init__(self) -> None:
+        self.comes, self.record, self.reads = threading.Event(), Record(SIZE, False), 0
+
+    def read(self, record: Record, into: Tensor) -> Interrupted:
+        self.reads += 1
+        return self
+
+    def wait(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        self.comes.wait()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("ahead", [False, True], ids=["asked for", "read ahead"])
+def test_what_is_still_read_into_is_lent_to_nobody(ahead: bool) -> None:
+    """Neither where its caller is interrupted, nor where it was read ahead and is to make room."""
+    tier = Interrupted()
+    placed, staging = Placed(tier, tier.record), Staging(SIZE)
+    if ahead:
+        staging.expect([placed])
+        while not tier.reads:
+            time.sleep(0.001)
+    with pytest.raises(KeyboardInterrupt):
+        staging.room(SIZE) if ahead else staging.read(placed)
+    staging.expect([])
+    got: list[Lease] = []
+    waiting = threading.Thread(target=lambda: got.append(staging.room(SIZE)))
+    waiting.start()
+    waiting.join(0.2)
+    assert not got
+    tier.comes.set()
+    waiting.join()
+    staging.drop(*got)
     staging.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from lightning_efficient.core.buffers import round_up
 from lightning_efficient.core.torch_internals import without_torch_function
 from lightning_efficient.offload.site import host_step_nanoseconds
 from lightning_efficient.offload.tiers.carriers import Carrier, HostCarrier
+from lightning_efficient.offload.updates import engine
 from lightning_efficient.offload.updates.clipping import clip_norm_
 from lightning_efficient.offload.updates.delayed import Delayed
 from lightning_efficient.offload.updates.device_staging import DeviceStaging
@@ -592,3 +595,27 @@ def test_an_optimizer_for_graphs_of_a_gpu_is_tried_on_the_host(rate: Any, argume
     assert group == given
     assert not optimizer.state
     assert host_step_nanoseconds(optimizer, group, parameters[0]) > 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_update_that_fails_gives_its_memory_back(
+    error: type[BaseException], jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those that follow, if only on the way out, would wait for it for ever."""
+    job = jobs(OPTIMIZERS["adamw"])
+    largest = 2 * 4 * max(parameter.numel() for parameter in job.network.parameters())
+    job.offload("under_forward", staging_bytes=round_up(largest), together_bytes=1)
+    job.train(2)
+    real, calls = engine.step_subset, itertools.count()
+
+    def fail(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise error("made for this test")
+        real(*arguments)
+
+    monkeypatch.setattr(engine, "step_subset", fail)
+    with pytest.raises(error):
+        job.train(2)
+    job.updates.detach()
+    assert job.updates.begun, "what was updated on the way out makes no whole step of it"

@@ -29,13 +29,12 @@ class ShardsAfterBackward(AfterBackward):
         with first:
             engine.commit()
             engine.expect(units)
-        self._updating_all = True
-        for unit in units:
-            if first.error is None:
-                with first:
-                    engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
-        engine.agree(first.error)
-        self._updating_all = False
+        with self._torn_if_that_fails():
+            for unit in units:
+                if first.error is None:
+                    with first:
+                        engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
+            engine.agree(first.error)
 
 
 class ShardsInBackward(InBackward):
@@ -71,12 +70,11 @@ class ShardsInBackward(InBackward):
 
     def _step(self, units: list[Unit]) -> None:
         first, self._first = self._first, FirstError()
-        self._updating_all = True
-        if first.error is None:
-            with first:
-                super()._step(units)
-        self._engine.agree(first.error)
-        self._updating_all = False
+        with self._torn_if_that_fails():
+            if first.error is None:
+                with first:
+                    super()._step(units)
+            self._engine.agree(first.error)
 
 
 @contextlib.contextmanager

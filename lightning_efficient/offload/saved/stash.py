@@ -319,4 +319,6 @@ class Stash:
             self._stuck_bytes -= self._stuck.pop(number, 0)
             self._fetched.forget(number)
             if record is not None:
+                for carrier in self._carriers.values():
+                    carrier.forget(record)
                 self._rooms.give_back(record)

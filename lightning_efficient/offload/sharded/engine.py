@@ -190,21 +190,20 @@ class ShardedUpdates(AfterBackward):
             engine.commit()
             engine.expect(units)
             self._check_frozen(units)
-        self._updating_all = True
-        own = [unit for unit in units if engine.mine(unit)]
-        for unit in (unit for unit in own if engine.on_host(unit) and first.error is None):
-            with first:  # the next are stepped while the first are sent
-                engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
-        for unit in units:
-            if engine.mine(unit) and first.error is None:
-                with first:
-                    if not engine.on_host(unit):
-                        engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
-                    engine.join([unit])
-            engine.exchange.post(engine.owner[unit], [p for p in unit.parameters if p.requires_grad])
-        engine.exchange.finish()
-        engine.ranks.agree(first.error)
-        self._updating_all = False
+        with self._torn_if_that_fails():
+            own = [unit for unit in units if engine.mine(unit)]
+            for unit in (unit for unit in own if engine.on_host(unit) and first.error is None):
+                with first:  # the next are stepped while the first are sent
+                    engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
+            for unit in units:
+                if engine.mine(unit) and first.error is None:
+                    with first:
+                        if not engine.on_host(unit):
+                            engine.update(unit, unit.group, [parameter.grad for parameter in unit.parameters])
+                        engine.join([unit])
+                engine.exchange.post(engine.owner[unit], [p for p in unit.parameters if p.requires_grad])
+            engine.exchange.finish()
+            engine.ranks.agree(first.error)
         engine.expect(units)
 
     @staticmethod

@@ -71,6 +71,9 @@ class Carrier(Protocol):
     def fetch(self, tier: Tier, record: Record, device: torch.device, into: Tensor | None = None) -> Arriving:
         """Begin to bring the bytes of a record to new memory, or into ``into``, uint8 ``[record.nbytes]``."""
 
+    def forget(self, record: Record) -> None:
+        """Nobody will ask for what is on its way there; the record may be given back."""
+
     def advance(self) -> None:
         """Do what was waiting for something that has happened since; does not wait."""
 
@@ -118,6 +121,9 @@ class HostCarrier:
         pending = tier.read(record, data)
         self._read.append((pending, data))
         return _Read(data, pending)
+
+    def forget(self, record: Record) -> None:
+        return  # the tier has been asked for all, and gives a record to somebody else when that has ended
 
     def advance(self) -> None:
         while self._sent and self._sent[0].done:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ __all__ = ["CudaCarrier"]
 class CudaCarrier:
     """Copies run on two streams for each device; the computation waits for them by events, never the host.
 
-    The host waits only where it must: for a disk's bytes that are needed now, and for pinned memory while the disk has
-    not taken what is in it. A tier that takes tensors of the device itself copies them in the stream that is current,
-    where what is asked for later comes later; one that does not refuses the first with a ``ValueError``, and gets
-    pinned memory of the host.
+    The host waits only where it must: for a disk's bytes that are needed now, for pinned memory while the disk has not
+    taken what is in it, and for bytes on their way there that are asked for again. A tier that takes tensors of the
+    device itself copies them in the stream that is current, where what is asked for later comes later; one that does
+    not refuses the first with a ``ValueError``, and gets pinned memory of the host.
     """
 
     def __init__(self, staging_bytes: int) -> None:
@@ -49,7 +50,7 @@ class CudaCarrier:
         staging = torch.empty(record.nbytes, dtype=torch.uint8, pin_memory=True)
         with torch.cuda.stream(going):
             staging.copy_(data, non_blocking=True)
-        leaving = _ThroughHost(tier, record, staging, data.device, going.record_event())
+        leaving = _ThroughHost(tier, record, staging, data.device, going.record_event(), self._settling)
         self._staged += record.nbytes
         self._settling.append(leaving)
         return leaving
@@ -66,10 +67,19 @@ class CudaCarrier:
             with torch.cuda.stream(coming):
                 tier.read(record, data)
             return _Coming(data, coming)
+        for leaving in reversed(self._settling):
+            if leaving.record is record:  # the tier would read what was there before
+                leaving.hand_over()
+                break
         staging = torch.empty(record.nbytes, dtype=torch.uint8, pin_memory=True)
         arriving = _FromHost(data, staging, tier.read(record, staging), coming)
         self._arriving.append(arriving)
         return arriving
+
+    def forget(self, record: Record) -> None:
+        for leaving in [one for one in self._settling if one.record is record and one.drop()]:
+            self._settling.remove(leaving)
+            self._staged -= leaving.nbytes
 
     def advance(self) -> None:
         for leaving in self._settling:
@@ -96,6 +106,7 @@ class CudaCarrier:
     def _settle(self) -> None:
         leaving = self._settling.popleft()
         self._staged -= leaving.nbytes
+        leaving.ask()  # by itself: whatever stood before it has been asked for, or has failed
         leaving.settle()
 
     def _of(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -129,15 +140,30 @@ class _Copied:
 
 
 class _ThroughHost(_Copied):
-    """By the device to pinned memory, and from there by the tier."""
+    """By the device to pinned memory, and from there by the tier.
+
+    Args:
+        tier: Where to.
+        record: Its place there.
+        staging: The pinned memory.
+        device: Where from.
+        copied: When the device is done.
+        line: All that the tiers have not taken yet, in the order in which it was sent.
+    """
 
     def __init__(
-        self, tier: Tier, record: Record, staging: Tensor, device: torch.device, copied: torch.cuda.Event
+        self,
+        tier: Tier,
+        record: Record,
+        staging: Tensor,
+        device: torch.device,
+        copied: torch.cuda.Event,
+        line: Iterable[_ThroughHost],
     ) -> None:
         super().__init__(device, copied)
-        self.nbytes = record.nbytes
+        self.record, self.nbytes = record, record.nbytes
         self._asked: Pending | None = None
-        self._tier, self._record = tier, record
+        self._tier, self._line = tier, line
         self._staging: Tensor | None = staging
 
     @property
@@ -147,13 +173,28 @@ class _ThroughHost(_Copied):
     def advance(self) -> bool:
         """Ask the tier, if the device is done; whether it has been asked."""
         if self._asked is None and self._copied.query():
-            self.hand_over()
+            self.ask()
         return self._asked is not None
 
     def hand_over(self) -> None:
+        if self._asked is None:
+            for earlier in self._line:  # one of them may be what was in this record when it was somebody else's
+                if earlier is self:
+                    break
+                earlier.ask()
+            self.ask()
+
+    def ask(self) -> None:
+        """Ask the tier, once the device is done; all that stands before it has been asked for."""
         if self._asked is None and self._staging is not None:
             self._copied.synchronize()
-            self._asked = self._tier.write(self._record, self._staging)
+            self._asked = self._tier.write(self.record, self._staging)
+
+    def drop(self) -> bool:
+        """Never ask the tier; False if it has been asked."""
+        if self._asked is None:
+            self._staging = None  # the device's copy to it is waited for by the allocator of pinned memory
+        return self._asked is None
 
     def settle(self) -> None:
         self.hand_over()

@@ -131,9 +131,9 @@ class Lane:
             )
             if self._closed:
                 raise TierError("The tier is closed.")
+            self._waited_seconds += time.perf_counter() - begin  # first: an interrupt here has admitted nothing
             self._in_flight += 1
             self._in_flight_bytes += nbytes
-            self._waited_seconds += time.perf_counter() - begin
 
     def withdraw(self, nbytes: int) -> None:
         """What was admitted is not asked for."""

@@ -140,9 +140,8 @@ class Delayed(Updates):
         update = self._waiting.pop(unit)
         self._ran.append(unit)
         self._changed.update(update.changes)
-        self._updating_all = True
-        update.run(self._engine)
-        self._updating_all = False
+        with self._torn_if_that_fails():
+            update.run(self._engine)
         if not self._waiting:  # the next updates read from now on
             self._engine.expect(dict.fromkeys((*self._ran, *self._order)))
 

@@ -1,6 +1,7 @@
 """Records on their way to and from a device: what :class:`~.staging.Staging` is for the host, with copies on streams.
 
-The host never waits here but for a disk: reads ahead and writes behind are ordered with the computation by events.
+The host never waits here but for a disk: reads ahead and writes behind are ordered with the computation by events, and
+a record that is read again so soon that the disk has not been given it yet is waited for.
 """
 
 from __future__ import annotations

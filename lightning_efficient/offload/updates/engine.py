@@ -186,12 +186,15 @@ class UpdateEngine:
             TierError: If the state cannot be read, or earlier states could not be written.
             MemoryError: If the state of the unit is larger than the memory for records on their way.
         """
-        if self.host is not None and unit.tier is not None:
-            with self._torn_if_that_fails():
+        with self._torn_if_that_fails():
+            if self.host is not None and unit.tier is not None:
                 self.host.begin(unit, group, gradients, self._keep, self.stream)
-            return
-        self.updating, begin = True, time.perf_counter()
-        optimizer = unit.optimizer
+            else:
+                begin = time.perf_counter()
+                self._update(unit, group, gradients)
+                self.update_seconds += time.perf_counter() - begin
+
+    def _update(self, unit: Unit, group: Mapping[str, Any], gradients: Sequence[Tensor | GradientClaim | None]) -> None:
         with (
             torch.inference_mode(False),  # validation begins in it, and state that is made in it could not be changed
             torch.no_grad(),
@@ -199,31 +202,48 @@ class UpdateEngine:
             self.stream.ensure(unit.parameters) if self.stream else contextlib.nullcontext(),
         ):
             lease = self._lease(unit)
-            bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
-            turns = [
-                Turn(parameter, gradient, held if parameter in optimizer.state else value_of(held))
-                for parameter, gradient, held in zip(unit.parameters, taken(gradients), bulk, strict=True)
-            ]
-            stepping = [turn for turn in turns if turn.gradient is not None]
-            if not stepping:
+            try:
+                turns = self._step(unit, group, gradients, lease)
+            except BaseException:  # who comes after it, if only on the way out, would wait for this memory for ever
                 if lease is not None:
                     self._staging.drop(lease)
-                self.updating = False
+                raise
+            if not turns:
+                if lease is not None:
+                    self._staging.drop(lease)
                 return
-            try:
-                for turn in stepping:
-                    turn.show(optimizer, in_full=self._master_weights)
-                step_subset(optimizer, group, [turn.shown for turn in stepping], [turn.parameter for turn in stepping])
-            finally:
-                for turn in stepping:
-                    turn.hide(optimizer, resident=unit.tier is None)
             if self.stream is not None:
-                for turn in stepping:
-                    self.stream.changed(turn.parameter)
+                for turn in turns:
+                    if turn.gradient is not None:
+                        self.stream.changed(turn.parameter)
             if unit.tier is not None:
                 self._keep(unit, lease, [turn.state for turn in turns])
-        self.updating = False
-        self.update_seconds += time.perf_counter() - begin
+
+    def _step(
+        self,
+        unit: Unit,
+        group: Mapping[str, Any],
+        gradients: Sequence[Tensor | GradientClaim | None],
+        lease: Lease | None,
+    ) -> list[Turn]:
+        """Let the optimizer step with the state in ``lease``; one turn for each parameter, none if none steps."""
+        optimizer = unit.optimizer
+        bulk = unit.layout.views(lease.data, len(unit.parameters)) if lease else [{} for _ in unit.parameters]
+        turns = [
+            Turn(parameter, gradient, held if parameter in optimizer.state else value_of(held))
+            for parameter, gradient, held in zip(unit.parameters, taken(gradients), bulk, strict=True)
+        ]
+        stepping = [turn for turn in turns if turn.gradient is not None]
+        if not stepping:
+            return []
+        try:
+            for turn in stepping:
+                turn.show(optimizer, in_full=self._master_weights)
+            step_subset(optimizer, group, [turn.shown for turn in stepping], [turn.parameter for turn in stepping])
+        finally:
+            for turn in stepping:
+                turn.hide(optimizer, resident=unit.tier is None)
+        return turns
 
     def _lease(self, unit: Unit) -> Lease | None:
         """The bytes of the unit's record, if it has one."""
@@ -233,6 +253,7 @@ class UpdateEngine:
         """The whole state of each parameter, to be read only, without taking memory for what is on a disk."""
         if unit.placed is None:
             return [dict(unit.optimizer.state.get(parameter, {})) for parameter in unit.parameters]
+        self._staging.flush()  # what is on its way from a device, the tier may not have been asked to write yet
         return self._states_on(unit, unit.placed.tier.mapped(unit.placed.record))
 
     @staticmethod
@@ -359,10 +380,17 @@ class UpdateEngine:
             lease = None
         if lease is None:
             lease = self._staging.room(layout.nbytes)
-            if unit.placed is not None and unit.placed.record.nbytes != layout.nbytes:
-                self.release(unit)
-            if unit.placed is None:
-                unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=keeps_versions(tier))[0])
-            unit.layout = layout
+            try:
+                self._make_place(unit, tier, layout)
+            except BaseException:
+                self._staging.drop(lease)
+                raise
         layout.fill(lease.data, states)
         self._staging.write(lease, unit.placed)
+
+    def _make_place(self, unit: Unit, tier: Tier, layout: Layout) -> None:
+        if unit.placed is not None and unit.placed.record.nbytes != layout.nbytes:
+            self.release(unit)
+        if unit.placed is None:
+            unit.placed = Placed(tier, tier.reserve([layout.nbytes], versioned=keeps_versions(tier))[0])
+        unit.layout = layout

@@ -86,7 +86,7 @@ class HostSteps:
             stream: Has the parameters that are not on the device.
 
         Raises:
-            BaseException: What an earlier step ended with; see :meth:`join`.
+            BaseException: What an earlier step ended with, or why nothing can be copied to the host; see :meth:`join`.
             RuntimeError: If that was raised before.
         """
         if self._failed is not None:
@@ -101,8 +101,10 @@ class HostSteps:
         self._jobs[unit] = job
         with self._changed:
             self._queue.append(job)
-            self._copy_ahead()
-            self._changed.notify_all()
+            failed = self._failed = self._failed or self._guarded_copies()
+            self._changed.notify_all()  # also if it failed: the thread is to take what is queued off again
+        if failed is not None:
+            self._raise(failed)
 
     def relieve(self) -> None:
         """Until little of the device's memory is held by what waits for its way to the host."""
@@ -170,8 +172,8 @@ class HostSteps:
             if job.arrived is None:
                 if self._copying_bytes and self._copying_bytes + job.nbytes > self._most:
                     return
-                self._copying_bytes += job.nbytes
                 job.fetch()
+                self._copying_bytes += job.nbytes
 
     def _run(self) -> None:
         while True:

@@ -8,9 +8,10 @@ al. 2025, "GreedySnake").
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -113,12 +114,18 @@ class Updates(ABC):
         units = list(units)
         self._engine.commit()
         self._engine.expect(units)
-        self._updating_all = True
-        for unit in units:
-            self._engine.update(unit, unit.group, self._gradients(unit))
-            self._engine.relieve()
-        self._engine.join(units)
-        self._updating_all = False
+        with self._torn_if_that_fails():
+            for unit in units:
+                self._engine.update(unit, unit.group, self._gradients(unit))
+                self._engine.relieve()
+            self._engine.join(units)
+
+    @contextlib.contextmanager
+    def _torn_if_that_fails(self) -> Iterator[None]:
+        """What is updated after it, on the way out for one, makes no whole step of it."""
+        before, self._updating_all = self._updating_all, True
+        yield
+        self._updating_all = before
 
     def _gradients(self, unit: Unit) -> list[Tensor | GradientClaim | None]:
         """Those of its parameters, wherever they are."""

@@ -59,7 +59,7 @@ class Staging:
         self._pool = BufferPool(cap_bytes, pinned=pinned, most=1 << 16)
         self._queue: deque[Placed] = deque()
         self._ready: OrderedDict[Placed, tuple[Lease, Pending]] = OrderedDict()
-        self._returning: deque[tuple[HostBuffer, Pending]] = deque()
+        self._returning: deque[tuple[HostBuffer, Pending, bool]] = deque()  # and whether somebody must hear of an error
         self._changed = threading.Condition()
         self._closed = False
         self._error: BaseException | None = None
@@ -111,8 +111,11 @@ class Staging:
             lease, pending = found
         try:
             pending.wait()
-        except BaseException:
+        except Exception:
             self._put_back(_buffer(lease))
+            raise
+        except BaseException:  # an interrupt: what is being read into is nobody's yet
+            self._return_later(lease, pending)
             raise
         self.waited_seconds += time.perf_counter() - begin
         return lease
@@ -131,9 +134,13 @@ class Staging:
         target = placed or lease.placed
         if target is None:
             raise ValueError("This lease has no record; name one.")
-        pending = target.tier.write(target.record, lease.data)
+        try:
+            pending = target.tier.write(target.record, lease.data)
+        except BaseException:
+            self.drop(lease)
+            raise
         with self._changed:
-            self._returning.append((_buffer(lease), pending))
+            self._returning.append((_buffer(lease), pending, True))
             self._changed.notify_all()
 
     def drop(self, lease: Lease) -> None:
@@ -144,11 +151,9 @@ class Staging:
         """What was read ahead is not what is in the records any more."""
         with self._changed:
             self._queue.clear()
-            ready = list(self._ready.values())
-            self._ready.clear()
-        for lease, pending in ready:
-            _settle(pending)
-            self._put_back(_buffer(lease))
+            while self._ready:
+                self._forget_last()
+            self._changed.notify_all()
 
     def flush(self) -> None:
         """Until all writes have ended.
@@ -170,10 +175,8 @@ class Staging:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        for lease, pending in self._ready.values():
-            _settle(pending)
-            self._pool.give_back(_buffer(lease))
-        self._ready.clear()
+        while self._ready:
+            self._forget_last()
         self._pool.clear()
 
     def _room(self, nbytes: int) -> HostBuffer:
@@ -190,10 +193,7 @@ class Staging:
                 if buffer is not None:
                     break
                 if self._ready:  # the one needed last makes room, and is read again later
-                    placed, (lease, pending) = self._ready.popitem()
-                    self._queue.appendleft(placed)
-                    _settle(pending)
-                    self._pool.give_back(_buffer(lease))
+                    self._queue.appendleft(self._forget_last())
                 else:
                     self._changed.wait()
         self.waited_seconds += time.perf_counter() - begin
@@ -218,6 +218,23 @@ class Staging:
                         "Give memory_budget less, so that more stays free."
                     ) from error
         return None
+
+    def _forget_last(self) -> Placed:
+        """Of what was read ahead; returns its place. The caller has the lock, which who reads ahead needs."""
+        placed, (lease, pending) = self._ready.popitem()
+        try:
+            _settle(pending)
+        except BaseException:
+            self._return_later(lease, pending)
+            raise
+        self._pool.give_back(_buffer(lease))
+        return placed
+
+    def _return_later(self, lease: Lease, pending: Pending) -> None:
+        """When its read has ended, which nobody waits for."""
+        with self._changed:
+            self._returning.append((_buffer(lease), pending, False))
+            self._changed.notify_all()
 
     def _put_back(self, buffer: HostBuffer) -> None:
         with self._changed:
@@ -246,10 +263,10 @@ class Staging:
                 self._changed.wait_for(lambda: self._returning or self._closed)
                 if not self._returning:
                     return
-                buffer, pending = self._returning[0]
+                buffer, pending, must_hear = self._returning[0]
             error = _settle(pending)
             with self._changed:
-                self._error = self._error or error
+                self._error = self._error or (error if must_hear else None)
                 self._returning.popleft()
                 self._pool.give_back(buffer)
                 self._changed.notify_all()
@@ -273,10 +290,10 @@ def _buffer(lease: Lease) -> HostBuffer:
     return lease.buffer
 
 
-def _settle(pending: Pending) -> BaseException | None:
-    """Wait for the end, whichever it is."""
+def _settle(pending: Pending) -> Exception | None:
+    """Wait for the end, whichever it is; an interrupt is not one."""
     try:
         pending.wait()
-    except BaseException as error:
+    except Exception as error:
         return error
     return None

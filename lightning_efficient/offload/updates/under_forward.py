@@ -101,10 +101,11 @@ class UnderForward(Updates):
         at_once = [
             unit for unit in units if (resident and unit.tier is None) or not self._unseen.isdisjoint(unit.parameters)
         ]
-        self._update_all(at_once)
-        for unit in (unit for unit in self._order if unit in mine.difference(at_once)):
-            update = HeldUpdate.of(unit, self._gradients(unit))
-            self._waiting[unit] = _Waiting(update, [parameter._version for parameter in unit.parameters])
+        with self._torn_if_that_fails():
+            self._update_all(at_once)
+            for unit in (unit for unit in self._order if unit in mine.difference(at_once)):
+                update = HeldUpdate.of(unit, self._gradients(unit))
+                self._waiting[unit] = _Waiting(update, [parameter._version for parameter in unit.parameters])
         if not at_once:
             self._engine.commit()
         self._engine.expect(self._waiting)
@@ -129,19 +130,18 @@ class UnderForward(Updates):
     def _run(self, unit: Unit) -> None:
         waiting = self._waiting.pop(unit)
         await_no_more(unit.parameters)
-        self._updating_all = True
-        for name, parameter, version in zip(unit.names, unit.parameters, waiting.versions, strict=True):
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"{name} was changed through a view of it (such as parameter.detach()) that was "
-                    "made before the optimizer's step, and before its update. Make the view where it is used, or give "
-                    "schedule='after_backward'."
-                )
-        self._ran.append(unit)
-        waiting.update.run(self._engine, begun=unit in self._begun)
-        self._begun.discard(unit)
-        self._engine.join([unit])
-        self._updating_all = False
+        with self._torn_if_that_fails():
+            for name, parameter, version in zip(unit.names, unit.parameters, waiting.versions, strict=True):
+                if parameter._version != version:
+                    raise RuntimeError(
+                        f"{name} was changed through a view of it (such as parameter.detach()) that was "
+                        "made before the optimizer's step, and before its update. Make the view where it is used, or "
+                        "give schedule='after_backward'."
+                    )
+            self._ran.append(unit)
+            waiting.update.run(self._engine, begun=unit in self._begun)
+            self._begun.discard(unit)
+            self._engine.join([unit])
         if not self._waiting:  # the next updates read while forward and backward run
             self._engine.expect(dict.fromkeys((*self._ran, *self._order)))
 
