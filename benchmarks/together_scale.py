@@ -141,7 +141,10 @@ def measured_scale(options: Options) -> Scale:
         "products in int8; growth has no part in it, for the full model trains, and checkpoints are not saved."
     )
     clock = "cpu" if options.device == "cpu" else "wall"
-    ratio_rows = [(arm, str(best[arm][0]), *(spread(values, 2) for values in times[arm].values())) for arm in times]
+    ratio_rows = [
+        (arm, str(best[arm][0]), spread(found["cpu"], 2), spread(found["wall"], 2), f"{max(found['peak']) / 2**20:.0f}")
+        for arm, found in times.items()
+    ]
     return Scale(
         best[SUITE][0].parameters / base.parameters,
         max(statistics.median(values[clock]) for values in times.values()),
@@ -149,7 +152,7 @@ def measured_scale(options: Options) -> Scale:
             Table(f"Within {limit / 2**20:.0f} MiB {where}", header, rows, note),
             Table(
                 "Time of a token with the suite over plain's, at plain's own largest size",
-                ("plain", "size", "CPU time", "time"),
+                ("plain", "size", "CPU time", "time", "largest peak of the suite (MiB)"),
                 ratio_rows,
                 f"Steps behind the first {learning + 1}, in which low bits learn; {rounds} rounds, by turns.",
             ),
@@ -161,14 +164,18 @@ def measured_scale(options: Options) -> Scale:
 def _times(
     trial: Callable[[str, Size, int, int], Trial], plain: str, size: Size, rounds: int, learning: int
 ) -> Mapping[str, list[float]]:
-    """Of a step with the suite over plain, by clock, for each round: the medians of the steps behind learning."""
-    found: dict[str, list[float]] = {"cpu": [], "wall": []}
+    """Of a step with the suite over plain, by clock, for each round: the medians of the steps behind learning.
+
+    And the suite's peaks.
+    """
+    found: dict[str, list[float]] = {"cpu": [], "wall": [], "peak": []}
     for number in range(rounds):
         steps = learning + 5
         pair = {
             arm: trial(arm, size, steps, learning) for arm in ((plain, SUITE) if number % 2 == 0 else (SUITE, plain))
         }
-        for clock, values in found.items():
+        found["peak"].append(pair[SUITE].peak)
+        for clock in ("cpu", "wall"):
             one, other = (statistics.median(getattr(pair[arm], clock)[learning + 1 :]) for arm in (SUITE, plain))
-            values.append(one / other)
+            found[clock].append(one / other)
     return found
