@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness import Options, Table, spread
-from benchmarks.together_trial import ARMS, SUITE, TOKENS, Trial, tried
+from benchmarks.together_trial import ARMS, SUITE, TOKENS, Like, Trial, tried
 
 __all__ = ["Scale", "Size", "grid", "largest", "measured_scale"]
 
 LIMIT = {"cpu": 1 << 30, "cuda": 4 << 30}
 QUICK_MOST = 4e6  # parameters of the models of a quick run
 LEARNING = 9  # steps: behind the eighth it is known for which operations low bits pay
+NEAR = 0.98  # of the limit: peaks of two runs differ by up to that
 RATIO = 1.12  # of the parameters of neighbours in the grid
 EXPECTED = 12  # places in the grid from plain's largest to the suite's: where the search for that begins
 
@@ -100,11 +101,11 @@ def measured_scale(options: Options) -> Scale:
     sizes = grid(most=QUICK_MOST) if options.quick else grid()
     trials: list[dict[str, Any]] = []
 
-    def trial(arm: str, size: Size, steps: int, learning: int = 1) -> Trial:
+    def trial(arm: str, size: Size, steps: int, learning: int = 1, like: Like = None) -> Trial:
         shape = {"width": size.width, "layers": size.layers}
         where = {"device": options.device, "threads": options.threads}
-        found = tried(arm, **shape, limit=limit, steps=steps, learning=learning, **where)  # type: ignore[arg-type]
-        trials.append({"arm": arm, "width": size.width, "layers": size.layers, **vars(found)})
+        found = tried(arm, **shape, limit=limit, steps=steps, learning=learning, like=like, **where)  # type: ignore[arg-type]
+        trials.append({"arm": arm, "width": size.width, "layers": size.layers, "like": like, **vars(found)})
         words = found.error or f"{statistics.median(found.wall):.2f} s a step"
         print(f"scale  {arm:<44} {size!s:<36} {found.peak / 2**20:6.0f} MiB  {words}", flush=True)
         return found
@@ -114,6 +115,8 @@ def measured_scale(options: Options) -> Scale:
 
         def fits(size: Size, arm: str = arm) -> bool:
             found = trial(arm, size, steps)
+            if found.error is None and NEAR * limit < found.peak <= limit:  # runs differ by a little
+                found = max(found, trial(arm, size, steps), key=lambda one: one.peak)
             good = found.error is None and found.peak <= limit
             if good and (arm not in best or size.parameters > best[arm][0].parameters):
                 best[arm] = size, found
@@ -125,7 +128,7 @@ def measured_scale(options: Options) -> Scale:
             raise RuntimeError(f"{arm}: not even {sizes[0]} trains within {limit / 2**20:.0f} MiB.")
     base = max((best[arm][0] for arm in ARMS[:2]), key=lambda size: size.parameters)
     rounds, learning = (1, 1) if options.quick else (3, LEARNING)
-    times = {arm: _times(trial, arm, best[arm][0], rounds, learning) for arm in ARMS[:2]}
+    times = {arm: _times(trial, arm, best[arm][0], limit, rounds, learning) for arm in ARMS[:2]}
     rows = [
         (arm, str(size), f"{found.peak / 2**20:.0f}", f"{size.parameters / base.parameters:.2f}")
         for arm, (size, found) in best.items()
@@ -136,9 +139,9 @@ def measured_scale(options: Options) -> Scale:
         f"{TOKENS:,} tokens a step, AdamW, clipped; each trial is a process of its own that trains {steps} steps. "
         "Peak: the kernel's high-water mark of resident memory from the start of the process on: Python, torch and "
         f"Lightning are in it, and the making of the model. Sizes are {RATIO - 1:.0%} apart. The suite: optimizer "
-        "state, gradients and parameters on a disk as far as they do not fit (optimizer state only where plain would "
-        "just fit, in bf16 if it would in that and the processor is faster in it), activations in 8 or 4 bits, "
-        "products in int8; growth has no part in it, for the full model trains, and checkpoints are not saved."
+        "state, gradients and parameters on a disk as far as they do not fit, activations in 8 or 4 bits, products in "
+        "int8, with fp32 around them on a CPU; growth has no part in it, for the full model trains, and checkpoints "
+        "are not saved."
     )
     clock = "cpu" if options.device == "cpu" else "wall"
     ratio_rows = [
@@ -154,7 +157,9 @@ def measured_scale(options: Options) -> Scale:
                 "Time of a token with the suite over plain's, at plain's own largest size",
                 ("plain", "size", "CPU time", "time", "largest peak of the suite (MiB)"),
                 ratio_rows,
-                f"Steps behind the first {learning + 1}, in which low bits learn; {rounds} rounds, by turns.",
+                f"Steps behind the first {learning + 1}, in which low bits learn; {rounds} rounds, by turns. Here the "
+                "suite has optimizer state on a disk, activations in 4 bits, products in int8, and plain's precision "
+                "around them; only if that went beyond the limit, it has a budget as above.",
             ),
         ],
         {"limit": limit, "trials": trials, "time_ratios": times},
@@ -162,17 +167,22 @@ def measured_scale(options: Options) -> Scale:
 
 
 def _times(
-    trial: Callable[[str, Size, int, int], Trial], plain: str, size: Size, rounds: int, learning: int
+    trial: Callable[..., Trial], plain: str, size: Size, limit: int, rounds: int, learning: int
 ) -> Mapping[str, list[float]]:
     """Of a step with the suite over plain, by clock, for each round: the medians of the steps behind learning.
 
     And the suite's peaks.
     """
+    like: Like = "fp32" if plain == ARMS[0] else "bf16"
+    first = trial(SUITE, size, learning + 1, learning, like)
+    if first.error is not None or first.peak > NEAR * limit:
+        like = None
     found: dict[str, list[float]] = {"cpu": [], "wall": [], "peak": []}
     for number in range(rounds):
         steps = learning + 5
         pair = {
-            arm: trial(arm, size, steps, learning) for arm in ((plain, SUITE) if number % 2 == 0 else (SUITE, plain))
+            arm: trial(arm, size, steps, learning, like if arm == SUITE else None)
+            for arm in ((plain, SUITE) if number % 2 == 0 else (SUITE, plain))
         }
         found["peak"].append(pair[SUITE].peak)
         for clock in ("cpu", "wall"):

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["ARMS", "CONTEXT", "SUITE", "TOKENS", "Trial", "tried"]
+__all__ = ["ARMS", "CONTEXT", "SUITE", "TOKENS", "Like", "Trial", "tried"]
 
+Like = Literal["fp32", "bf16"] | None
 CONTEXT, TOKENS = 128, 1024
 SUITE = "the suite"
 ARMS = ("plain, fp32", "plain, bf16-mixed, activation checkpointing", SUITE)
 _SAVED = {8: 20, 4: 12}  # bytes of what backward needs, for each token and channel of a block, by bits
-# Likewise, of a plain run, with what the C library keeps.
-_AS_PLAIN: dict[Literal["fp32", "bf16"], int] = {"fp32": 92, "bf16": 48}
 _BESIDE = 100 << 20  # what else a run takes: temporary tensors, the Trainer, what the C library keeps
 _MAKING = 8 << 20  # beside all parameters, while they are made and go to their places
 _LEAST = 32 << 20
@@ -56,6 +55,7 @@ def tried(
     learning: int = 1,
     device: str = "cpu",
     threads: int = 1,
+    like: Like = None,
 ) -> Trial:
     """Train in a new process.
 
@@ -68,10 +68,12 @@ def tried(
         learning: Of these, in which low bits learn.
         device: ``cpu`` or ``cuda``.
         threads: Of torch.
+        like: The suite trains in this precision, with optimizer state on a disk and the rest in memory; None: within a
+            budget.
     """
     asked = {
         "arm": arm, "width": width, "layers": layers, "limit": limit, "steps": steps, "device": device,
-        "threads": threads, "learning": learning,
+        "threads": threads, "learning": learning, "like": like,
     }  # fmt: skip
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.together_trial", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -136,7 +138,7 @@ def _run(asked: Mapping[str, Any]) -> Trial:
                 accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_steps=steps, limit_val_batches=0,
                 gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False, default_root_dir=folder,
-                **_arguments(asked["arm"], limit - held, asked["learning"], device=device, callbacks=[timed], **size),
+                **_arguments(asked, limit - held, device, callbacks=[timed], **size),
             ).fit(model, data)  # fmt: skip
         except (RuntimeError, MemoryError, ValueError, OSError) as caught:
             error = str(caught).splitlines()[0][:200] or type(caught).__name__
@@ -148,53 +150,41 @@ def _run(asked: Mapping[str, Any]) -> Trial:
 
 
 def _arguments(
-    arm: str, room: int, learning: int, *, width: int, layers: int, device: str, callbacks: list[Any]
+    asked: Mapping[str, Any], room: int, device: str, *, width: int, layers: int, callbacks: list[Any]
 ) -> dict[str, Any]:
     """Of the Trainer.
 
     Args:
-        arm: One of :data:`ARMS`.
+        asked: Of :func:`tried`.
         room: Bytes that are left for the run.
-        learning: Steps in which low bits learn.
+        device: ``cpu`` or ``cuda``.
         width: Of the model.
         layers: Of the model.
-        device: ``cpu`` or ``cuda``.
         callbacks: Beside those of the arm.
     """
-    if arm != SUITE:
-        return {"precision": "32-true" if arm == ARMS[0] else "bf16-mixed", "callbacks": callbacks}
+    if asked["arm"] != SUITE:
+        return {"precision": "32-true" if asked["arm"] == ARMS[0] else "bf16-mixed", "callbacks": callbacks}
     from lightning_efficient import ActivationCompressionPlugin, OffloadStrategy, RollbackPrecision
 
-    parameters, units = 4 * layers * (12 * width**2 + 13 * width), TOKENS * width * layers
-    bits = 8 if 4 * parameters + _SAVED[8] * units + _BESIDE <= room else 4
-    budget = max(min(room - _SAVED[bits] * units - _BESIDE, room - parameters - _MAKING), _LEAST)
-    offload: dict[str, Any] = {"memory_budget": {"host" if device == "cpu" else "device": budget}}
-    high: Literal["fp32", "bf16"] = "fp32" if device == "cpu" else "bf16"
-    fits = [kind for kind, each in _AS_PLAIN.items() if 4 * parameters + each * units <= room]
-    if fits[:1] == ["fp32"] or (fits and _bf16_is_faster(device)):
-        # without a budget, for which freed memory goes back to the system, and that takes time
-        bits, offload = 4, {"place": {"optimizer_state": "disk"}, "staging": "32MiB"}
-        high = fits[0] if device == "cpu" else high
+    if asked["like"]:  # without a budget, for which freed memory goes back to the system, and that takes time
+        bits, high = 4, asked["like"]
+        offload: dict[str, Any] = {"place": {"optimizer_state": "disk"}, "staging": "32MiB"}
+    else:
+        bits, offload = _within(room, device, width, layers)
+        high = "fp32" if device == "cpu" else "bf16"
     return {
         "strategy": OffloadStrategy(**offload),
-        "plugins": [RollbackPrecision(low="int8", high=high, pre_learning_steps=learning)],
+        "plugins": [RollbackPrecision(low="int8", high=high, pre_learning_steps=asked["learning"])],
         "callbacks": [ActivationCompressionPlugin(bits=bits), *callbacks],
     }
 
 
-def _bf16_is_faster(device: str) -> bool:
-    """Whether products are, which some processors emulate."""
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        one, found = torch.ones(512, 512, dtype=dtype, device=device), []
-        for _ in range(5):
-            began = time.perf_counter()
-            float((one @ one)[0, 0])
-            found.append(time.perf_counter() - began)
-        return min(found)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)
+def _within(room: int, device: str, width: int, layers: int) -> tuple[int, dict[str, Any]]:
+    """Bits of activations, and arguments of the strategy, that leave the run ``room``."""
+    parameters, units = 4 * layers * (12 * width**2 + 13 * width), TOKENS * width * layers
+    bits = 8 if 4 * parameters + _SAVED[8] * units + _BESIDE <= room else 4
+    budget = max(min(room - _SAVED[bits] * units - _BESIDE, room - parameters - _MAKING), _LEAST)
+    return bits, {"memory_budget": {"host" if device == "cpu" else "device": budget}}
 
 
 if __name__ == "__main__":
