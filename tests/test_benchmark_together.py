@@ -25,10 +25,10 @@ TABLE = Table("a table", (), ())
 def test_the_last_checkpoint_is_that_of_the_last_run(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for step, name in ((4, "last.ckpt"), (96, "last-v1.ckpt")):
-        torch.save({"global_step": step}, folder / f"step={step}.ckpt")
-        (folder / name).symlink_to(f"step={step}.ckpt")
-    assert _last(tmp_path).name == "step=96.ckpt"
+    for step, epoch, name in ((4, 0, "last.ckpt"), (96, 0, "last-v2.ckpt"), (96, 1, "last-v1.ckpt")):
+        torch.save({"global_step": step, "epoch": epoch}, folder / f"{epoch}-{step}.ckpt")
+        (folder / name).symlink_to(f"{epoch}-{step}.ckpt")
+    assert _last(tmp_path).name == "1-96.ckpt"
 
 
 def test_sizes_grow_by_the_same_ratio() -> None:

@@ -83,17 +83,20 @@ class Stream:
 pinned: set[int] = set()
 
 
+def see_that_it_is_pinned(memory: Tensor) -> None:
+    if memory.data_ptr() not in pinned:
+        raise ValueError("not memory of the host")
+
+
 class OfTheHost(FileTier):
     """Takes nothing but pinned memory."""
 
     def write(self, record: Record, data: Tensor) -> Pending:
-        if data.data_ptr() not in pinned:
-            raise ValueError("not memory of the host")
+        see_that_it_is_pinned(data)
         return super().write(record, data)
 
     def read(self, record: Record, into: Tensor) -> Pending:
-        if into.data_ptr() not in pinned:
-            raise ValueError("not memory of the host")
+        see_that_it_is_pinned(into)
         return super().read(record, into)
 
 
@@ -101,13 +104,11 @@ class OptimizerDisk(DictTier):
     """Takes nothing but pinned memory, at once."""
 
     def write(self, record: Record, data: Tensor) -> Pending:
-        if data.data_ptr() not in pinned:
-            raise ValueError("not memory of the host")
+        see_that_it_is_pinned(data)
         return super().write(record, data)
 
     def read(self, record: Record, into: Tensor) -> Pending:
-        if into.data_ptr() not in pinned:
-            raise ValueError("not memory of the host")
+        see_that_it_is_pinned(into)
         return super().read(record, into)
 
 
