@@ -178,8 +178,8 @@ def lay_out(trainer: pl.Trainer, layout: Mapping[str, Mapping[str, list[object]]
 
     Args:
         trainer: The running Trainer.
-        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]``. A category that a member
-            gives counts in place of one here.
+        layout: Category to chart title to ``["Multiline", [regular expressions of tags]]`` or ``["Margin", [tag of a
+            value, of its lower and of its upper bound]]``. A category that a member gives counts in place of one here.
     """
     whole = dict(layout)
     for member in members(trainer):

@@ -5,6 +5,8 @@ A part of ``precision.py``.
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,18 +20,24 @@ from lightning_efficient.precision.formats import Format
 from lightning_efficient.precision.nodes import ROLES, Node
 from lightning_efficient.precision.status import SIGNS
 
-__all__ = ["LAYOUT", "Account", "in_words"]
+__all__ = ["GUARDED", "LAYOUT", "Account", "in_words"]
 
 _LINES = 20  # for retries; then a line for every hundredth
 LAYOUT: dict[str, dict[str, list[object]]] = {
     "precision": {
         "share of work in low bits": ["Multiline", [r"precision/low_share"]],
         "products computed again": ["Multiline", [r"precision/retries.*"]],
-        "shared exponents": ["Multiline", [r"precision/exponent/.*"]],
-        "batches done again": ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]],
+        **{
+            f"exponents of {which}s: lowest, median, highest": [
+                "Margin", [f"precision/exponent_{which}{end}" for end in ("", "_lowest", "_highest")]
+            ]
+            for which in ("input", "weight", "gradient")
+        },
     }
-}
+}  # fmt: skip
 """Of TensorBoard's page of scalars."""
+GUARDED: list[object] = ["Multiline", [r"precision/(spikes|healed.*|skipped|scale_retries)"]]
+"""With a guard of the loss: batches done again."""
 
 
 def in_words(low: Format, high: str, learn_until: int | None, *, timed: bool, guarded: bool) -> str:
@@ -164,6 +172,7 @@ class Account:
 
     def _by_operation(self) -> dict[str, float]:
         values: dict[str, float] = {}
+        exponents = defaultdict[str, list[float]](list)
         for name, node in self._nodes.items():
             retries = sum(product.status.retries for product in node.products.values())
             if retries:
@@ -171,6 +180,11 @@ class Account:
             for which, tracker in node.tensors.items():
                 if tracker.last is not None:
                     values[f"precision/exponent/{name}.{which}"] = float(tracker.last)
+                    exponents[which].append(float(tracker.last))
+        for which, found in exponents.items():
+            values[f"precision/exponent_{which}_lowest"] = min(found)
+            values[f"precision/exponent_{which}"] = statistics.median_low(found)
+            values[f"precision/exponent_{which}_highest"] = max(found)
         return values
 
     def state_dict(self) -> dict[str, Any]:

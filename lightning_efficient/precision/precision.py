@@ -21,7 +21,7 @@ from lightning_efficient import compat, telemetry
 from lightning_efficient.coordination import ParameterChange
 from lightning_efficient.core.hardware import hardware
 from lightning_efficient.core.seeded import derive_seed
-from lightning_efficient.precision.account import LAYOUT, Account, in_words
+from lightning_efficient.precision.account import GUARDED, LAYOUT, Account, in_words
 from lightning_efficient.precision.agreement import Agreement
 from lightning_efficient.precision.arguments import limits_of, rounding_of, whole_number
 from lightning_efficient.precision.engine import Engine
@@ -296,7 +296,9 @@ class RollbackPrecision(WrappingPrecision):
 
     def charts(self) -> Mapping[str, Mapping[str, list[object]]]:
         """What TensorBoard's page shows of it."""
-        return LAYOUT
+        if self._guard is None:
+            return LAYOUT
+        return {category: {**charts, "batches done again": GUARDED} for category, charts in LAYOUT.items()}
 
     def events(self) -> Sequence[telemetry.Event]:
         """When operations had learnt; each batch that spiked, and what became of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,12 @@ def test_it_is_logged(tmp_path: Path) -> None:
     assert shares[:4] == [0.0] * 4
     assert min(shares[4:]) > 0.7
     assert (15, "precision/exponent/model.blocks.0.mlp.up.weight") in logged
+    of_weights = [
+        value for (step, tag), value in logged.items()
+        if step == 15 and tag.startswith("precision/exponent/") and tag.endswith(".weight")
+    ]  # fmt: skip
+    ends = [logged[15, f"precision/exponent_weight{end}"] for end in ("_lowest", "", "_highest")]
+    assert ends == [min(of_weights), statistics.median_low(of_weights), max(of_weights)]
     assert precision.measurements()["precision/low_share"] == shares[-1], "also behind the log, where a monitor asks"
 
 
