@@ -159,7 +159,7 @@ def _rows(
             failed.append(f"{name}, {candidate.name}: {error}")
             continue
         expected = candidate.prediction
-        beside = plan.profile.data_seconds
+        beside = plan.profile.waits(expected.step.wall)
         row = Row(
             name, candidate.name, peak, expected.peak, seconds.wall, expected.step.wall + beside, seconds.cpu,
             expected.step.cpu + beside,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning_efficient.core.torch_internals import compiled_entry
 
 __all__ = [
+    "SaveTriggers",
     "accumulating",
     "averaged_models",
     "averaging_callbacks",
@@ -25,12 +26,13 @@ __all__ = [
     "leaves_training",
     "log_step",
     "rewrap_ddp",
-    "saves_every_n_steps",
+    "save_triggers",
     "shard_over_all",
     "should_log",
     "step_is_compiled",
     "trainer_of",
     "validation_metrics",
+    "validation_seconds",
     "writes_files",
 ]
 
@@ -119,9 +121,34 @@ def defer_links(
     return undo
 
 
-def saves_every_n_steps(callback: ModelCheckpoint) -> int:
-    """The ``every_n_train_steps`` of a ``ModelCheckpoint``; 0 if it does not save after steps."""
-    return callback._every_n_train_steps
+class SaveTriggers(NamedTuple):
+    """When a ``ModelCheckpoint`` saves; one of the first three is not 0, or it never does.
+
+    Attributes:
+        steps: Its ``every_n_train_steps``.
+        seconds: Its ``train_time_interval``.
+        epochs: Its ``every_n_epochs``.
+        at_epoch_end: Its ``save_on_train_epoch_end``; None: Lightning decides.
+    """
+
+    steps: int
+    seconds: float
+    epochs: int
+    at_epoch_end: bool | None
+
+
+def save_triggers(callback: ModelCheckpoint) -> SaveTriggers:
+    """When it saves, as its constructor understood what it was given."""
+    interval = callback._train_time_interval
+    seconds = interval.total_seconds() if interval is not None else 0.0
+    return SaveTriggers(
+        callback._every_n_train_steps, seconds, callback._every_n_epochs, callback._save_on_train_epoch_end
+    )
+
+
+def validation_seconds(trainer: pl.Trainer) -> float:
+    """Between validations, where they follow the clock; 0 where they follow batches or epochs."""
+    return getattr(trainer, "_val_check_time_interval", None) or 0.0
 
 
 def leaves_training(trainer: pl.Trainer) -> bool:

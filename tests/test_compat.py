@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -121,8 +122,15 @@ def test_a_file_that_comes_while_it_is_looked_for_is_one_that_will_exist(tmp_pat
 
 
 def test_how_often_a_model_checkpoint_saves() -> None:
-    assert compat.saves_every_n_steps(ModelCheckpoint(every_n_train_steps=7)) == 7
-    assert compat.saves_every_n_steps(ModelCheckpoint(every_n_epochs=2)) == 0
+    assert compat.save_triggers(ModelCheckpoint()) == (0, 0.0, 1, None)
+    assert compat.save_triggers(ModelCheckpoint(every_n_train_steps=7)) == (7, 0.0, 0, None)
+    assert compat.save_triggers(ModelCheckpoint(every_n_epochs=2, save_on_train_epoch_end=True)) == (0, 0.0, 2, True)
+    assert compat.save_triggers(ModelCheckpoint(train_time_interval=timedelta(minutes=2))) == (0, 120.0, 0, None)
+
+
+def test_validations_may_follow_the_clock(tmp_path) -> None:
+    assert compat.validation_seconds(trainer(tmp_path)) == 0
+    assert compat.validation_seconds(trainer(tmp_path, val_check_interval="00:00:02:00")) == 120
 
 
 def test_validation_metrics_are_those_of_this_validation(tmp_path) -> None:

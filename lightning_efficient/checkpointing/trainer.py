@@ -145,7 +145,7 @@ class SavedByModelCheckpoint:
 
     def save_after(self, step: int) -> bool:
         """Whether they will save after optimizer step ``step``, as far as can be told."""
-        return any((every := compat.saves_every_n_steps(c)) and step % every == 0 for c in self._callbacks)
+        return any((every := compat.save_triggers(c).steps) and step % every == 0 for c in self._callbacks)
 
     def tell_loggers(self) -> None:
         """Of all that was saved, when nothing is pending; not while a callback names a file that did not come."""

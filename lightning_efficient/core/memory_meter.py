@@ -39,6 +39,11 @@ class MemoryMeter:
         _meters.add(self)
 
     @property
+    def on_device(self) -> bool:
+        """Whether it watches a GPU, not the process."""
+        return self._device is not None
+
+    @property
     def source(self) -> str:
         """Where the numbers come from, in words for a reader."""
         if self._device is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_efficient.monitoring.memory import nested_tensors
 
-__all__ = ["ChosenBatches", "Scan", "batch_bytes", "batch_size", "load_batches", "save_batches", "scan"]
+__all__ = ["ChosenBatches", "Scan", "as_in_fit", "batch_bytes", "batch_size", "load_batches", "save_batches", "scan"]
 
 _BATCHES, _SECONDS = 256, 3.0  # that are looked at: what comes first
 _KEPT, _KEPT_BYTES = 12, 64 << 20
@@ -35,6 +37,29 @@ def _tensors(batch: object) -> Iterator[torch.Tensor]:
         yield tensor
     if not found and hasattr(batch, "__dict__"):
         yield from nested_tensors(vars(batch))
+
+
+def as_in_fit(loader: Any) -> tuple[Iterable[Any], int | None, bool]:
+    """What a ``train_dataloader`` returned, as a fit would read it: several loaders give one batch together.
+
+    Returns:
+        The batches; how many an epoch has, None if nobody knows; whether workers make them beside the training.
+    """
+    if isinstance(loader, list | tuple | Mapping):
+        loader = CombinedLoader(loader, "max_size_cycle")  # what Trainer.fit makes of them
+    loaders, batches = [loader], loader
+    if isinstance(loader, CombinedLoader):
+        loaders, iterator = loader.flattened, iter(loader)  # it has a length from then on
+        batches = (batch for batch, _, _ in iterator)
+    try:
+        length: float = len(loader)  # of loaders together one without an end may make it infinite
+    except TypeError:
+        length = math.inf
+    return (
+        batches,
+        None if length == math.inf else int(length),
+        all(getattr(one, "num_workers", 0) > 0 for one in loaders),
+    )
 
 
 @dataclass

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_efficient.core.hardware import hardware
 from lightning_efficient.core.memory_meter import MemoryMeter
 from lightning_efficient.monitoring.memory import nested_tensors, parameter_size, tensor_bytes
-from lightning_efficient.planning.batches import ChosenBatches, Scan, batch_bytes, load_batches, save_batches, scan
+from lightning_efficient.planning.batches import (
+    ChosenBatches,
+    Scan,
+    as_in_fit,
+    batch_bytes,
+    load_batches,
+    save_batches,
+    scan,
+)
 from lightning_efficient.planning.callback import StepWatch
 from lightning_efficient.planning.facts import Profile, ShortRun
 from lightning_efficient.planning.job import Job
@@ -52,6 +60,7 @@ class _Run:
         self.base = 0
         self.scan = Scan()
         self.held = 0
+        self.prefetches = False
         self.watch = StepWatch(
             meter=self.meter, warm_up=job.warm_up, batches=job.batches, seconds=job.seconds, detail=job.profile,
             saves=Path(job.folder) if job.saves else None,
@@ -67,6 +76,11 @@ class _Run:
             before_model=self._before_model,
             before_fit=self._before_fit,
         )
+        if not self.watch.samples:
+            raise ValueError(
+                f"The training ended before a batch could be timed, of which {self.job.warm_up} come first to warm up. "
+                "Give a configuration that trains for longer (trainer.max_epochs, trainer.limit_train_batches)."
+            )
         run = ShortRun(
             base_bytes=self.base,
             peak_bytes=max(self.watch.peak - self.held, 1),
@@ -103,11 +117,8 @@ class _Run:
             own = owner.train_dataloader
             owner.train_dataloader = lambda: self._choose(own())
 
-    def _choose(self, loader: Iterable[Any]) -> ChosenBatches:
-        try:
-            length: int | None = len(loader)  # type: ignore[arg-type]
-        except TypeError:
-            length = None
+    def _choose(self, given: Any) -> ChosenBatches:
+        loader, length, self.prefetches = as_in_fit(given)
         if self.job.profile or not self.job.chosen_file.exists():
             self.scan = scan(loader)
             if not self.scan.kept:
@@ -117,7 +128,8 @@ class _Run:
         else:
             batches = load_batches(self.job.chosen_file)
         sizes = [batch_bytes(batch) for batch in batches]
-        self.held = sum(sizes) - max(sizes)  # an ordinary run has one at a time
+        if not self.meter.on_device:
+            self.held = sum(sizes) - max(sizes)  # an ordinary run has one at a time
         self.watch.set_sizes(len(batches))
         return ChosenBatches(batches, length)
 
@@ -146,7 +158,10 @@ class _Run:
             sizes=tuple(self.scan.sizes),
             all_batches=self.scan.complete,
             data_seconds=self.scan.seconds,
-            save_interval=save_interval(cli, 0 if math.isinf(epoch) else int(epoch)),
+            prefetches=self.prefetches,
+            save_interval=save_interval(
+                cli, 0 if math.isinf(epoch) else int(epoch), statistics.fmean(each.wall for each in run.samples)
+            ),
             batches=0 if math.isinf(total) else int(total * run.accumulate),
             precision=str(trainer.precision),
             taken=_taken(cli),

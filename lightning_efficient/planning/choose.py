@@ -71,7 +71,7 @@ def candidates(
                 plain,
                 [alone[option.key] for option in together],
                 interplay=interplay,
-                data_seconds=profile.data_seconds,
+                waits=profile.waits,
                 save_seconds=profile.run.save_seconds,
                 save_interval=profile.save_interval,
             )

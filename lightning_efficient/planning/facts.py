@@ -155,12 +155,13 @@ class Profile:
         layers: The modules that save most, or take most time.
         sizes: Of the batches that were looked at.
         all_batches: Whether these are all of an epoch.
-        data_seconds: To get a batch.
+        data_seconds: To get a batch, when nothing else is done.
         save_interval: Batches between checkpoints, 0 for none.
         batches: Planned batches of the run, 0 if nobody knows.
         precision: As the Trainer calls it.
         taken: What the configuration has that a technique would replace, by the technique's slot.
         offloaded: Whether this was measured with everything on a disk, since plain training did not fit.
+        prefetches: Whether workers get a batch while the one before is trained on.
     """
 
     run: ShortRun
@@ -187,6 +188,11 @@ class Profile:
     precision: str
     taken: Mapping[str, str]
     offloaded: bool = False
+    prefetches: bool = False
+
+    def waits(self, seconds: float) -> float:
+        """Seconds that a step of so many waits for its batch."""
+        return max(0.0, self.data_seconds - seconds) if self.prefetches else self.data_seconds
 
     @property
     def largest_size(self) -> int:

@@ -14,7 +14,7 @@ shorter, the rest is waited for. While a model grows, the shallower steps take t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lightning_efficient.planning.facts import Seconds
@@ -131,7 +131,7 @@ def predict(
     techniques: Sequence[Alone],
     *,
     interplay: Sequence[Interplay] = (),
-    data_seconds: float = 0.0,
+    waits: Callable[[float], float] = lambda seconds: 0.0,
     save_seconds: float = 0.0,
     save_interval: int = 0,
 ) -> Prediction:
@@ -142,7 +142,7 @@ def predict(
         plain: Its time of a batch.
         techniques: None: plain training.
         interplay: What is known of pairs.
-        data_seconds: To get a batch.
+        waits: Seconds that a step of so many seconds waits for its batch.
         save_seconds: What a checkpoint of plain training costs.
         save_interval: Batches between checkpoints; 0 for none.
     """
@@ -159,7 +159,7 @@ def predict(
             full = 1.0 - sum(share for share, _ in one.shares)
             average = seconds * (full + sum(share * ratio for share, ratio in one.shares))
     own = [one.save_seconds for one in techniques if one.save_seconds is not None]
-    beside = data_seconds + ((own[0] if own else save_seconds) / save_interval if save_interval else 0.0)
+    beside = waits(average.wall) + ((own[0] if own else save_seconds) / save_interval if save_interval else 0.0)
     return Prediction(peak, average + Seconds(beside, beside), seconds)
 
 

@@ -89,33 +89,36 @@ def _activations() -> list[Option]:
 
 
 def _offloads(profile: Profile) -> list[Option]:
+    """On a CPU what is elsewhere is on the disk; for a GPU the host's memory comes first, which is not short."""
     record = profile.largest_parameter * max(1, round(profile.optimizer_state / max(1, profile.gradients)))
     staging = max(_STAGING, 2 * record)
-
-    def strategy(**arguments: Any) -> dict[str, Any]:
-        return {"strategy": _object("OffloadStrategy", **arguments)}
-
-    def place(*kinds: str) -> dict[str, str]:
-        return dict.fromkeys(kinds, "disk")
-
-    everything = ("optimizer_state", "gradient", "parameter")
+    on_cpu = profile.device == "cpu"
+    where = "on the disk" if on_cpu else "in the host's memory, or on the disk"
     least = as_mebibytes(4 * profile.largest_module + 6 * profile.largest_parameter + staging)
+    for_state, for_all = {"staging": as_mebibytes(staging)}, {"memory_budget": {"host": least}}
+
+    def ways(*kinds: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        def strategy(tier: str, **more: Any) -> dict[str, Any]:
+            return {"strategy": _object("OffloadStrategy", place=dict.fromkeys(kinds, tier), **more)}
+
+        return [*([] if on_cpu else [strategy("host")]), strategy("disk", **arguments)]
+
+    state = ways("optimizer_state", arguments=for_state)
+    everything = ways("optimizer_state", "gradient", "parameter", arguments=for_all)
+    everything += ways("optimizer_state", "parameter", arguments=for_all)  # where gradients are read
+    saved = ways("optimizer_state", "activation", arguments=for_state)
     return [
         Option(
-            "offload-state", "offload", "the optimizer's state is on the disk",
-            strategy(place=place("optimizer_state"), staging=as_mebibytes(staging)),
-            frees=frozenset({"optimizer_state"}),
+            "offload-state", "offload", f"the optimizer's state is {where}",
+            state[0], tuple(state[1:]), frees=frozenset({"optimizer_state"}),
         ),
         Option(
-            "offload-all", "offload", "parameters, gradients and the optimizer's state are on the disk",
-            strategy(place=place(*everything), memory_budget={"host": least}),
-            instead=(strategy(place=place("optimizer_state", "parameter"), memory_budget={"host": least}),),
-            frees=frozenset({"optimizer_state", "gradients", "parameters"}),
+            "offload-all", "offload", f"parameters, gradients and the optimizer's state are {where}",
+            everything[0], tuple(everything[1:]), frees=frozenset({"optimizer_state", "gradients", "parameters"}),
         ),
         Option(
-            "offload-activations", "offload", "the optimizer's state and what backward needs are on the disk",
-            strategy(place=place("optimizer_state", "activation"), staging=as_mebibytes(staging)),
-            frees=frozenset({"optimizer_state", "saved"}),
+            "offload-activations", "offload", f"the optimizer's state and what backward needs are {where}",
+            saved[0], tuple(saved[1:]), frees=frozenset({"optimizer_state", "saved"}),
         ),
     ]  # fmt: skip
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_efficient import compat
 from lightning_efficient.monitoring import EfficiencyMonitor
@@ -57,7 +60,18 @@ class ShortCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """The configuration is read; nothing is made yet."""
+        trainer = self.config["fit"]["trainer"]
+        for each in [*_as_list(trainer["callbacks"]), *_as_list(trainer["plugins"])]:
+            if getattr(each, "class_path", "").rpartition(".")[2] == "AsyncCheckpointIO":
+                self._keep_from_the_users_files(each.init_args)
         self._before_model()
+
+    def _keep_from_the_users_files(self, arguments: Any) -> None:
+        """Checkpoints that it writes by itself are not to stand among those of the training, nor to be gone on from."""
+        for name in ("dirpath", "local_dir"):
+            if arguments[name] is not None:
+                arguments[name] = str(Path(self._folder) / name)
+        arguments["resume"] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The user's, but for what would write, or stop it too early."""
@@ -65,6 +79,7 @@ class ShortCLI(LightningCLI):
         callbacks, self.plugins = _as_list(given["callbacks"]), _as_list(given["plugins"])
         self.saves = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         self.saves_by_default = given["enable_checkpointing"] is not False
+        self.val_check_interval, self.validates = given["val_check_interval"], given["limit_val_batches"] != 0
         if 0 < given["max_steps"] < self._least_steps:
             kwargs["max_steps"] = self._least_steps
         kept = [callback for callback in callbacks if not isinstance(callback, _LEFT_OUT)]
@@ -94,15 +109,54 @@ def _as_list(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [] if given is None else [given]
 
 
-def save_interval(cli: ShortCLI, epoch: int) -> int:
-    """Batches between the checkpoints of the configuration, 0 if it saves none.
+def save_interval(cli: ShortCLI, epoch: int, seconds: float) -> int:
+    """Batches between the checkpoints of the configuration, on average; 0 if it saves none.
 
     Args:
         cli: Made from it.
         epoch: Batches of an epoch, 0 for no end.
+        seconds: Of a batch.
     """
     if not cli.saves_by_default:
         return 0
-    steps = [compat.saves_every_n_steps(save) for save in cli.saves if isinstance(save, ModelCheckpoint)]
-    accumulate = cli.trainer.accumulate_grad_batches
-    return min((each * accumulate for each in steps if each), default=epoch)
+    saves = cli.saves or [ModelCheckpoint()]  # which is what the Trainer would add
+    if not any(isinstance(save, ModelCheckpoint) for save in saves):
+        return epoch
+    found = [
+        _interval(cli, compat.save_triggers(save), epoch, seconds)
+        for save in saves
+        if isinstance(save, ModelCheckpoint) and (save.save_top_k or save.save_last)
+    ]
+    return min((each for each in found if each), default=0)
+
+
+def _interval(cli: ShortCLI, triggers: compat.SaveTriggers, epoch: int, seconds: float) -> int:
+    """Of one callback, as it decides where to save."""
+    if triggers.steps:
+        return triggers.steps * cli.trainer.accumulate_grad_batches
+    if triggers.seconds:
+        return max(1, round(triggers.seconds / seconds))
+    every, between = cli.trainer.check_val_every_n_epoch, cli.val_check_interval or 1.0
+    by_clock = compat.validation_seconds(cli.trainer)
+    at_epoch_end = triggers.at_epoch_end
+    if at_epoch_end is None:
+        at_epoch_end = not by_clock and every == 1 and (not _validates(cli) or between == 1.0)
+    if at_epoch_end or not triggers.epochs:
+        return epoch * triggers.epochs
+    # It saves behind each validation of every so manyth epoch.
+    if by_clock:
+        validation = max(1, round(by_clock / seconds))
+    else:
+        validation = max(1, int(epoch * between)) if isinstance(between, float) else int(between)
+    if every is None or not epoch:
+        return validation * triggers.epochs if epoch or triggers.epochs == 1 else 0
+    return math.lcm(every, triggers.epochs) * epoch // max(1, epoch // validation)
+
+
+def _validates(cli: ShortCLI) -> bool:
+    if not cli.validates or not is_overridden("validation_step", cli.model):
+        return False
+    data = cli.datamodule
+    return is_overridden("val_dataloader", cli.model) or (
+        data is not None and is_overridden("val_dataloader", data, pl.LightningDataModule)
+    )

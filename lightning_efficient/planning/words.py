@@ -12,12 +12,14 @@ from lightning_efficient.planning.facts import Profile, Seconds
 from lightning_efficient.planning.options import merged
 from lightning_efficient.planning.plan import Plan
 
-__all__ = ["checked", "dominating", "overlay", "report"]
+__all__ = ["PLAN", "REPORT", "checked", "dominating", "overlay", "report"]
 
+PLAN, REPORT = "A plan for", "# Plan for"
+"""How an overlay (behind ``# ``) and a report begin."""
 _LAYERS = 8
 
 
-def report(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: bool) -> str:
+def report(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: bool, refuted: int = 0) -> str:
     """Where memory and time go, and what the techniques would do about it.
 
     Args:
@@ -25,10 +27,11 @@ def report(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: b
         chosen: Of its combinations; None: nothing fits.
         budget: Bytes; None: any.
         lossy: Whether it may change results.
+        refuted: Others that were chosen before, and were not as predicted when they were run.
     """
     profile = plan.profile
     parts = [
-        f"# Plan for {profile.module}",
+        f"{REPORT} {profile.module}",
         f"On {profile.hardware}. Memory is the {profile.memory}. {_batches(profile)}",
     ]
     if profile.offloaded:
@@ -41,7 +44,7 @@ def report(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: b
     parts += ["## What the techniques would do", _candidates(plan, chosen, lossy=lossy)]
     if plan.not_tried:
         parts.append("Not tried:\n\n" + "\n".join(f"- {key}: {why}" for key, why in plan.not_tried.items()))
-    parts += ["## What to do", _advice(plan, chosen, budget, lossy=lossy)]
+    parts += ["## What to do", _advice(plan, chosen, budget, lossy=lossy, refuted=refuted)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -91,7 +94,7 @@ def _layers(profile: Profile) -> str:
 def _time(plan: Plan) -> str:
     profile, plain = plan.profile, plan.plain
     run, sizes = profile.run, profile.sizes
-    rows = [("waiting for data", profile.data_seconds)]
+    rows = [("waiting for data", profile.waits(plain.wall))]
     parts = {name: run.part(name, sizes) for name in ("forward", "backward")}
     rows += parts.items()
     rows.append(("update, and all else behind backward", max(0.0, plain.wall - sum(parts.values()))))
@@ -134,8 +137,13 @@ def _signed_bytes(nbytes: int) -> str:
     return f"{'+' if nbytes >= 0 else '-'}{human_bytes(abs(nbytes))}"
 
 
-def _advice(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: bool) -> str:
+def _advice(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: bool, refuted: int) -> str:
     plain = plan.found[0]
+    if chosen is None and refuted:
+        return (
+            f"What was to do did not when it was run, {refuted} of {refuted} times; the runs are below. What was "
+            "predicted does not hold for this training. Try a larger --memory, or a technique by itself."
+        )
     if chosen is None:
         lowest, changing = least(plan.found, lossy=lossy), least(plan.found, lossy=True)
         text = (
@@ -150,6 +158,8 @@ def _advice(plan: Plan, chosen: Candidate | None, budget: int | None, *, lossy: 
             )
         return text
     lines = [f"{_reason(chosen, plain, budget)} {_trade(chosen, plain)}"]
+    if refuted:
+        lines.append(f"What looked better did not do when it was run: {refuted} of them, below.")
     if not lossy:
         fastest = min(plan.found, key=_wall)
         if fastest.lossy and fastest.prediction.seconds.wall < chosen.prediction.seconds.wall * 0.95:
@@ -202,42 +212,47 @@ def dominating(plan: Plan, candidate: Candidate) -> str:
     return f"Most of that is {name}: {human_bytes(kinds[name])}."
 
 
-def checked(candidate: Candidate, peak: int, seconds: Seconds, *, data_seconds: float) -> str:
+def checked(candidate: Candidate, peak: int, seconds: Seconds, profile: Profile, budget: int | None) -> str:
     """What was predicted, and what a run on the user's own batches took.
 
     Args:
         candidate: That was run.
         peak: Its bytes.
         seconds: Its time of a batch.
-        data_seconds: Part of it that is waiting for data.
+        profile: Of plain training.
+        budget: Bytes; None: any.
     """
-    expected, wall = candidate.prediction.peak, candidate.prediction.step.wall + data_seconds
+    expected, step = candidate.prediction.peak, candidate.prediction.step.wall
+    wall = step + profile.waits(step)
     rows = [
         ("peak", human_bytes(expected), human_bytes(peak), f"{expected / peak - 1:+.1%}"),
         ("time of a batch", _ms(wall), _ms(seconds.wall), f"{wall / seconds.wall - 1:+.1%}"),
     ]
     growing = any(option.slot == "growth" for option in candidate.options)
     note = "\n\nThis was with the whole model: a growing one comes to it in the second half of the run." * growing
-    return (
-        "## Checked by a run\n\n" + _table((candidate.name, "predicted", "measured", "difference"), rows) + note + "\n"
-    )
+    over = budget is not None and peak > budget
+    verdict = f"**It took more than {human_bytes(budget or 0)}**, and is not used.\n\n" * over
+    table = _table((candidate.name, "predicted", "measured", "difference"), rows)
+    return f"## Checked by a run\n\n{verdict}{table}{note}\n"
 
 
 def _ms(seconds: float) -> str:
     return f"{digits(seconds * 1e3)} ms"
 
 
-def overlay(plan: Plan, chosen: Candidate, budget: int | None) -> str:
-    """The YAML that goes behind the user's configuration."""
+def overlay(plan: Plan, chosen: Candidate, budget: int | None, *, held: bool) -> str:
+    """The YAML that goes behind the user's configuration; ``held``: whether a run has shown it."""
     plain = plan.found[0]
     comments = [
-        f"A plan for {plan.profile.module}, made by `lightning-efficient plan`. Use it behind the configuration:",
+        f"{PLAN} {plan.profile.module}, made by `lightning-efficient plan`. Use it behind the configuration:",
         "  lightning-efficient fit --config my.yaml --config plan.yaml",
         f"{_reason(chosen, plain, budget)}",
         f"{_trade(chosen, plain)}",
     ]
     for option in chosen.options:
         comments.append(f"{option.key}: {option.says}. Results: {option.lossy or 'the same, bit for bit'}.")
+    if not held:
+        comments.append("No run has checked it.")
     body = {"trainer": merged(chosen.options)} if chosen.options else {}
     text = yaml.safe_dump(body, sort_keys=False, width=110)
     return "\n".join(f"# {line}" for comment in comments for line in _wrapped(comment)) + f"\n{text}"

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from lightning_efficient.planning.facts import Layer, Profile, Sample, ShortRun
 
-__all__ = ["Breaks", "SmallData", "SmallModel", "TakesTooMuch", "configuration", "profile"]
+__all__ = [
+    "Breaks",
+    "SmallData",
+    "SmallModel",
+    "TakesTooMuch",
+    "TwoInputs",
+    "TwoLoaders",
+    "Validates",
+    "configuration",
+    "profile",
+]
 
 MIB = 1 << 20
 
@@ -49,6 +59,33 @@ class TakesTooMuch(SmallModel):
     def __init__(self) -> None:
         super().__init__()
         self.large = nn.Parameter(torch.zeros(1 << 46))
+
+
+class Validates(SmallModel):
+    """It also looks at what it has not learnt from."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.blocks(batch).square().mean())
+
+    def val_dataloader(self) -> Any:
+        return [torch.randn(2, 16)]
+
+
+class TwoInputs(SmallModel):
+    """A batch of one loader, and one of another."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(torch.cat([batch["one"], batch["other"]]), batch_idx)
+
+
+class TwoLoaders(pl.LightningDataModule):
+    """``[2, 16]`` of either; the shorter one begins anew."""
+
+    def train_dataloader(self) -> Any:
+        def loader(items: int) -> Any:
+            return torch.utils.data.DataLoader([torch.randn(16) for _ in range(items)], batch_size=2)  # type: ignore[arg-type]
+
+        return {"one": loader(40), "other": loader(10)}
 
 
 class SmallData(pl.LightningDataModule):

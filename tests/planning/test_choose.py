@@ -97,7 +97,7 @@ def test_room_that_is_left_goes_to_what_would_have_to_move() -> None:
 
 def test_the_overlay_says_what_it_does_and_loads_x4() -> None:
     chosen = PLAN.candidate(["activations-4bit", "offload-state", "int8"])
-    text = overlay(PLAN, chosen, 760 * MIB)
+    text = overlay(PLAN, chosen, 760 * MIB, held=True)
     trainer = yaml.safe_load(text)["trainer"]
     assert trainer == merged(chosen.options)
     assert trainer["strategy"]["class_path"] == "lightning_efficient.OffloadStrategy"
@@ -105,7 +105,7 @@ def test_the_overlay_says_what_it_does_and_loads_x4() -> None:
     assert [each["class_path"] for each in trainer["callbacks+"]] == ["lightning_efficient.ActivationCompressionPlugin"]
     assert "Results: gradients get an error that is zero on average." in text.replace("\n# ", " ")
     assert "of the time now" in text
-    assert yaml.safe_load(overlay(PLAN, PLAN.found[0], None)) == {}
+    assert yaml.safe_load(overlay(PLAN, PLAN.found[0], None, held=True)) == {}
 
 
 def test_mixed_precision_makes_room_for_the_plugin() -> None:
@@ -115,6 +115,21 @@ def test_mixed_precision_makes_room_for_the_plugin() -> None:
     assert trainer["plugins"][0]["init_args"] == {"low": "int8", "high": "bf16"}
     tried = merged(options, trial=True)["plugins"][0]["init_args"]
     assert tried["pre_learning_steps"] < 50  # the default, which a short run would not see the end of
+
+
+def test_for_a_gpu_the_hosts_memory_comes_before_the_disk() -> None:
+    for option in options_for(profile(device="cuda"))[0]:
+        if option.slot == "offload":
+            tiers = [set(way["strategy"]["init_args"]["place"].values()) for way in (option.trainer, *option.instead)]
+            assert tiers == [{"host"}, {"disk"}] * (len(tiers) // 2), option.key
+            assert "memory_budget" not in option.trainer["strategy"]["init_args"]
+            assert "host's memory" in option.says
+
+
+def test_what_workers_fetch_behind_a_step_is_not_waited_for() -> None:
+    assert profile(data_seconds=0.5).waits(2.0) == 0.5
+    assert profile(data_seconds=0.5, prefetches=True).waits(2.0) == 0
+    assert profile(data_seconds=0.5, prefetches=True).waits(0.2) == pytest.approx(0.3)
 
 
 def test_the_report_shows_where_memory_goes_and_what_was_chosen() -> None:
@@ -136,9 +151,15 @@ def test_where_nothing_fits_it_says_what_would_do_and_what_takes_most() -> None:
 
 
 def test_a_check_compares_the_step_of_the_whole_model() -> None:
-    text = checked(PLAN.candidate(["offload-state"]), 700 * MIB, Seconds(2.0, 2.0), data_seconds=0.1)
+    text = checked(
+        PLAN.candidate(["offload-state"]), 700 * MIB, Seconds(2.0, 2.0), profile(data_seconds=0.1), 700 * MIB
+    )
     assert "-2.9%" in text
     assert "-20.0%" in text
+    assert "It took more than" not in text
+    assert "**It took more than 699 MiB**" in checked(
+        PLAN.candidate(["offload-state"]), 700 * MIB, Seconds(2.0, 2.0), profile(), 699 * MIB
+    )
 
 
 def test_a_profile_passes_between_processes(tmp_path: Path) -> None:

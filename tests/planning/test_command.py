@@ -25,6 +25,9 @@ TRIALS = {
 }
 
 
+BIG = {"peak_bytes": 801 * MIB}
+
+
 class Runs:
     """Stands for the processes: each technique does what the table says."""
 
@@ -81,6 +84,63 @@ def test_it_writes_an_overlay_and_a_report_and_checks_x4(
     assert "trying offload-state" in printed.err
     assert runs.asked[-1] == (trainer, {"warm_up": 3, "chosen": False, "saves": False})
     assert not list(Path.cwd().glob(".plan-*"))
+    assert "No run has checked it" not in Path("plan.yaml").read_text()
+    assert plan(tmp_path, "--memory", "800MiB") == 0, "a plan may be made again"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_does_not_hold_when_it_is_run_is_not_used_x4(
+    tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    def run(shop: Shop, trainer: dict[str, Any], **job: Any) -> dict[str, Any]:
+        found = runs(shop, trainer, **job)
+        if job.get("chosen", True) or "lossless" not in str(trainer):
+            return found
+        if fails:
+            raise RunFailed("memory", "can't allocate")
+        return found | {"peak_bytes": 801 * MIB}
+
+    monkeypatch.setattr(Shop, "run", run)
+    assert plan(tmp_path, "--memory", "800MiB") == 0
+    trainer = yaml.safe_load(Path("plan.yaml").read_text())["trainer"]
+    assert "OffloadStrategy" in str(trainer)
+    assert "lossless" not in str(trainer)
+    assert ("can't allocate" if fails else "It took more than 800 MiB") in Path("plan.md").read_text()
+    assert "What looked better did not do when it was run: 1 of them" in capsys.readouterr().out
+
+
+def test_where_nothing_holds_there_is_no_overlay(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Shop, "run", lambda shop, trainer, **job: runs(shop, trainer, **job) | ({} if job.get("chosen", True) else BIG)
+    )
+    assert plan(tmp_path, "--memory", "800MiB") == 2
+    assert not Path("plan.yaml").exists()
+    text = Path("plan.md").read_text()
+    assert "3 of 3 times" in text
+    assert text.count("It took more than 800 MiB") == 3
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("my.yaml", "my.yaml', which is no plan"),
+        ("other.yaml", "other.md', which is no plan"),
+        ("plan.md", "does not end in .yaml"),
+        ("", "does not end in .yaml"),
+        ("folder.yaml", "is a folder"),
+        ("/proc/nowhere/plan.yaml", "Cannot write"),
+    ],
+)
+def test_what_would_be_replaced_is_asked_before_anything_is_run(
+    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str], out: str, words: str
+) -> None:
+    Path("folder.yaml").mkdir()
+    Path("other.md").write_text("my notes")
+    name = str(tmp_path / out) if out == "my.yaml" else out
+    assert plan(tmp_path, "--out", name) == 1
+    assert words in capsys.readouterr().err
+    assert not runs.asked
+    assert Path("other.md").read_text() == "my notes"
 
 
 def test_what_changes_results_has_to_be_allowed(tmp_path: Path, runs: Runs) -> None:

@@ -96,7 +96,7 @@ def test_a_pair_that_was_tried_together_is_more_than_its_sum() -> None:
 
 def test_data_and_checkpoints_come_on_top() -> None:
     asynchronous = alone("async", "checkpoint", PLAIN, 960, save_seconds=0.5, writes_checkpoints=True)
-    arguments = {"data_seconds": 0.1, "save_seconds": 5.0, "save_interval": 10}
+    arguments = {"waits": lambda seconds: 0.1, "save_seconds": 5.0, "save_interval": 10}
     assert predict(PARTS, PLAIN, [], **arguments).seconds.wall == pytest.approx(1.6)
     assert predict(PARTS, PLAIN, [asynchronous], **arguments).seconds.wall == pytest.approx(1.15)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_efficient.planning import child
 from lightning_efficient.planning.facts import Profile, ShortRun
 from lightning_efficient.planning.job import Job
 from lightning_efficient.planning.plan import RunFailed, Shop
+from lightning_efficient.planning.trainer import save_interval
 from tests.planning.small import configuration
 
 
@@ -90,6 +93,69 @@ def test_callbacks_that_write_or_stop_are_left_out(tmp_path: Path) -> None:
     assert found.run.accumulate == 2
     assert len(found.run.samples) >= 6
     assert not list(tmp_path.rglob("efficiency_report.md"))
+
+
+def test_checkpoints_of_the_training_are_left_alone(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "step=900.ckpt").write_bytes(b"a checkpoint")
+    (own / "last.ckpt").symlink_to("step=900.ckpt")
+    arguments = {"frequency": "drive", "dirpath": str(own), "local_dir": str(own), "resume": "auto"}
+    callbacks = [{"class_path": "lightning_efficient.AsyncCheckpointIO", "init_args": arguments}]
+    found = run_here(tmp_path, "profile", configuration(tmp_path, callbacks=callbacks), profile=True, batches=40)
+    assert found["run"]["values"]["checkpoint/saves"] > 0
+    assert {path.name for path in own.iterdir()} == {"step=900.ckpt", "last.ckpt"}
+    assert (own / "last.ckpt").read_bytes() == b"a checkpoint"
+
+
+def test_several_loaders_give_one_batch_together(tmp_path: Path) -> None:
+    config = configuration(tmp_path, "TwoInputs")
+    config.write_text(config.read_text().replace("SmallData", "TwoLoaders"))
+    found = Profile.from_json(run_here(tmp_path, "profile", config, profile=True))
+    assert set(found.sizes) == {2 * 16 * 2}
+    assert found.save_interval == 0
+    assert found.batches == 4 * 20
+    ShortRun.from_json(run_here(tmp_path, "check", config, chosen=False))
+
+
+def test_a_training_that_is_over_too_soon_is_told(tmp_path: Path) -> None:
+    found = run_here(tmp_path, "profile", configuration(tmp_path, max_epochs=1, limit_train_batches=4), profile=True)
+    assert "trainer.max_epochs" in found["error"]["message"]
+
+
+SAVES = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "arguments", "expected"),
+    [
+        ({}, {}, 60),
+        ({}, None, 60),
+        ({}, {"every_n_epochs": 10}, 600),
+        ({}, {"save_top_k": 0}, 0),
+        ({"val_check_interval": 20}, {}, 20),
+        ({"val_check_interval": 0.5}, {"every_n_epochs": 2}, 60),
+        ({"val_check_interval": 20}, {"save_on_train_epoch_end": True}, 60),
+        ({"val_check_interval": 20, "limit_val_batches": 0}, {}, 60),
+        ({"check_val_every_n_epoch": 3}, {"every_n_epochs": 2}, 360),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 100}, {}, 100),
+        ({"accumulate_grad_batches": 2}, {"every_n_train_steps": 7}, 14),
+    ],
+)
+def test_how_often_a_configuration_saves(
+    tmp_path: Path, trainer: dict[str, Any], arguments: dict[str, Any] | None, expected: int
+) -> None:
+    callbacks = [] if arguments is None else [{"class_path": SAVES, "init_args": arguments}]
+    config = configuration(tmp_path, "Validates", enable_checkpointing=True, callbacks=callbacks, **trainer)
+    assert run_here(tmp_path, "profile", config, profile=True)["save_interval"] == expected
+
+
+def test_saving_by_the_clock_is_counted_in_batches() -> None:
+    class Cli:
+        saves_by_default = True
+        saves = (ModelCheckpoint(train_time_interval=timedelta(minutes=1)),)
+
+    assert save_interval(Cli(), 60, 0.5) == 120  # type: ignore[arg-type]
 
 
 def test_what_the_users_code_raises_is_told_with_its_place(tmp_path: Path) -> None:
