@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 if TYPE_CHECKING:
     from lightning_efficient.activation_compression import ActivationCompressionPlugin
     from lightning_efficient.checkpointing import AsyncCheckpointIO
+    from lightning_efficient.core.resumable import ResumableDataLoader
     from lightning_efficient.growth import GrowAndUnshareCallback, load_grown
     from lightning_efficient.monitoring import EfficiencyMonitor
     from lightning_efficient.offload import OffloadDDPStrategy, OffloadFSDP2Strategy, OffloadStrategy
@@ -27,6 +28,7 @@ __all__ = [
     "OffloadDDPStrategy",
     "OffloadFSDP2Strategy",
     "OffloadStrategy",
+    "ResumableDataLoader",
     "RollbackPrecision",
     "load_grown",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "OffloadDDPStrategy": "offload",
     "OffloadFSDP2Strategy": "offload",
     "OffloadStrategy": "offload",
+    "ResumableDataLoader": "core.resumable",
     "RollbackPrecision": "precision",
     "load_grown": "growth",
 }

@@ -13,6 +13,12 @@ import sys
 
 __all__ = ["main"]
 
+_DESCRIPTION = (
+    "Lightning's command line for your own classes. Beside what is listed here: `lightning-efficient plan --config "
+    "my.yaml` says which techniques fit your memory, `lightning-efficient report RUN ...` shows runs side by side; "
+    "each has a --help."
+)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
@@ -21,6 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Instead of those of the process.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["--version"]:
+        from lightning_efficient import __version__
+
+        print(f"lightning-efficient {__version__}")
+        return
     if given[:1] == ["report"]:
         from lightning_efficient.monitoring.command import main as report
 
@@ -49,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lightning-efficient"},
+        parser_kwargs={"prog": "lightning-efficient", "description": _DESCRIPTION},
         args=arguments,
     )
 

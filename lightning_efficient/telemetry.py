@@ -205,5 +205,6 @@ def run_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, str]
     }
     # A name is enough for a reader: what the techniques were told is in the run's own configuration.
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    facts["Callbacks"] = ", ".join(dict.fromkeys(type(callback).__name__ for callback in callbacks))
+    names = dict.fromkeys(type(callback).__name__ for callback in callbacks)
+    facts["Callbacks"] = ", ".join(name for name in names if not name.startswith("_"))
     return facts

@@ -211,6 +211,16 @@ def test_without_jsonargparse_it_says_what_to_install(monkeypatch: pytest.Monkey
         main(["fit"])
 
 
+def test_help_names_what_is_beside_lightnings_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "lightning-efficient plan" in printed
+    assert "lightning-efficient report" in printed
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("lightning-efficient 0.")
+
+
 def test_report_is_a_command_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_efficient import RollbackPrecision, compat, telemetry
+from lightning_efficient import OffloadDDPStrategy, OffloadStrategy, RollbackPrecision, compat, telemetry
 from lightning_efficient.demos import ByteLanguageModel, StdlibDataModule
 from lightning_efficient.growth.arrangement import SHORTENED
 from tests.helpers.fitting import Run, StopAt, assert_continues, assert_same_tree, fit, make_trainer
@@ -883,3 +883,10 @@ def test_of_related_settings_each_has_its_turn() -> None:
     assert set().union(*turns) == {setting.name for setting in SETTINGS}
     assert all(len(turn.intersection(names)) == 1 for names in RELATED for turn in turns)
     assert set.intersection(*turns) == {setting.name for setting in SETTINGS} - related
+
+
+@pytest.mark.parametrize("misplaced", [RollbackPrecision, OffloadStrategy, OffloadDDPStrategy])
+def test_what_is_given_among_callbacks_and_is_none_says_where_it_belongs(misplaced: type) -> None:
+    where = "plugins=" if misplaced is RollbackPrecision else "strategy="
+    with pytest.raises(MisconfigurationException, match=f"{misplaced.__name__} is no callback.*{where}"):
+        make_trainer(misplaced()).fit(SilentModel())

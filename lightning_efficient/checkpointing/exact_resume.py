@@ -142,7 +142,7 @@ def _warn_of_lost_places(loaders: list[Any]) -> None:
         rank_zero_warn(
             f"The run goes on in the middle of an epoch, and a {type(loader).__name__} with a {type(sampler).__name__} "
             "has forgotten its place: it begins an epoch from its first batch, so that in this epoch some items are "
-            "seen twice and some not at all. Use lightning_efficient.core.resumable.ResumableDataLoader, another "
+            "seen twice and some not at all. Use lightning_efficient.ResumableDataLoader, another "
             "loader with state_dict and load_state_dict, or checkpoints of the ends of epochs."
         )
         return

@@ -30,7 +30,10 @@ class CheckpointDamagedError(RuntimeError):
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"The checkpoint '{path}' is damaged: {what}.")
+        super().__init__(
+            f"The checkpoint '{path}' is damaged: {what}. AsyncCheckpointIO(resume='auto') goes on from the newest one "
+            "beside it that is whole."
+        )
         self.path = path
         self.what = what
 

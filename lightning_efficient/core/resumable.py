@@ -43,7 +43,7 @@ class ResumableDataLoader:
         seed: Of the orders, and of what is random in fetching.
         num_workers: Processes that fetch ahead; 0 fetches in this one.
         drop_last: Whether to leave out what does not fill a batch on every rank. If not, the ranks share it as evenly
-            as can be, and their last batch is smaller.
+            as can be, and their last batch is smaller. The default is not torch's.
         collate_fn: Makes a batch of a list of items; torch's ``default_collate`` if None.
         pin_memory: Copy batches to pinned memory, where there is an accelerator.
         rank: Of this process. None: that of ``torch.distributed`` if it is initialized when iteration begins, else 0.
@@ -55,10 +55,10 @@ class ResumableDataLoader:
 
     def __init__(
         self,
-        *,
         dataset: Dataset[Any],
         batch_size: int,
         shuffle: bool = False,
+        *,
         seed: int = 0,
         num_workers: int = 0,
         drop_last: bool = True,

@@ -116,6 +116,7 @@ def load_grown(
 
     Raises:
         RuntimeError: From ``load_state_dict``, if names or shapes still differ.
+        ValueError: If the checkpoint has nothing below ``prefix``, or the module not the layers of the run.
     """
     if not (isinstance(module, nn.Module) or (isinstance(module, type) and issubclass(module, nn.Module))):
         raise TypeError(f"load_grown takes the module (or its class) first, then the checkpoint; got {module!r} first.")
@@ -128,6 +129,12 @@ def load_grown(
     weights = {
         name.removeprefix(prefix): value for name, value in saved["state_dict"].items() if name.startswith(prefix)
     }
+    if not weights:
+        first = next(iter(saved["state_dict"]), "nothing")
+        raise ValueError(
+            f"No name in the checkpoint begins with prefix={prefix!r}; the first is '{first}'. A LightningModule needs "
+            "no prefix, a network that is a part of it the name that it has there, as prefix='model.'."
+        )
     state = saved.get(FORM_KEY)
     if not state:
         full.load_state_dict(weights)

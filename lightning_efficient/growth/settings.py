@@ -38,7 +38,9 @@ class Phase:
     def __str__(self) -> str:
         distinct = len(set(self.leaders))
         noun = "layer" if len(self.leaders) == 1 else "layers"
-        weights = f" with {distinct} sets of weights" if distinct < len(self.leaders) else ""
+        weights = (
+            f" with {distinct} set{'s' if distinct > 1 else ''} of weights" if distinct < len(self.leaders) else ""
+        )
         return f"{len(self.leaders)} {noun}{weights}"
 
 

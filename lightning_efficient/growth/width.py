@@ -184,7 +184,10 @@ def plan_width(
         _check_groups(name, narrow, wide)
         plan[name] = _operator(name, small, grown, modules, factor, fused, table)
     if not any(not operator.exact_copy for operator in plan.values()):
-        raise WidthError("The narrow model is as wide as the wide one: none of the changed arguments changes a shape.")
+        raise WidthError(
+            "The narrow model is as wide as the wide one: none of the changed arguments changes a shape. Name those of "
+            "your module that do, with their values in the narrow one, as width={..., 'arguments': {'d_model': 128}}."
+        )
     if tied_head or readout is not None:
         norm = readout or _last_norm(narrow, after_layers, plan)
         found = [name for name in plan if name.rpartition(".")[0] == norm]

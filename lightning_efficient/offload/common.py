@@ -53,6 +53,15 @@ else:
 class OffloadMixin(TimedStepsMixin, MicroBatchMixin, _Base):
     """To be put before a strategy of Lightning, whose constructor calls :meth:`_configure`."""
 
+    @property
+    def state_key(self) -> str:
+        """What the Trainer asks of callbacks, of which this is none.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException(f"{type(self).__name__} is no callback. Give it as Trainer(strategy=...).")
+
     def _configure(self, *, enabled: bool, **arguments: Any) -> None:
         """Check what the user gave.
 

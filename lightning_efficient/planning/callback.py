@@ -65,7 +65,8 @@ class StepWatch(pl.Callback):
         self.samples: list[Sample] = []
         self.saved: dict[int, int] = {}
         self.account: LayerAccount | None = None
-        self.peak = self.update_peak = self.gradients = self.save_peak = self.save_bytes = 0
+        self.peak = self.update_peak = self.gradients = self.save_peak = 0
+        self.saved_to: Path | None = None
         self.save_seconds = 0.0
         self.values: dict[str, float] = {}
 
@@ -77,6 +78,11 @@ class StepWatch(pl.Callback):
     def set_meter(self, meter: MemoryMeter) -> None:
         """Of the device on which the run turns out to be."""
         self._meter = meter
+
+    @property
+    def save_bytes(self) -> int:
+        """Of the last checkpoint; after the fit, for it may be written behind it."""
+        return self.saved_to.stat().st_size if self.saved_to is not None and self.saved_to.is_file() else 0
 
     @property
     def yardstick(self) -> tuple[float, float]:
@@ -197,4 +203,4 @@ class StepWatch(pl.Callback):
         meter.start()
         trainer.save_checkpoint(path)
         self.save_peak = meter.peak_bytes()
-        self.save_bytes = path.stat().st_size if path.is_file() else 0
+        self.saved_to = path

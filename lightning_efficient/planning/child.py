@@ -197,6 +197,11 @@ def _sentence(error: BaseException) -> dict[str, str]:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith((*libraries, "<", sys.prefix, sys.base_prefix))
     ]
+    if "arguments are required" in text and "fit." in text:  # a file for a command line that knows its classes
+        text += (
+            ". A plan makes the module and the data by their names, whatever command line of yours the file is for: "
+            "give model: {class_path: my_package.MyModule} in it, and data likewise"
+        )
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
     return {"kind": "memory" if memory else type(error).__name__, "message": f"{text}{where}"}
 

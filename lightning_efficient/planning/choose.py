@@ -15,7 +15,7 @@ __all__ = ["MARGIN", "Candidate", "best", "candidates", "frontier", "least", "wi
 
 MARGIN = 0.1
 """Of a budget that is left free: predictions are to be that good."""
-_SAME = 0.02  # part of a step by which times differ by chance
+_SAME = 0.02  # part of a step's time, or of a peak, by which they differ by chance
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,11 @@ def best(found: Sequence[Candidate], budget: int | None, *, lossy: bool) -> Cand
 
 
 def least(found: Sequence[Candidate], *, lossy: bool) -> Candidate:
-    """The one with the lowest peak."""
-    return min(_allowed(found, lossy), key=lambda each: (each.prediction.peak, len(each.options)))
+    """The one with the lowest peak, and of those with about the same the one with the fewest techniques."""
+    allowed = _allowed(found, lossy)
+    lowest = min(each.prediction.peak for each in allowed)
+    close = [each for each in allowed if each.prediction.peak <= lowest * (1 + _SAME)]
+    return min(close, key=lambda each: (len(each.options), each.prediction.peak))
 
 
 def frontier(found: Sequence[Candidate], *, lossy: bool) -> list[Candidate]:

@@ -16,7 +16,7 @@ from lightning_efficient.planning.words import PLAN, REPORT, checked, overlay, r
 
 __all__ = ["main"]
 
-_FAILED, _NOTHING_FITS = 1, 2
+_FAILED, _NOTHING_FITS = 1, 3  # 2 is what a parser exits with
 _CHECKS = 3  # of what was chosen, one after the other where a run shows that it is not as predicted
 
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Behind ``plan``.
 
     Returns:
-        The exit status: 0 if there is a plan, 1 if the configuration cannot be run, 2 if nothing fits, or what was to
+        The exit status: 0 if there is a plan, 1 if the configuration cannot be run, 3 if nothing fits, or what was to
         fit did not when it was run.
     """
     from jsonargparse import ArgumentParser

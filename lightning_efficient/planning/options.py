@@ -51,7 +51,7 @@ def options_for(profile: Profile) -> tuple[list[Option], dict[str, str]]:
     Returns:
         The options, and why others are not, by slot.
     """
-    left_out = {slot: f"the configuration has {name} there" for slot, name in profile.taken.items()}
+    left_out = {slot: f"the configuration has {name} already" for slot, name in profile.taken.items()}
     if profile.precision not in _MODES:
         left_out.setdefault("precision", f"RollbackPrecision does not take over precision {profile.precision!r}")
     if not profile.save_interval:

@@ -93,9 +93,11 @@ class Account:
         high = self._high()
         text = f"{len(nodes) - len(high)} of {len(nodes)} operations train in {low.name}"
         text += ", emulated (nothing is faster)" if low.emulated else ""
-        if high:
-            text += f"; {len(high)}, for which it would take longer or cannot be, stay high: {', '.join(high[:5])}"
-            text += ", ..." if len(high) > 5 else ""
+        if len(high) == len(nodes):
+            text += ": they are too small for it to be faster, or cannot be. Without RollbackPrecision it is the same"
+        elif high:
+            text += f"; {len(high)} stay high, too small for it to be faster, or not possible: {', '.join(high[:5])}"
+            text += " and others" if len(high) > 5 else ""
         telemetry.say(trainer, f"RollbackPrecision: {text}.")
         if unmet:
             rank_zero_warn(

@@ -283,6 +283,15 @@ class RollbackPrecision(WrappingPrecision):
         self._engine.refresh()
         return precision_map(self.nodes, self._low.name, operations.skipped, operations.reasons)
 
+    @property
+    def state_key(self) -> str:
+        """What the Trainer asks of callbacks, of which this is none.
+
+        Raises:
+            MisconfigurationException: Always.
+        """
+        raise MisconfigurationException("RollbackPrecision is no callback. Give it as Trainer(plugins=[...]).")
+
     def measurements(self) -> Mapping[str, float]:
         """Share of low bits since the last time it was logged, and what had to be computed again so far."""
         return self._account.measurements() | self._guard_says()

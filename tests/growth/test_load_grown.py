@@ -94,6 +94,11 @@ def test_a_load_into_a_module_of_other_depth_fails_loudly_g3() -> None:
         load_grown(Residual(2).double(), checkpoint)
 
 
+def test_a_prefix_that_no_name_has_is_told() -> None:
+    with pytest.raises(ValueError, match=r"begins with prefix='net\.'; the first is 'embed"):
+        load_grown(Residual(4).double(), checkpoint_of(in_form("stack", (0, 1)), "stack"), prefix="net.")
+
+
 def test_a_checkpoint_without_growth_loads_as_it_is() -> None:
     network = Residual(4).double()
     loaded = load_grown(Residual(4).double(), {"state_dict": network.state_dict()}, grown=True)

@@ -113,7 +113,7 @@ def test_where_nothing_holds_there_is_no_overlay(tmp_path: Path, runs: Runs, mon
     monkeypatch.setattr(
         Shop, "run", lambda shop, trainer, **job: runs(shop, trainer, **job) | ({} if job.get("chosen", True) else BIG)
     )
-    assert plan(tmp_path, "--memory", "800MiB") == 2
+    assert plan(tmp_path, "--memory", "800MiB") == 3
     assert not Path("plan.yaml").exists()
     text = Path("plan.md").read_text()
     assert "3 of 3 times" in text
@@ -192,8 +192,8 @@ def test_a_pair_that_was_tried_in_vain_is_no_candidate(
     assert "activations-4bit + int8" in plan.not_tried
 
 
-def test_nothing_fits_is_status_two_x4(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan(tmp_path, "--memory", "50MiB") == 2
+def test_nothing_fits_is_status_three_x4(tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(tmp_path, "--memory", "50MiB") == 3
     assert "Nothing fits into 50 MiB" in capsys.readouterr().out
     assert not Path("plan.yaml").exists()
 
@@ -202,7 +202,7 @@ def test_what_is_refused_is_named_and_the_next_way_is_tried(
     tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs.refused = {"'gradient': 'disk'": "gradients are read", "RollbackPrecision": "it cannot be\nbecause"}
-    assert plan(tmp_path, "--no-check", "--memory", "1") == 2
+    assert plan(tmp_path, "--no-check", "--memory", "1") == 3
     printed = capsys.readouterr().out
     assert "- int8: it cannot be\n" in printed
     assert "offload-all" in printed

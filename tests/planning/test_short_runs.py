@@ -87,9 +87,10 @@ def test_callbacks_that_write_or_stop_are_left_out(tmp_path: Path) -> None:
     ]
     config = configuration(tmp_path, callbacks=callbacks, max_steps=5, accumulate_grad_batches=2)
     config.write_text(config.read_text().replace("enable_checkpointing: false", "enable_checkpointing: true"))
-    found = Profile.from_json(run_here(tmp_path, "profile", config, profile=True))
+    found = Profile.from_json(run_here(tmp_path, "profile", config, profile=True, saves=True))
     assert found.save_interval == 14
     assert found.taken == {"checkpoint": "AsyncCheckpointIO"}
+    assert found.checkpoint > 0, "written behind the training"
     assert found.run.accumulate == 2
     assert len(found.run.samples) >= 6
     assert not list(tmp_path.rglob("efficiency_report.md"))
@@ -175,6 +176,14 @@ def test_several_devices_are_refused(tmp_path: Path) -> None:
     job = Job(configs=[], folder=str(tmp_path))
     with pytest.raises(ValueError, match="trains on 2 devices"):
         child._Run(job)._before_fit(Cli())  # type: ignore[arg-type]
+
+
+def test_a_file_for_a_command_line_that_knows_its_classes_is_told_what_it_lacks(tmp_path: Path) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"max_steps": 4}}))
+    message = run_here(tmp_path, "profile", config, profile=True)["error"]["message"]
+    assert "fit.model" in message
+    assert "model: {class_path:" in message
 
 
 def test_a_configuration_that_does_not_load_is_told(tmp_path: Path) -> None:
