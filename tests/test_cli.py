@@ -231,6 +231,9 @@ def test_report_is_a_command_of_its_own(
     assert stopped.value.code == 0
     assert "parameters at the end" in capsys.readouterr().out
     assert "a (2)" in (tmp_path / "comparison.html").read_text()
+    with pytest.raises(SystemExit) as stopped:  # as a shell gives ``runs/*``, with the pages of the time before
+        main(["report", *map(str, sorted(tmp_path.iterdir())), "--out", str(tmp_path)])
+    assert stopped.value.code == 0
 
 
 def test_a_console_script_sees_packages_of_the_current_folder(tmp_path: Path) -> None:

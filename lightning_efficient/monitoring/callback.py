@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_efficient import compat, telemetry
@@ -18,7 +20,7 @@ from lightning_efficient.monitoring.facts import machine_facts, timing_notes
 from lightning_efficient.monitoring.layout import tensorboard_layout
 from lightning_efficient.monitoring.probe import Probe
 from lightning_efficient.monitoring.record import PER_STEP, RunRecord
-from lightning_efficient.monitoring.report import EventRow, RunReport, write_report
+from lightning_efficient.monitoring.report import EventRow, RunReport, own_folder, write_report
 from lightning_efficient.monitoring.timing import StepTimer
 from lightning_efficient.monitoring.units import technique_of
 
@@ -50,8 +52,9 @@ class EfficiencyMonitor(pl.Callback):
     Args:
         every_n_steps: Interval of logging in optimizer steps; None takes the Trainer's ``log_every_n_steps``.
         report: Whether to write the report.
-        report_dir: Folder of the report; None takes the log folder of the first logger, or the Trainer's
-            ``default_root_dir``, and writes nothing under ``fast_dev_run``.
+        report_dir: Folder of the report, in which an earlier one is overwritten. None takes the folder of this run at
+            its first logger, or the Trainer's ``default_root_dir``, and a new ``version_N`` in it where another run's
+            report lies there; it writes nothing under ``fast_dev_run``.
         tokens_per_batch: Tokens in one batch of one rank; None counts them in the batch.
 
     Raises:
@@ -260,7 +263,8 @@ class EfficiencyMonitor(pl.Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         if self._folder is not None:
-            path = write_report(self._folder, self.run_report())
+            report, folder = self.run_report(), Path(self._folder)
+            path = write_report(folder if self._report_dir is not None else own_folder(folder, report), report)
             telemetry.say(trainer, f"EfficiencyMonitor wrote {path}")
 
     def _report_folder(self, trainer: pl.Trainer) -> str | None:
@@ -269,7 +273,7 @@ class EfficiencyMonitor(pl.Callback):
             return None
         folder = None if self._report_dir is None else str(self._report_dir)
         if folder is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = trainer.log_dir or trainer.default_root_dir
+            folder = _folder_of_run(trainer)
         if folder is not None and "://" in folder:
             rank_zero_warn(
                 f"The efficiency report cannot be written to {folder!r}, which is no local folder: give "
@@ -277,3 +281,15 @@ class EfficiencyMonitor(pl.Callback):
             )
             return None
         return folder
+
+
+def _folder_of_run(trainer: pl.Trainer) -> str:
+    """Where the first logger has its files of this run; of most, Lightning knows the folder of all runs only."""
+    folder = trainer.log_dir or trainer.default_root_dir
+    logger = trainer.logger
+    if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return folder
+    # As ModelCheckpoint does. Only rank 0 of some loggers knows its version.
+    version = f"version_{logger.version}" if isinstance(logger.version, int) else logger.version
+    parts = [str(part) for part in (logger.name, version) if isinstance(part, (str, int))]
+    return trainer.strategy.broadcast(os.path.join(folder, *parts))

@@ -17,6 +17,7 @@ from lightning_efficient.monitoring.sheet import markdown, terminal
 __all__ = ["main", "write_comparison"]
 
 _NARROWEST, _WIDEST = 60, 120
+_PAGE, _TEXT, _PICTURE = _PAGES = ("comparison.html", "comparison.md", "comparison.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,10 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "runs", nargs="+", metavar="RUN", help="folder of a run, where EfficiencyMonitor or a logger wrote"
     )
     parser.add_argument("--out", type=Path, help="folder for the pages; else the one that the runs have in common")
-    parser.add_argument("--metric", help="by which time is told; else the baseline's first validation metric")
+    parser.add_argument(
+        "--metric", help="by which time is told; else the baseline's first validation metric, or of a test, or a loss"
+    )
     options = parser.parse_args(arguments)
+    runs = [run for run in options.runs if Path(run).name not in _PAGES]  # of an earlier time: ``runs/*`` has them too
     try:
-        comparison = Comparison([read_run(run) for run in options.runs], options.metric)
+        comparison = Comparison([read_run(run) for run in runs or options.runs], options.metric)
     except RunError as error:
         parser.error(str(error))
     out = options.out or Path(os.path.commonpath([run.path.resolve() for run in comparison.runs]))
@@ -66,9 +70,9 @@ def write_comparison(folder: str | Path, comparison: Comparison) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     panels = comparison.panels()
     if panels:  # the marks would be numbers without words
-        draw([replace(panel, marks=()) for panel in panels], target / "comparison.png")
-    text = markdown(comparison, "comparison.png" if panels else "", "comparison.html")
-    (target / "comparison.md").write_text(text, encoding="utf-8")
-    written = target / "comparison.html"
+        draw([replace(panel, marks=()) for panel in panels], target / _PICTURE)
+    text = markdown(comparison, _PICTURE if panels else "", _PAGE)
+    (target / _TEXT).write_text(text, encoding="utf-8")
+    written = target / _PAGE
     written.write_text(page(comparison), encoding="utf-8")
     return written

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_efficient.monitoring.charts import Line, Mark, Panel, running_median
+from lightning_efficient.monitoring.metrics import NO_RESULT, falls, interest, last_in_words, target_of
 from lightning_efficient.monitoring.runs import Run, RunError
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import human
@@ -14,6 +15,7 @@ from lightning_efficient.monitoring.units import human
 __all__ = ["Comparison", "Row", "time_to"]
 
 _MOST_METRICS = 6
+_MOST_NAMED = 12
 _TOTALS = (
     ("time of a batch, median", "step_ms_median", "ms"),
     ("CPU time of a batch, median", "step_cpu_ms_median", "ms"),
@@ -33,7 +35,7 @@ _VOLATILE = ("Date",)  # facts that differ between any two runs
 def time_to(
     points: Sequence[Point], value: float, clock: Callable[[Point], float], *, falling: bool = True
 ) -> float | None:
-    """When a metric first came to ``value``, interpolated between two readings; None if it never did.
+    """When a metric first came to ``value``, interpolated between two finite readings; None if it never did.
 
     Args:
         points: Of the metric, in order.
@@ -44,8 +46,8 @@ def time_to(
     sign = 1.0 if falling else -1.0
     before: Point | None = None
     for point in points:
-        if sign * point.value <= sign * value:
-            if before is None or before.value == point.value:
+        if math.isfinite(point.value) and sign * point.value <= sign * value:
+            if before is None or not math.isfinite(before.value) or before.value == point.value:
                 return clock(point)
             share = (before.value - value) / (before.value - point.value)
             return clock(before) + share * (clock(point) - clock(before))
@@ -73,12 +75,13 @@ class Comparison:
 
     Args:
         runs: At least one.
-        metric: By which time is told; None: the baseline's first validation metric, else its training loss.
+        metric: By which time is told; None: the baseline's first validation metric, else one of a test, else a loss.
         title: Of the page.
 
     Attributes:
         metric: The same; empty where no run has any.
-        falling: Whether it falls as training goes on, as that of the baseline does.
+        falling: Whether smaller values of it are better: as its name says, else as it went in the baseline.
+        target: Its value in the baseline that others are to come to; None where there is none.
 
     Raises:
         RunError: If there is no run, or the baseline has no such metric.
@@ -92,10 +95,11 @@ class Comparison:
         known = runs[0].report.metrics
         if metric is not None and metric not in known:
             raise RunError(f"{runs[0].name} has no metric {metric!r}. It has: {', '.join(sorted(known)) or 'none'}.")
-        validated = [name for name in known if not name.startswith("train")]
-        self.metric = metric or next(iter([*validated, *known]), "")
+        results = (name for name in _by_interest(runs[:1]) if interest(name) < NO_RESULT)
+        self.metric = metric or next(results, "")
         points = known.get(self.metric, ())
-        self.falling = not points or points[-1].value <= points[0].value
+        self.falling = falls(self.metric, points)
+        self.target = target_of(points, falling=self.falling)
 
     @property
     def baseline(self) -> Run:
@@ -103,20 +107,30 @@ class Comparison:
         return self.runs[0]
 
     def rows(self) -> list[Row]:
-        """What is compared; quantities that no run has are left out."""
-        rows = [self._final(name) for name in self._metrics()]
-        if self.metric and len(self.runs) > 1:
-            rows += [self._time("training time", _seconds), self._time("CPU time", _cpu_seconds)]
+        """What is compared; quantities that no run has are left out, and so are metrics beyond the first six."""
+        rows = [self._final(name) for name in self._metrics()[:_MOST_METRICS]]
+        if self.target is not None and len(self.runs) > 1:
+            goal = f"{self.names[0]}'s {self.target.which} {self.metric}"
+            rows += [self._time(f"training time to {goal}", _seconds), self._time(f"CPU time to {goal}", _cpu_seconds)]
         for label, total, unit in _TOTALS:
             rows.append(_compared(label, [run.report.totals.get(total, math.nan) for run in self.runs], unit))
         return [row for row in rows if any(cell != "not measured" for cell in row.cells)]
 
+    def left_out(self) -> str:
+        """Which metrics the rows do not show, in a sentence; empty if they show all."""
+        names = self._metrics()[_MOST_METRICS:]
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        named = ", ".join(names[:_MOST_NAMED]) + more
+        return f"Metrics that the table leaves out: {named}. --metric puts one first." if names else ""
+
     def times(self, clock: Callable[[Point], float] | None = None) -> list[float | None]:
-        """When each run came to the baseline's last value of :attr:`metric`; None: it never did; NaN: not measured."""
-        target = self.baseline.report.metrics[self.metric][-1].value
-        found = [run.report.metrics.get(self.metric, ()) for run in self.runs]
+        """When each run came to :attr:`target`; None: it never did; NaN: not measured."""
+        if self.target is None:
+            return [math.nan for _ in self.runs]
+        value = self.target.value
         return [
-            time_to(points, target, clock or _seconds, falling=self.falling) if points else math.nan for points in found
+            time_to(points, value, clock or _seconds, falling=self.falling) if points else math.nan
+            for points in self._points(self.metric)
         ]
 
     def facts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -166,24 +180,31 @@ class Comparison:
         )
 
     def _metrics(self) -> list[str]:
-        names = dict.fromkeys([self.metric, *(name for run in self.runs for name in run.report.metrics)])
-        return [name for name in names if name][:_MOST_METRICS]
+        return [name for name in dict.fromkeys([self.metric, *_by_interest(self.runs)]) if name]
+
+    def _points(self, metric: str) -> list[Sequence[Point]]:
+        return [run.report.metrics.get(metric, ()) for run in self.runs]
 
     def _final(self, name: str) -> Row:
-        last = [run.report.metrics[name][-1].value if run.report.metrics.get(name) else math.nan for run in self.runs]
-        cells = tuple(f"{value:.4g}" if math.isfinite(value) else "not measured" for value in last)
+        found = self._points(name)
+        last = [points[-1].value if points else math.nan for points in found]
+        cells = tuple(last_in_words(points) if points else "not measured" for points in found)
         changes = tuple(f"{value - last[0]:+.3g}" if math.isfinite(value - last[0]) else "" for value in last[1:])
         return Row(f"final {name}", cells, ("", *changes))
 
-    def _time(self, words: str, clock: Callable[[Point], float]) -> Row:
+    def _time(self, label: str, clock: Callable[[Point], float]) -> Row:
         times = self.times(clock)
-        values = [math.inf if time is None else time for time in times]
-        row = _compared(f"{words} to {self.names[0]}'s final {self.metric}", values, "s")
-        return Row(row.label, tuple("not reached" if cell == "+inf" else cell for cell in row.cells), row.changes)
+        row = _compared(label, [math.nan if time is None else time for time in times], "s")
+        timed = [any(math.isfinite(clock(point)) for point in points) for points in self._points(self.metric)]
+        cells = tuple(
+            "not reached" if time is None and known else cell
+            for time, known, cell in zip(times, timed, row.cells, strict=True)
+        )
+        return Row(row.label, cells, row.changes)
 
     def _lines(self, metric: str, axis: str) -> list[Line]:
         style = "thin" if metric == "train_loss" else "marked"
-        return self._drawn([run.report.metrics.get(metric, ()) for run in self.runs], axis, style)
+        return self._drawn(self._points(metric), axis, style)
 
     def _drawn(self, series: Sequence[Sequence[Point]], axis: str, style: str = "line") -> list[Line]:
         lines = []
@@ -194,6 +215,16 @@ class Comparison:
                 x, y = zip(*shown, strict=True)
                 lines.append(Line(self.names[place], x, y, style, look=place))
         return lines
+
+
+def _by_interest(runs: Sequence[Run]) -> list[str]:
+    """The metrics of ``runs``, those first that a reader looks for first."""
+    ranks: dict[str, int] = {}
+    for run in runs:
+        for name in run.report.metrics:
+            rank = interest(name, validated=not run.source)
+            ranks[name] = min(rank, ranks.get(name, rank))
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 def _compared(label: str, values: Sequence[float], unit: str) -> Row:

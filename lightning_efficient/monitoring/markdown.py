@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_efficient.monitoring.balance import batch_ms, is_balance, trades
+from lightning_efficient.monitoring.metrics import last_in_words, value_in_words
 from lightning_efficient.monitoring.report import RunReport
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import human, label_of, technique_of, unit_of
 
 __all__ = ["balance_section", "render", "summary", "table"]
 
+_MOST_TOLD = 4  # metrics
 _TOTALS = {
     "batches": "Batches",
     "optimizer_steps": "Optimizer steps",
@@ -103,8 +106,11 @@ def _progress(metrics: Mapping[str, Sequence[Point]]) -> list[str]:
     sentences = []
     for name, points in metrics.items():
         if len(points) > 1:
-            sentences.append(f"`{name}` went from {points[0].value:.4g} to {points[-1].value:.4g}.")
-    return sentences[:4]
+            sentences.append(f"`{name}` went from {value_in_words(points[0].value)} to {last_in_words(points)}.")
+        elif points:
+            sentences.append(f"`{name}` was {last_in_words(points)}.")
+    others = ", ".join(f"`{name}`" for name in list(metrics)[_MOST_TOLD:])
+    return sentences[:_MOST_TOLD] + ([f"Other metrics: {others}."] if others else [])
 
 
 def _technique(report: RunReport, technique: str, plots: Mapping[str, str]) -> Iterable[str]:
@@ -112,7 +118,8 @@ def _technique(report: RunReport, technique: str, plots: Mapping[str, str]) -> I
     for tag, points in report.series.items():
         if technique_of(tag) == technique and points and not is_balance(tag):
             unit, values = unit_of(tag), [point.value for point in points]
-            cells = (values[0], values[-1], max(values))
+            largest = max((value for value in values if not math.isnan(value)), default=math.nan)
+            cells = (values[0], values[-1], largest)
             rows.append((label_of(tag), *(human(value, unit) for value in cells), f"`{tag}`"))
     if rows:
         yield table(("", "First", "Last", "Largest", "Tag"), rows)
@@ -165,9 +172,11 @@ def _image(plots: Mapping[str, str], name: str, caption: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Of Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
+    return "\n".join([_line(header), _line(["---"] * len(header)), *map(_line, rows)])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
 def _cell(text: str) -> str:

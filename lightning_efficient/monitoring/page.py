@@ -31,6 +31,7 @@ def page(comparison: Comparison) -> str:
         *_said(comparison),
         "<h2>Side by side</h2>",
         _side_by_side(comparison),
+        _left_out(comparison),
         *_charts(comparison),
         *_balances(comparison),
         *_events(comparison),
@@ -82,6 +83,11 @@ def _side_by_side(comparison: Comparison) -> str:
         ]
         rows.append([_breakable(label), *cells])
     return _table(head, rows)
+
+
+def _left_out(comparison: Comparison) -> str:
+    words = comparison.left_out()
+    return f"<p><small>{escape(words)}</small></p>" if words else ""
 
 
 def _charts(comparison: Comparison) -> Iterator[str]:

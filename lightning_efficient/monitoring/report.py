@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import technique_of
 
-__all__ = ["REPORT_JSON", "BalanceWords", "EventRow", "RunReport", "read_report", "write_report"]
+__all__ = ["REPORT_JSON", "BalanceWords", "EventRow", "RunReport", "own_folder", "read_report", "write_report"]
 
 REPORT_JSON = "efficiency_report.json"
 _FORMAT = 1
@@ -73,7 +74,7 @@ class RunReport:
         return tuple(name for name in dict.fromkeys(names) if name != _OWN)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings; numbers that JSON does not know become None."""
+        """Plain dicts, lists, numbers and strings; what is not finite becomes "NaN", "Infinity" or "-Infinity"."""
         return {
             "format": _FORMAT,
             "title": self.title,
@@ -145,18 +146,44 @@ def read_report(path: str | Path) -> RunReport:
     return RunReport.from_dict(json.loads(source.read_text(encoding="utf-8")))
 
 
-def _columns(points: Sequence[Point]) -> dict[str, list[float | None]]:
+def own_folder(base: Path, report: RunReport) -> Path:
+    """Where ``report`` takes no other run's place: ``base``, or a new ``version_N`` in it where a report lies there.
+
+    A resumed run takes the place of what its earlier parts reported.
+    """
+    if not (base / REPORT_JSON).exists():
+        return base
+    if report.resumed:
+        for folder in (base, *sorted(base.glob("version_*"))):
+            if _holds_an_earlier_part(folder, report):
+                return folder
+    number = next(number for number in count(1) if not (base / f"version_{number}").exists())
+    return base / f"version_{number}"
+
+
+def _holds_an_earlier_part(folder: Path, report: RunReport) -> bool:
+    """Whether the report in ``folder`` begins with the same batch, of which no two runs have the clocks in common."""
+    begin = tuple(report.series.get(f"{_OWN}/step_ms", ())[:1])
+    try:
+        return begin != () and begin == tuple(read_report(folder).series.get(f"{_OWN}/step_ms", ())[:1])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it cannot be read
+        return False
+
+
+def _columns(points: Sequence[Point]) -> dict[str, list[float | str]]:
     return {name: [_to_json(point[index]) for point in points] for index, name in enumerate(Point._fields)}
 
 
-def _points(columns: Mapping[str, Sequence[float | None]]) -> tuple[Point, ...]:
+def _points(columns: Mapping[str, Sequence[float | str | None]]) -> tuple[Point, ...]:
     rows = zip(*(columns[name] for name in Point._fields), strict=True)
     return tuple(Point(int(step or 0), *map(_from_json, rest)) for step, *rest in rows)
 
 
-def _to_json(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _to_json(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _from_json(value: float | None) -> float:
-    return math.nan if value is None else value
+def _from_json(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)  # older reports have None for all that is not finite

@@ -19,7 +19,7 @@ __all__ = ["Run", "RunError", "read_run"]
 _EVENTS = "events.out.tfevents*"
 _CSV = "metrics.csv"
 _OURS = ("efficiency", "growth", "checkpoint", "activations", "offload", "precision")
-_NO_METRICS = ("epoch", "hp_metric")
+_NO_NUMBERS = ("epoch", "hp_metric")  # Lightning logs these, whether the run has anything to say or not
 _MOST_NAMED = 8
 
 
@@ -104,11 +104,12 @@ def _not_a_run(folder: Path) -> str:
 
 
 def _from_logs(name: str, folder: Path, source: str, logged: Mapping[str, Sequence[Point]]) -> Run:
+    logged = {tag: points for tag, points in logged.items() if tag not in _NO_NUMBERS}
     if not logged:
         raise RunError(f"{folder} holds {source} without a single number. The run ended before anything was logged.")
     techniques = {*_OURS, *(technique_of(tag) for tag in logged if is_balance(tag))}
     series = {tag: points for tag, points in logged.items() if technique_of(tag) in techniques}
-    metrics = {tag: points for tag, points in logged.items() if tag not in series and tag not in _NO_METRICS}
+    metrics = {tag: points for tag, points in logged.items() if tag not in series}
     last = {tag: points[-1].value for tag, points in series.items()}
     steps = max(point.step for points in logged.values() for point in points) + 1.0
     totals = {"optimizer_steps": steps}

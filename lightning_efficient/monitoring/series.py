@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Series:
             if len(self) > self._limit:
                 self._halve()
         self._last = (self._seen, point)
-        if self._largest is None or value > self._largest[1].value:
+        if self._largest is None or math.isnan(self._largest[1].value) or value > self._largest[1].value:
             self._largest = (self._seen, point)
         self._seen += 1
 

@@ -24,6 +24,8 @@ def terminal(comparison: Comparison, width: int = 100) -> str:
             lines += textwrap.wrap(f"{label} = {name}", width, subsequent_indent="    ")
         lines.append("")
     lines += _grid(labels, [_with_labels(row, comparison, labels) for row in comparison.rows()], width)
+    if left_out := comparison.left_out():
+        lines += ["", *textwrap.wrap(left_out, width)]
     for place, run in enumerate(comparison.runs):
         found = trades(run.report)
         if found or place:
@@ -59,7 +61,7 @@ def markdown(comparison: Comparison, plot: str = "", page: str = "") -> str:
     if page:
         parts.append(f"[The same as a page, with curves that tell their values]({page})")
     rows = [(row.label, *map(_cell, row.cells, row.changes)) for row in comparison.rows()]
-    parts += ["## Side by side", table(["", *names], rows)]
+    parts += ["## Side by side", table(["", *names], rows), comparison.left_out()]
     parts += [f"![The metric, the training loss, memory and the time of batches]({plot})"] if plot else []
     for place, run in enumerate(comparison.runs):
         parts += _of_run(comparison, place) if len(names) > 1 else balance_section(run.report)

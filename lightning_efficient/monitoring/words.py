@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lightning_efficient.monitoring.balance import Trade, batch_ms, full_size
 from lightning_efficient.monitoring.comparison import Comparison
+from lightning_efficient.monitoring.metrics import Target, value_in_words
 from lightning_efficient.monitoring.report import RunReport
 from lightning_efficient.monitoring.units import human
 
@@ -27,17 +28,19 @@ def run_words(comparison: Comparison, place: int, labels: Sequence[str]) -> list
     first, name = labels[0], labels[place]
     report, base = comparison.runs[place].report, comparison.baseline.report
     sentences = []
-    if comparison.metric:
-        target = base.metrics[comparison.metric][-1].value
+    if comparison.target is not None:
+        goal = _goal_words(comparison, comparison.target, first)
         times = comparison.times()
         reached, needed = times[place], times[0]
         if reached is None:
-            sentences.append(f"{name} did not come to {first}'s final {comparison.metric} of {target:.4g}.")
+            sentences.append(f"{name} did not come to {goal}.")
         elif needed and math.isfinite(reached / needed):
             sentences.append(
-                f"{name} came to {first}'s final {comparison.metric} of {target:.4g} in {human(reached, 's')}, {first} "
-                f"in {human(needed, 's')}: {_times(reached / needed)} the time."
+                f"{name} came to {goal} in {human(reached, 's')}, {first} in {human(needed, 's')}: "
+                f"{_times(reached / needed)} the time."
             )
+    elif comparison.metric:
+        sentences.append(f"{first} has no finite {comparison.metric} for {name} to come to.")
     sentences += _batch_words(base, report, first)
     sentences += _memory_words(base, report, first)
     return sentences
@@ -81,6 +84,12 @@ def unaccounted_words(base: RunReport, report: RunReport, first: str) -> str:
         f"{human(full.cost_ms, 'ms')} are in the techniques' clocks, {human(rest, 'ms')} in none of them (threads that "
         "read, write and copy on the same cores, the techniques' own Python, and how fast the machine was at the time)."
     )
+
+
+def _goal_words(comparison: Comparison, target: Target, first: str) -> str:
+    final = comparison.baseline.report.metrics[comparison.metric][-1].value
+    but = "" if target.which == "final" else f" (its final one is {value_in_words(final)})"
+    return f"{first}'s {target.which} {comparison.metric} of {value_in_words(target.value)}{but}"
 
 
 def _batch_words(base: RunReport, report: RunReport, first: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.data import DataLoader
@@ -181,6 +181,60 @@ def test_without_a_logger_the_report_goes_to_the_root_folder(tmp_path) -> None:
     assert "## Fake" in text
     assert "switched \\| over" in text
     assert (tmp_path / "efficiency_fake.png").exists()
+
+
+class OtherLogger(Logger):
+    """Has a folder, and a name and a version if they are given."""
+
+    def __init__(self, folder: str | None, name: Any = None, version: Any = None) -> None:
+        super().__init__()
+        self._folder, self._name, self._version = folder, name, version
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._folder
+
+    @property
+    def name(self) -> Any:
+        return self._name
+
+    @property
+    def version(self) -> Any:
+        return self._version
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "where"),
+    [("mine", "a1b2", "logs/mine/a1b2"), ("mine", 3, "logs/mine/version_3"), (None, object(), "logs")],
+)
+def test_another_logger_has_a_folder_for_each_run(tmp_path, name: Any, version: Any, where: str) -> None:
+    for _ in range(2):  # the second is a run of its own, whatever the logger says
+        logger = OtherLogger(str(tmp_path / "logs"), name, version)
+        trainer(tmp_path, EfficiencyMonitor(), logger=logger).fit(TinyModel(), loader(8))
+    folders = sorted(file.parent for file in tmp_path.rglob("efficiency_report.json"))
+    assert folders == [tmp_path / where, tmp_path / where / "version_1"]
+    trainer(tmp_path, EfficiencyMonitor(), logger=OtherLogger(None, "remote", "x")).fit(TinyModel(), loader(8))
+    assert (tmp_path / "remote" / "x" / "efficiency_report.json").exists()
+
+
+def test_without_a_logger_no_run_overwrites_another(tmp_path) -> None:
+    monitor = EfficiencyMonitor()
+    runner = trainer(tmp_path, monitor)
+    runner.fit(TinyModel(), loader())
+    runner.fit_loop.max_epochs = 2
+    runner.fit(TinyModel(), loader(16))  # the same Trainer again: the record begins anew
+    trainer(tmp_path, EfficiencyMonitor(), max_steps=3).fit(TinyModel(), loader())
+    folders = [tmp_path, tmp_path / "version_1", tmp_path / "version_2"]
+    assert [read_report(folder).totals["batches"] for folder in folders] == [8, 4, 3]
+    for steps in (2, 1):
+        trainer(tmp_path, EfficiencyMonitor(report_dir=tmp_path / "mine"), max_steps=steps).fit(TinyModel(), loader())
+    assert read_report(tmp_path / "mine").totals["batches"] == 1  # where the user says so
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")

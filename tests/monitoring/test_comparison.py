@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning_efficient.monitoring.command import main, write_comparison
 from lightning_efficient.monitoring.comparison import Comparison, time_to
 from lightning_efficient.monitoring.page import page
 from lightning_efficient.monitoring.report import BalanceWords
-from lightning_efficient.monitoring.runs import Run, RunError
+from lightning_efficient.monitoring.runs import Run, RunError, read_run
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.sheet import markdown, terminal
 from lightning_efficient.monitoring.words import run_words, unaccounted_words
@@ -97,6 +98,96 @@ def test_time_to_a_value_is_interpolated_whichever_way_is_better() -> None:
     assert time_to(rising, 0.25, lambda p: p.seconds, falling=False) == 0.25
 
 
+def test_time_to_a_value_is_not_interpolated_from_what_is_not_finite() -> None:
+    for lost in (math.inf, math.nan, -math.inf):
+        assert time_to(_points(lost, 2.0, 1.0), 3.0, lambda p: p.seconds) == 1.0
+        assert time_to(_points(lost, 2.0), 1.0, lambda p: p.seconds) is None
+    assert time_to(_points(0.5, math.inf, 2.0), 1.0, lambda p: p.seconds, falling=False) == 2.0
+
+
+def _pair(first: RunReport, second: RunReport, *, source: str = "") -> Comparison:
+    return Comparison([Run("a", Path("a"), first, source), Run("b", Path("b"), second, source)])
+
+
+def _cells(comparison: Comparison) -> dict[str, tuple[str, ...]]:
+    return {row.label: row.cells for row in comparison.rows()}
+
+
+@pytest.mark.parametrize(("last", "words"), [(math.nan, "NaN"), (math.inf, "inf")])
+def test_a_run_that_diverged_says_so(last: float, words: str, plain: RunReport, tmp_path: Path) -> None:
+    write_report(tmp_path, dataclasses.replace(plain, metrics={"val_loss": _points(4.0, 3.0, last)}))
+    diverged = read_run(tmp_path).report
+    assert _cells(Comparison([Run("b", tmp_path, diverged)]))["final val_loss"] == (f"{words} (diverged)",)
+
+    second = _pair(plain, diverged)
+    assert _cells(second)["final val_loss"] == ("2", f"{words} (diverged)")
+    assert _cells(second)["training time to a's final val_loss"] == ("2 s", "not reached")
+
+    first = _pair(diverged, plain)
+    assert _cells(first)["final val_loss"] == (f"{words} (diverged)", "2")
+    assert _cells(first)["training time to a's best val_loss"] == ("1 s", "1 s")
+    assert f"b came to a's best val_loss of 3 (its final one is {words}) in 1 s" in " ".join(
+        run_words(first, 1, first.names)
+    )
+
+
+def test_a_baseline_without_a_finite_value_is_no_target(plain: RunReport) -> None:
+    comparison = _pair(dataclasses.replace(plain, metrics={"val_loss": _points(math.nan, math.nan)}), plain)
+    assert comparison.times() == pytest.approx([math.nan, math.nan], nan_ok=True)
+    assert _cells(comparison)["final val_loss"] == ("NaN", "2")
+    assert not any("time to" in label for label in _cells(comparison))
+    assert run_words(comparison, 1, comparison.names)[0] == "a has no finite val_loss for b to come to."
+
+
+def test_a_baseline_that_overfits_is_held_to_its_best(plain: RunReport) -> None:
+    over = dataclasses.replace(plain, metrics={"val_loss": _points(2.0, 1.0, 2.5)})
+    better = dataclasses.replace(plain, metrics={"val_loss": _points(2.1, 1.0, 0.9)})
+    comparison = _pair(over, better)
+    assert comparison.falling
+    assert _cells(comparison)["training time to a's best val_loss"] == ("1 s", "1 s")
+    assert (
+        "b came to a's best val_loss of 1 (its final one is 2.5) in 1 s, a in 1 s: 1.00 times the time."
+        in run_words(comparison, 1, comparison.names)
+    )
+    assert "training time to a's best val_loss" in terminal(comparison)
+    assert "training time to A&#x27;s best val_<wbr>loss" in page(comparison)
+
+
+def test_without_a_clock_no_time_was_measured(plain: RunReport) -> None:
+    def clockless(*values: float) -> RunReport:
+        points = tuple(Point(step, math.nan, math.nan, value) for step, value in enumerate(values))
+        return dataclasses.replace(plain, metrics={"val_loss": points})
+
+    assert not any("time to" in label for label in _cells(_pair(clockless(2.0, 1.0), clockless(2.0, 1.5))))
+    half = _pair(plain, clockless(4.0, 3.0))
+    assert _cells(half)["training time to a's final val_loss"] == ("2 s", "not measured")
+    assert "b did not come to a's final val_loss of 2." in run_words(half, 1, half.names)
+
+
+def test_metrics_that_the_table_leaves_out_are_named(plain: RunReport) -> None:
+    names = ["lr-AdamW", "train_acc", "train_loss", "foo", "grad_norm", "epoch_time", "val_acc", "val_loss"]
+    report = dataclasses.replace(plain, metrics={name: _points(0.5, 0.25) for name in names})
+    comparison = _pair(report, report, source="metrics.csv")
+    assert comparison.metric == "val_acc"
+    shown = [label for label in _cells(comparison) if label.startswith("final")]
+    assert shown == [
+        f"final {name}" for name in ("val_acc", "val_loss", "train_loss", "train_acc", "foo", "epoch_time")
+    ]
+    for text in (terminal(comparison), markdown(comparison), page(comparison)):
+        assert "Metrics that the table leaves out: lr-AdamW, grad_norm. --metric puts one first." in text
+    many = dataclasses.replace(plain, metrics={f"m{number}": _points(1.0) for number in range(30)})
+    assert "m16, m17 and 12 more." in _pair(many, many).left_out()
+    assert _pair(plain, plain).left_out() == ""
+
+
+def test_no_time_is_told_by_the_learning_rate(plain: RunReport) -> None:
+    report = dataclasses.replace(plain, metrics={"lr-AdamW": _points(0.5, 0.25)})
+    comparison = _pair(report, report, source="metrics.csv")
+    assert comparison.metric == ""
+    assert not any("time to" in label for label in _cells(comparison))
+    assert _cells(comparison)["final lr-AdamW"] == ("0.25", "0.25")
+
+
 def test_a_metric_that_rises_is_known_by_the_baseline(plain: RunReport) -> None:
     slow = dataclasses.replace(plain, metrics={"val_acc": _points(0.0, 0.2, 0.4, pace=3)})
     comparison = Comparison([Run("a", Path("a"), plain), Run("b", Path("b"), slow)], "val_acc")
@@ -164,6 +255,11 @@ def test_the_markdown_has_all_of_it(both: Comparison) -> None:
     assert "- By a clock." in text
     assert "![" in text
     assert "(a.html)" in text
+
+
+def test_a_name_with_a_bar_keeps_the_columns(plain: RunReport) -> None:
+    comparison = Comparison([Run("a|b", Path("a"), plain), Run("c", Path("c"), plain)])
+    assert "|  | a\\|b | c |\n| --- | --- | --- |" in markdown(comparison)
 
 
 class _Elements(HTMLParser):

@@ -15,6 +15,7 @@ from lightning_efficient.monitoring import EventRow, RunReport, read_report, wri
 from lightning_efficient.monitoring.layout import chart_groups, tensorboard_layout
 from lightning_efficient.monitoring.markdown import render, summary
 from lightning_efficient.monitoring.plots import save_plots
+from lightning_efficient.monitoring.report import own_folder
 from lightning_efficient.monitoring.series import Point
 from lightning_efficient.monitoring.units import human, label_of, unit_of
 
@@ -104,6 +105,48 @@ def test_plain_data_goes_there_and_back(report: RunReport, tmp_path) -> None:
     assert restored.series["growth/saved_bytes"] == report.series["growth/saved_bytes"]
     assert math.isnan(restored.metrics["train_loss"][2].value)
     assert restored.techniques == ("growth", "precision", "spike")
+
+
+def test_what_is_not_finite_goes_there_and_back(report: RunReport, tmp_path) -> None:
+    values = (1.0, math.nan, math.inf, -math.inf)
+    write_report(tmp_path, dataclasses.replace(report, metrics={"val_loss": _points(*values)}))
+    file = tmp_path / "efficiency_report.json"
+    state = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert state["metrics"]["val_loss"]["value"] == [1.0, "NaN", "Infinity", "-Infinity"]
+    restored = [point.value for point in read_report(tmp_path).metrics["val_loss"]]
+    assert restored == pytest.approx(values, nan_ok=True)
+
+    state["metrics"]["val_loss"]["value"] = [1.0, None, None, 2.0]  # as older releases wrote it
+    file.write_text(json.dumps(state))
+    restored = [point.value for point in read_report(tmp_path).metrics["val_loss"]]
+    assert restored == pytest.approx([1.0, math.nan, math.nan, 2.0], nan_ok=True)
+
+
+def test_the_summary_tells_of_a_run_that_diverged_and_names_all_metrics(report: RunReport) -> None:
+    metrics = {"train_loss": _points(5.0, math.nan), "val_loss": _points(math.nan), "a": _points(0.5)}
+    text = summary(dataclasses.replace(report, metrics=metrics | {name: _points(1.0) for name in "bcd"}))
+    assert "`train_loss` went from 5 to NaN (diverged). `val_loss` was NaN. `a` was 0.5." in text
+    assert "Other metrics: `c`, `d`." in text
+
+
+def test_the_largest_of_a_series_with_a_gap(report: RunReport) -> None:
+    text = render(dataclasses.replace(report, series={"growth/parameters": _points(math.nan, 3e4, 2e4)}), {})
+    assert "| parameters | not measured | 20 k | 30 k | `growth/parameters` |" in text
+
+
+def test_a_report_takes_no_other_runs_place(report: RunReport, tmp_path) -> None:
+    other = dataclasses.replace(report, series={"efficiency/step_ms": _points(7.0)}, resumed=0)
+    later = dataclasses.replace(report, series={"efficiency/step_ms": _points(7.0, 8.0)}, resumed=1)
+    assert own_folder(tmp_path / "new", other) == tmp_path / "new"
+    write_report(tmp_path, report)
+    (tmp_path / "version_1").mkdir()  # of something else
+    assert own_folder(tmp_path, other) == own_folder(tmp_path, later) == tmp_path / "version_2"
+    write_report(tmp_path / "version_2", other)
+    assert own_folder(tmp_path, later) == tmp_path / "version_2"
+    assert own_folder(tmp_path, other) == tmp_path / "version_3"  # it is no resumed one
+    assert own_folder(tmp_path, RunReport("before its first batch", resumed=1)) == tmp_path / "version_3"
+    (tmp_path / "version_2" / "efficiency_report.json").write_text("{")
+    assert own_folder(tmp_path, later) == tmp_path / "version_3"
 
 
 def test_a_report_of_another_format_is_refused(report: RunReport) -> None:

@@ -39,6 +39,17 @@ def test_totals_and_series_carry_over(tmp_path) -> None:
     assert third.run_report().totals["batches"] == 32
 
 
+def test_a_resumed_run_reports_where_it_did_before(tmp_path) -> None:
+    trainer(tmp_path, EfficiencyMonitor()).fit(TinyModel(), loader())
+    runner = trainer(tmp_path, EfficiencyMonitor())
+    runner.fit(TinyModel(), loader())
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(tmp_path, EfficiencyMonitor(), max_epochs=2).fit(TinyModel(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    folders = sorted(file.parent for file in tmp_path.rglob("efficiency_report.json"))
+    assert folders == [tmp_path, tmp_path / "version_1"]
+    assert [read_report(folder).totals["batches"] for folder in folders] == [8, 16]
+
+
 def test_validating_a_checkpoint_leaves_the_last_fit_alone(tmp_path) -> None:
     monitor = EfficiencyMonitor(report=False)
     runner = trainer(tmp_path, monitor, max_steps=2)

@@ -52,6 +52,18 @@ def test_a_run_without_a_report_is_read_from_csv(logged: tuple[Path, Path]) -> N
     assert run.report.totals["step_ms_median"] > 0
 
 
+def test_a_run_that_died_before_its_first_log_has_no_number(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path, "board")
+    board.log_hyperparams({"width": 4})  # which logs hp_metric
+    board.save()
+    board.finalize("failed")
+    with pytest.raises(RunError, match="without a single number"):
+        read_run(board.log_dir)
+    (tmp_path / "metrics.csv").write_text("epoch,step\n0,3\n")
+    with pytest.raises(RunError, match="without a single number"):
+        read_run(tmp_path)
+
+
 def test_its_own_report_comes_first(logged: tuple[Path, Path], tmp_path: Path) -> None:
     for file in logged[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -34,6 +34,13 @@ def test_a_long_series_is_bounded_and_evenly_spaced(count: int) -> None:
     assert len({after - before for before, after in pairwise(spaced)} - {spaced[1]}) <= 1
 
 
+def test_the_largest_survives_a_first_value_that_is_none() -> None:
+    series = Series(4)
+    for step in range(101):
+        series.append(step, 0.0, 0.0, math.nan if step in (0, 50) else 99.0 if step == 37 else 1.0)
+    assert 99.0 in [point.value for point in series.points()]
+
+
 def test_the_largest_and_the_last_value_survive() -> None:
     series = Series(4)
     for step in range(101):
