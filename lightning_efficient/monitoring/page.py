@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
@@ -96,6 +97,8 @@ def _charts(comparison: Comparison) -> Iterator[str]:
         return
     figures = [f"<figure><figcaption>{escape(panel.title)}</figcaption>{chart(panel)}</figure>" for panel in panels]
     yield f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+    if any(panel.marks for panel in panels):
+        yield "<p><small>A dotted line is something that happened, as listed below.</small></p>"
 
 
 def _balances(comparison: Comparison) -> Iterator[str]:
@@ -126,8 +129,13 @@ def _measured(cell: str) -> str:
 
 def _technique(trade: Trade) -> str:
     how = " ".join(part for part in (trade.words.time, trade.words.memory) if part)
-    small = f" <small>{escape(how)}</small>" if how else ""
+    small = f" <small>{_with_code(how)}</small>" if how else ""
     return f"<dt>{escape(trade.technique)}</dt><dd>{escape(technique_words(trade))}{small}</dd>"
+
+
+def _with_code(text: str) -> str:
+    """What a text has in backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _bars(comparison: Comparison) -> Iterator[str]:
@@ -163,7 +171,7 @@ def _events(comparison: Comparison) -> Iterator[str]:
         if run.report.events:
             rows = [[f"{event.step:,}", escape(event.technique), escape(event.text)] for event in run.report.events]
             name = f" {_chip(place, comparison.names[place])}" if len(comparison.runs) > 1 else ""
-            yield f"<h2>What happened</h2><h3>{name}</h3>{_table(('step', 'from', 'what'), rows, 'words')}"
+            yield f"<h2>What happened</h2><h3>{name}</h3>{_table(('step', 'from', 'what'), rows, 'events')}"
 
 
 def _facts(comparison: Comparison) -> Iterator[str]:

@@ -81,10 +81,10 @@ def _technique_panels(report: RunReport, technique: str) -> list[Panel]:
     panels = []
     for title, members in chart_groups(tags).get(technique, {}).items():
         # The axis names the unit, so that the title need not.
-        short = title.partition(" (")[0].capitalize()
         labels = {tag.partition("/")[2]: label_of(tag) for tag in members}
-        panels.append(_panel(report, short, labels, unit_of(members[0]), technique=technique))
-    return panels
+        short = title.partition(" (")[0] if len(members) > 1 else label_of(members[0])
+        panels.append(_panel(report, short.capitalize(), labels, unit_of(members[0]), technique=technique))
+    return [panel for panel in panels if any(any(line.y) for line in panel.lines)]  # what is 0 throughout shows nothing
 
 
 def _panel(

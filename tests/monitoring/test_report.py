@@ -51,7 +51,7 @@ def report() -> RunReport:
             "efficiency/parameter_bytes": _points(5e4, 5e4),
             "growth/parameters": _points(1e4, 3e4),
             "growth/saved_bytes": _points(2.0**20, 2.0**21, 2.0**19),
-            "precision/retries": _points(0.0, math.inf),
+            "precision/retries": _points(0.0, math.inf, 1.0),
         },
         events=(
             EventRow(10, "growth", "unshared | 4 layers"),
