@@ -8,7 +8,6 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,6 @@ def write_results(result: Result, options: Options) -> list[Path]:
     options.out.mkdir(parents=True, exist_ok=True)
     facts = machine_facts(torch.device(options.device)) | {
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
         "threads": str(options.threads),
     }
     hardware = "cpu" if options.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
