@@ -145,7 +145,9 @@ def balance_section(report: RunReport) -> list[str]:
 
 def _total_rows(totals: Mapping[str, float]) -> Iterable[tuple[str, str]]:
     for name, label in _TOTALS.items():
-        if name in totals:
+        if name == "gradient_bytes" and totals.get(name) == 0:
+            yield label, "not seen: each is used and freed in backward"
+        elif name in totals:
             yield label, _value(totals, name)
     for name in totals:
         if name not in _TOTALS:

@@ -48,14 +48,13 @@ class Probe:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether :meth:`sample_gradients` has seen some since the last :meth:`measure`."""
+        """Whether :meth:`sample_gradients` was called since the last :meth:`measure`."""
         return "gradient_bytes" in self._sampled
 
     def sample_gradients(self, module: nn.Module) -> None:
         """Look at the gradients of ``module`` while they are alive."""
         held = tensor_bytes(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
-        if held:  # else they are freed one by one in backward, and how many there are at once is not seen from here
-            self._keep_largest(self._sampled, "gradient_bytes", held)
+        self._keep_largest(self._sampled, "gradient_bytes", held)
 
     def measure(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, float]:
         """The values of this moment; gradients and used memory are the largest samples since the last call, if any."""

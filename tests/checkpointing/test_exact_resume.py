@@ -387,7 +387,7 @@ def test_what_loses_its_place_is_named_once_c12(loader: Any, named: str | None, 
     assert len(texts) == (named is not None)
     if named is not None:
         assert named in texts[0]
-        assert "lightning_efficient.core.resumable.ResumableDataLoader" in texts[0]
+        assert "lightning_efficient.ResumableDataLoader" in texts[0]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -237,3 +237,8 @@ def test_plotting_leaves_pyplot_and_its_settings_alone(report: RunReport, tmp_pa
     assert dict(matplotlib.rcParams) == settings
     pyplot = sys.modules.get("matplotlib.pyplot")  # torchmetrics imports it
     assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_gradients_that_nobody_saw_are_not_said_to_take_nothing(report: RunReport) -> None:
+    unseen = dataclasses.replace(report, totals={**report.totals, "gradient_bytes": 0.0})
+    assert "| Memory of the gradients, largest | not seen: each is used and freed in backward |" in render(unseen, {})
