@@ -16,7 +16,8 @@ __all__ = ["Scale", "Size", "grid", "largest", "measured_scale"]
 LIMIT = {"cpu": 1 << 30, "cuda": 4 << 30}
 QUICK_MOST = 4e6  # parameters of the models of a quick run
 LEARNING = 9  # steps: behind the eighth it is known for which operations low bits pay
-NEAR = 0.98  # of the limit: peaks of two runs differ by up to that
+TIMED = 5  # steps behind them
+NEAR = 0.98  # of the limit: peaks of two runs differ by up to that; behind it a run as long as the timed ones decides
 RATIO = 1.12  # of the parameters of neighbours in the grid
 EXPECTED = 12  # places in the grid from plain's largest to the suite's: where the search for that begins
 
@@ -98,6 +99,7 @@ def measured_scale(options: Options) -> Scale:
         options: Of the benchmark.
     """
     limit, steps = LIMIT[options.device], 2 if options.quick else 4
+    rounds, learning = (1, 1) if options.quick else (3, LEARNING)
     sizes = grid(most=QUICK_MOST) if options.quick else grid()
     trials: list[dict[str, Any]] = []
 
@@ -115,8 +117,8 @@ def measured_scale(options: Options) -> Scale:
 
         def fits(size: Size, arm: str = arm) -> bool:
             found = trial(arm, size, steps)
-            if found.error is None and NEAR * limit < found.peak <= limit:  # runs differ by a little
-                found = max(found, trial(arm, size, steps), key=lambda one: one.peak)
+            if found.error is None and NEAR * limit < found.peak <= limit:  # runs differ, and longer ones take more
+                found = max(found, trial(arm, size, learning + TIMED, learning), key=lambda one: one.peak)
             good = found.error is None and found.peak <= limit
             if good and (arm not in best or size.parameters > best[arm][0].parameters):
                 best[arm] = size, found
@@ -127,7 +129,6 @@ def measured_scale(options: Options) -> Scale:
         if largest(sizes, fits, start=start) is None:
             raise RuntimeError(f"{arm}: not even {sizes[0]} trains within {limit / 2**20:.0f} MiB.")
     base = max((best[arm][0] for arm in ARMS[:2]), key=lambda size: size.parameters)
-    rounds, learning = (1, 1) if options.quick else (3, LEARNING)
     times = {arm: _times(trial, arm, best[arm][0], limit, rounds, learning) for arm in ARMS[:2]}
     rows = [
         (arm, str(size), f"{found.peak / 2**20:.0f}", f"{size.parameters / base.parameters:.2f}")
@@ -136,7 +137,8 @@ def measured_scale(options: Options) -> Scale:
     header = ("", "largest model", "peak (MiB)", "parameters / plain's")
     where = "of resident memory, of the whole process" if options.device == "cpu" else "that torch has for tensors"
     note = (
-        f"{TOKENS:,} tokens a step, AdamW, clipped; each trial is a process of its own that trains {steps} steps. "
+        f"{TOKENS:,} tokens a step, AdamW, clipped; each trial is a process of its own that trains {steps} steps, "
+        f"near the limit also one of {learning + TIMED}, for a longer one takes a little more. "
         "Peak: the kernel's high-water mark of resident memory from the start of the process on: Python, torch and "
         f"Lightning are in it, and the making of the model. Sizes are {RATIO - 1:.0%} apart. The suite: optimizer "
         "state, gradients and parameters on a disk as far as they do not fit, activations in 8 or 4 bits, products in "
@@ -179,9 +181,8 @@ def _times(
         like = None
     found: dict[str, list[float]] = {"cpu": [], "wall": [], "peak": []}
     for number in range(rounds):
-        steps = learning + 5
         pair = {
-            arm: trial(arm, size, steps, learning, like if arm == SUITE else None)
+            arm: trial(arm, size, learning + TIMED, learning, like if arm == SUITE else None)
             for arm in ((plain, SUITE) if number % 2 == 0 else (SUITE, plain))
         }
         found["peak"].append(pair[SUITE].peak)
