@@ -159,9 +159,10 @@ def measured_scale(options: Options) -> Scale:
                 "Time of a token with the suite over plain's, at plain's own largest size",
                 ("plain", "size", "CPU time", "time", "largest peak of the suite (MiB)"),
                 ratio_rows,
-                f"Steps behind the first {learning + 1}, in which low bits learn; {rounds} rounds, by turns. Here the "
-                "suite has optimizer state on a disk, activations in 4 bits, products in int8, and plain's precision "
-                "around them; only if that went beyond the limit, it has a budget as above.",
+                f"Steps behind the first {learning + 1}, in which low bits learn; {rounds} rounds, by turns. The "
+                "suite is added to plain's own module and precision here, with its activation checkpointing: optimizer "
+                "state on a disk, activations in 4 bits, products in int8; only if that went beyond the limit it has a "
+                "budget as above.",
             ),
         ],
         {"limit": limit, "trials": trials, "time_ratios": times},

@@ -68,8 +68,9 @@ def tried(
         learning: Of these, in which low bits learn.
         device: ``cpu`` or ``cuda``.
         threads: Of torch.
-        like: The suite trains in this precision, with optimizer state on a disk and the rest in memory; None: within a
-            budget.
+        like: The suite trains the module of the plain arm that has this precision (with its activation checkpointing,
+            where it has that), in that precision, with optimizer state on a disk and the rest in memory; None: within
+            a budget.
     """
     asked = {
         "arm": arm, "width": width, "layers": layers, "limit": limit, "steps": steps, "device": device,
@@ -130,7 +131,7 @@ def _run(asked: Mapping[str, Any]) -> Trial:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         try:
             model = ByteLanguageModel(heads=max(1, size["width"] // 64), context=CONTEXT, **size)
-            if asked["arm"] == ARMS[1]:
+            if asked["arm"] == ARMS[1] or asked["like"] == "bf16":
                 for block in model.model.blocks:
                     whole = block.forward
                     block.forward = lambda x, whole=whole: checkpoint(whole, x, use_reentrant=False)
