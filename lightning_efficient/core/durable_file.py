@@ -7,6 +7,7 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,10 +15,12 @@ from pathlib import Path
 
 from lightning_efficient.core.buffers import PAGE
 from lightning_efficient.core.direct_io import set_direct
+from lightning_efficient.core.processes import NO_MARK, is_dead, machine_mark
 
 __all__ = ["DurableFile", "durable_link", "durable_remove", "sweep_temporaries"]
 
 PREFIX, UNLOCKED, SUFFIX = ".lightning-efficient-", "unlocked-", ".tmp"
+_OWNER = re.compile(rf"{re.escape(PREFIX)}(?:{UNLOCKED})?(?:([0-9a-f]{{12}}|{NO_MARK})-)?([0-9]+)-")
 _NAME_BYTES = 64  # of a temporary name, that say whose it is: with the rest far below the 255 of a file system
 _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK))
 _NO_SYNC = frozenset((errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP))
@@ -136,7 +139,7 @@ def durable_link(target: Path, link: Path) -> None:
     """
     if target.absolute() == link.absolute():
         return
-    temporary = _temporary_for(link, UNLOCKED)
+    temporary = _temporary_for(link, f"{UNLOCKED}{machine_mark()}-")
     try:
         _name_again(target, temporary)
         if link.is_dir() and not link.is_symlink():
@@ -202,7 +205,7 @@ def _sync_directory(directory: Path) -> None:
 def _abandoned(path: Path) -> bool:
     """Whether nobody is at work on a temporary file or link, for certain."""
     if path.is_symlink():  # it lives for a moment only, and has no lock
-        return _age(path) > _LINK_SECONDS
+        return _is_known_dead(path) or _age(path) > _LINK_SECONDS
     if not path.name.startswith(PREFIX + UNLOCKED):
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)  # over NFS only what can be written can be locked
         try:
@@ -217,17 +220,25 @@ def _abandoned(path: Path) -> bool:
             os.close(descriptor)
     # Without locks nothing tells at once, and its writer may be on another host. But a writer that lives writes all the
     # time: what no process here has the number of, and nobody has touched for a day, is no one's.
-    return _age(path) > _UNLOCKED_SECONDS and not _lives(path.name.removeprefix(PREFIX).removeprefix(UNLOCKED))
+    return _is_known_dead(path) or (_age(path) > _UNLOCKED_SECONDS and not _lives(path))
 
 
-def _lives(name: str) -> bool:
-    """Whether another process on this host may have the number that ``name`` begins with."""
+def _is_known_dead(path: Path) -> bool:
+    """Whether its name says which process on this machine it was, and that is gone."""
+    match = _OWNER.match(path.name)
+    return match is not None and match[1] is not None and is_dead(match[1], int(match[2]))
+
+
+def _lives(path: Path) -> bool:
+    """Whether another process on this host may have the number in the name."""
+    if (match := _OWNER.match(path.name)) is None:
+        return True
+    number = int(match[2])
     try:
-        number = int(name.partition("-")[0])
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    except (OSError, ValueError, OverflowError):
+    except (OSError, OverflowError):
         return True
     return number != os.getpid()  # ours: of a run that had it before, as in containers
 

@@ -17,7 +17,7 @@ from lightning_efficient.monitoring.memory import nested_tensors
 __all__ = ["ChosenBatches", "Scan", "as_in_fit", "batch_bytes", "batch_size", "load_batches", "save_batches", "scan"]
 
 _BATCHES, _SECONDS = 256, 3.0  # that are looked at: what comes first
-_KEPT, _KEPT_BYTES = 12, 64 << 20
+_KEPT, _KEPT_BYTES = 48, 64 << 20
 
 
 def batch_size(batch: object) -> int:
@@ -91,6 +91,13 @@ class Scan:
             inner = min(range(1, len(order) - 1), key=lambda place: order[place + 1] - order[place - 1])
             held -= batch_bytes(self.kept.pop(order[inner]))
 
+    def by_turns(self, first: int) -> list[Any]:
+        """What was kept, in the order in which it came, but so many that are spread over the sizes before the rest."""
+        order = sorted(self.kept)
+        steps = max(1, min(first, len(order)) - 1)
+        spread = {order[round(step * (len(order) - 1) / steps)] for step in range(steps + 1)}
+        return [self.kept[size] for size in sorted(self.kept, key=lambda size: size not in spread)]  # a stable order
+
 
 def scan(loader: Iterable[Any], *, batches: int = _BATCHES, seconds: float = _SECONDS) -> Scan:
     """Look at the first batches of ``loader``.
@@ -116,10 +123,10 @@ def scan(loader: Iterable[Any], *, batches: int = _BATCHES, seconds: float = _SE
     return found
 
 
-def save_batches(path: Path, found: Scan) -> bool:
+def save_batches(path: Path, batches: list[Any]) -> bool:
     """Write what was kept, so that all short runs train on the same; whether that was possible."""
     try:
-        torch.save(list(found.kept.values()), path)
+        torch.save(batches, path)
     except Exception:  # whatever pickling raises for objects of the user's
         path.unlink(missing_ok=True)
         return False

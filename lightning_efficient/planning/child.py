@@ -123,8 +123,8 @@ class _Run:
             self.scan = scan(loader)
             if not self.scan.kept:
                 raise ValueError("The training data have no batch. Give a configuration whose data have some.")
-            save_batches(self.job.chosen_file, self.scan)
-            batches = list(self.scan.kept.values())
+            batches = self.scan.by_turns(self.job.batches)
+            save_batches(self.job.chosen_file, batches)
         else:
             batches = load_batches(self.job.chosen_file)
         sizes = [batch_bytes(batch) for batch in batches]

@@ -16,6 +16,7 @@ import pytest
 from lightning_efficient.core import durable_file
 from lightning_efficient.core.buffers import PAGE, HostBuffer
 from lightning_efficient.core.durable_file import DurableFile, durable_link, durable_remove, sweep_temporaries
+from lightning_efficient.core.processes import machine_mark
 from tests.helpers.processes import context
 
 
@@ -237,6 +238,35 @@ def test_without_locks_only_what_is_old_and_no_process_has_is_swept_c10(
         let_pass(2 * 3600, monkeypatch)
         assert set(sweep_temporaries(tmp_path)) == {paths["dead"], paths["ours, of a former life"]}
         living.communicate(b"\n")
+
+
+def test_a_link_that_a_dead_process_of_this_machine_did_not_finish_is_swept_at_once_c10(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    owners = {
+        "dead": f"{machine_mark()}-{dead.pid}", "living": f"{machine_mark()}-{os.getppid()}",
+        "of another machine": f"0123456789ab-{dead.pid}", "nobody knows where": f"0-{dead.pid}",
+    }  # fmt: skip
+    links = {
+        whose: tmp_path / f"{durable_file.PREFIX}{durable_file.UNLOCKED}{owner}-3-last.ckpt{durable_file.SUFFIX}"
+        for whose, owner in owners.items()
+    }
+    for link in links.values():
+        link.symlink_to("a.ckpt")
+    assert sweep_temporaries(tmp_path) == [links["dead"]]
+    let_pass(61, monkeypatch)
+    assert set(sweep_temporaries(tmp_path)) == set(links.values()) - {links["dead"]}
+
+
+def test_the_link_of_a_process_that_was_killed_amid_it_says_whose_it_is_c10(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda source, target: seen.append(source.name))
+    durable_link(tmp_path / "a.ckpt", tmp_path / "last.ckpt")
+    assert seen[0].startswith(f"{durable_file.PREFIX}{durable_file.UNLOCKED}{machine_mark()}-{os.getpid()}-")
 
 
 def test_what_cannot_be_begun_leaves_nothing_open_c10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

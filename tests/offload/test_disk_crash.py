@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_efficient.core.buffers import PAGE
+from lightning_efficient.core.processes import machine_mark
 from lightning_efficient.offload.tiers import spill_file
 from lightning_efficient.offload.tiers.direct_file import SystemCalls
 from lightning_efficient.offload.tiers.disk import DiskTier
@@ -182,7 +183,7 @@ def test_a_file_without_a_whole_header_is_told(tmp_path: Path) -> None:
 def test_only_files_of_dead_processes_are_swept(tmp_path: Path) -> None:
     live = DiskTier(tmp_path)
     dead = _dead_process()
-    machine = spill_file._machine()
+    machine = machine_mark()
     kept = [
         f".lightning-efficient-offload-unlocked-{machine}-{os.getpid()}-ab.spill",  # of a living process
         f".lightning-efficient-offload-unlocked-0123456789ab-{dead}-ab.spill",  # of another machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -42,16 +43,29 @@ def test_with_accumulation_the_update_counts_in_part() -> None:
 
 
 def test_the_smallest_and_the_largest_batch_are_kept_and_some_between(tmp_path: Path) -> None:
-    lengths = [50, 51, 52, 3, 90, 20, 21, 60, 70, 80, 85, 30, 40, 10, 75]
+    lengths = [500, 501, 502, 3, 900, *range(10, 480, 10)]
     found = scan([torch.zeros(2, length) for length in lengths])
     assert found.sizes == [2 * length for length in lengths]
     assert found.complete
-    assert len(found.kept) == 12
-    assert {6, 180} <= set(found.kept)
-    assert 2 * 51 not in found.kept  # has the nearest neighbours
-    assert save_batches(tmp_path / "batches.pt", found)
-    assert {batch_size(batch) for batch in load_batches(tmp_path / "batches.pt")} == set(found.kept)
-    assert not save_batches(tmp_path / "none.pt", scan([lambda: None]))
+    assert len(found.kept) == 48
+    assert {6, 1800} <= set(found.kept)
+    assert 2 * 501 not in found.kept  # has the nearest neighbours
+    batches = found.by_turns(12)
+    sizes = [batch_size(batch) for batch in batches]
+    assert sorted(sizes) == sorted(found.kept)
+    assert {min(sizes), max(sizes)} <= set(sizes[:12]), "what is timed reaches over all sizes"
+    assert max(b - a for a, b in itertools.pairwise(sorted(sizes[:12]))) < 900
+    assert save_batches(tmp_path / "batches.pt", batches)
+    assert [batch_size(batch) for batch in load_batches(tmp_path / "batches.pt")] == sizes
+    assert not save_batches(tmp_path / "none.pt", [lambda: None])
+
+
+def test_few_sizes_are_trained_on_as_they_came() -> None:
+    found = scan([torch.zeros(2, length) for length in (5, 3, 4)])
+    for first in (1, 2, 12):
+        assert sorted(map(batch_size, found.by_turns(first))) == [6, 8, 10]
+    assert [batch_size(batch) for batch in found.by_turns(12)] == [10, 6, 8]
+    assert len(scan([torch.zeros(3)]).by_turns(12)) == 1
 
 
 def test_a_scan_stops_when_it_has_seen_enough() -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import secrets
 import stat
 from pathlib import Path
 
+from lightning_efficient.core.processes import is_dead, machine_mark
 from lightning_efficient.offload.tiers.tier import TierError
 
 __all__ = ["SpillFile", "sweep"]
@@ -91,7 +91,7 @@ def sweep(directory: Path) -> list[Path]:
             continue
         with contextlib.suppress(OSError):
             unlocked, machine, process = match[1], match[2], int(match[3])
-            if (_is_dead(machine, process) if unlocked else True) and _unlink_if_abandoned(path):
+            if (is_dead(machine, process) if unlocked else True) and _unlink_if_abandoned(path):
                 removed.append(path)
     return removed
 
@@ -129,28 +129,7 @@ def _make(directory: Path) -> tuple[Path, int]:
 
 
 def _name(mark: str) -> str:
-    return f"{_PREFIX}{mark}{_machine()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
-
-
-def _machine() -> str:
-    """A mark of this machine since its last boot, and of the namespace in which process numbers mean something."""
-    known = ""
-    with contextlib.suppress(OSError):
-        known = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    return hashlib.sha256(known.encode()).hexdigest()[:12] if known else "0"
-
-
-def _is_dead(machine: str, process: int) -> bool:
-    """Whether a process that has no locks is known to be dead."""
-    if machine == "0" or machine != _machine():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
-    return False
+    return f"{_PREFIX}{mark}{machine_mark()}-{os.getpid()}-{secrets.token_hex(6)}{_SUFFIX}"
 
 
 def _unlink_if_abandoned(path: Path) -> bool:
