@@ -122,6 +122,13 @@ def test_figures_are_those_of_the_committed_benchmarks() -> None:
     overview = (ROOT / "docs" / "which.md").read_text("utf-8")
     for page in (README.read_text("utf-8"), overview):
         assert not [figure for figure in shown if figure not in page]
+    together = figures("together")
+    shown = [
+        f"{together['model_scale']:.2f}", f"**{together['time_per_token_ratio']:.2f}**",
+        f"**{together['time_to_loss_ratio']:.2f}**",
+    ]  # fmt: skip
+    for page in (README.read_text("utf-8"), overview):
+        assert not [figure for figure in shown if figure not in page]
     only_there = [
         f"**{growth['share_state_bytes_ratio']:.2f}**",
         f"{growth['share_loss_penalty']:+.3f} nats",
