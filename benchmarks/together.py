@@ -28,7 +28,7 @@ print(1e3 * wall, 1e3 * cpu, int(torch.cuda.is_initialized()))
 
 
 def run(options: Options) -> Result:
-    """All of it; on two cores about two hours."""
+    """All of it; on two cores about forty minutes."""
     folder = Path(tempfile.mkdtemp(prefix="together-", dir=Path.cwd()))
     try:
         imports = import_times(3 if options.quick else 15)

@@ -86,8 +86,8 @@ def measured_losses(folder: Path, options: Options) -> Losses:
     note = (
         f"Checkpoints every {EVERY} steps on both. Times are of training: without validation, with what checkpoints "
         "take of the process, its threads included. Time to a loss is interpolated between two validations. The model "
-        "is small: growth and checkpoints do the most; what fits stays in memory uncompressed, and narrow layers stay "
-        "in high bits."
+        "is small: what fits stays in memory uncompressed, and narrow layers go to 8 bits only where the processor "
+        "gains by it."
     )
     return Losses(ratios, finals, Table(f"The demo, {len(seeds)} seeds", header, rows, note))
 
