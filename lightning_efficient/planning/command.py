@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not Path(config).is_file():
             return _stop(f"--config {config} is no file. Give a configuration as for `lightning-efficient fit`.")
     try:
-        if unfit := _unfit(options.out):
+        if unfit := _unfit(options.out, options.config):
             return _stop(f"--out {options.out} {unfit}")
         folder = Path(tempfile.mkdtemp(prefix=".plan-", dir=Path.cwd()))  # on the disk on which the training will be
     except OSError as error:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unfit(out: Path) -> str:
+def _unfit(out: Path, configs: list[str]) -> str:
     """Why the plan cannot be written there; makes the folder.
 
     Raises:
@@ -75,6 +75,8 @@ def _unfit(out: Path) -> str:
     """
     if out.suffix not in (".yaml", ".yml"):
         return "does not end in .yaml. Give the name of a YAML file; the report will be beside it, as .md."
+    if out.resolve() in [Path(config).resolve() for config in configs]:  # an earlier plan, planned on
+        return "is one of the configurations. Give another name."
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         return "is in a folder that cannot be written to. Give another one."

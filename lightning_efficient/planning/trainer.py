@@ -79,7 +79,7 @@ class ShortCLI(LightningCLI):
         callbacks, self.plugins = _as_list(given["callbacks"]), _as_list(given["plugins"])
         self.saves = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
         self.saves_by_default = given["enable_checkpointing"] is not False
-        self.val_check_interval, self.validates = given["val_check_interval"], given["limit_val_batches"] != 0
+        self.val_check_interval, self.may_validate = given["val_check_interval"], given["limit_val_batches"] != 0
         if 0 < given["max_steps"] < self._least_steps:
             kwargs["max_steps"] = self._least_steps
         kept = [callback for callback in callbacks if not isinstance(callback, _LEFT_OUT)]
@@ -150,11 +150,11 @@ def _interval(cli: ShortCLI, triggers: compat.SaveTriggers, epoch: int, seconds:
         validation = max(1, int(epoch * between)) if isinstance(between, float) else int(between)
     if every is None or not epoch:
         return validation * triggers.epochs if epoch or triggers.epochs == 1 else 0
-    return math.lcm(every, triggers.epochs) * epoch // max(1, epoch // validation)
+    return max(validation, math.lcm(every, triggers.epochs) * epoch // max(1, epoch // validation))
 
 
 def _validates(cli: ShortCLI) -> bool:
-    if not cli.validates or not is_overridden("validation_step", cli.model):
+    if not cli.may_validate or not is_overridden("validation_step", cli.model):
         return False
     data = cli.datamodule
     return is_overridden("val_dataloader", cli.model) or (

@@ -94,7 +94,7 @@ class Account:
         text = f"{len(nodes) - len(high)} of {len(nodes)} operations train in {low.name}"
         text += ", emulated (nothing is faster)" if low.emulated else ""
         if len(high) == len(nodes):
-            text += ": they are too small for it to be faster, or cannot be. Without RollbackPrecision it is the same"
+            text += ": for each it would take longer, or cannot be. Only a spike guard has something to do then"
         elif high:
             text += f"; {len(high)} stay high, too small for it to be faster, or not possible: {', '.join(high[:5])}"
             text += " and others" if len(high) > 5 else ""

@@ -123,7 +123,8 @@ def test_where_nothing_holds_there_is_no_overlay(tmp_path: Path, runs: Runs, mon
 @pytest.mark.parametrize(
     ("out", "words"),
     [
-        ("my.yaml", "my.yaml', which is no plan"),
+        ("my.yaml", "is one of the configurations"),
+        ("third.yaml", "third.yaml', which is no plan"),
         ("other.yaml", "other.md', which is no plan"),
         ("plan.md", "does not end in .yaml"),
         ("", "does not end in .yaml"),
@@ -136,6 +137,7 @@ def test_what_would_be_replaced_is_asked_before_anything_is_run(
 ) -> None:
     Path("folder.yaml").mkdir()
     Path("other.md").write_text("my notes")
+    Path("third.yaml").write_text("model: mine")
     name = str(tmp_path / out) if out == "my.yaml" else out
     assert plan(tmp_path, "--out", name) == 1
     assert words in capsys.readouterr().err
