@@ -125,7 +125,7 @@ def test_figures_are_those_of_the_committed_benchmarks() -> None:
     together = figures("together")
     shown = [
         f"{together['model_scale']:.2f}", f"**{together['time_per_token_ratio']:.2f}**",
-        f"**{together['time_to_loss_ratio']:.2f}**",
+        f"**{together['time_to_loss_ratio']:.2f}**", f"**{together['resume_exact'].replace('/', ' of ')}**",
     ]  # fmt: skip
     for page in (README.read_text("utf-8"), overview):
         assert not [figure for figure in shown if figure not in page]
