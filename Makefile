@@ -16,7 +16,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev $(VENV)/oldest $(VENV)/models
 	OLDEST_LIGHTNING=$(VENV)/oldest MODELS=$(VENV)/models $(KEEP) $(BIN)/python -m pytest -n 3 --dist worksteal
 
-matrix: $(VENV)/.dev  # what goes together, all of it: about two hours on two cores; it goes on where it was stopped
+matrix: $(VENV)/.dev  # what goes together, all of it: half an hour to two hours on two cores; it goes on where it was stopped
 	$(BIN)/python -m tests.matrix
 
 lint: $(VENV)/.dev
