@@ -267,7 +267,7 @@ def _kept_and_peak(job: Job, step: Step) -> tuple[int, int]:
 
 def _allocations(run: Callable[[], Any]) -> tuple[int, int]:
     """Bytes that are left at the end, while its result is held, and the most at any time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = run()
     del result
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -145,7 +145,7 @@ def host_step_nanoseconds(
     sent = torch.empty_like(gradient)
     hyperparameters = {key: one for key, one in group.items() if key != "params"}
     alone = for_host_step(optimizer, hyperparameters, [value], device or parameter.device)
-    probe = twin(optimizer)
+    probe = twin(optimizer, [value])
 
     def step() -> None:
         value.grad = gradient.to(value.dtype)

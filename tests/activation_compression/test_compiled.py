@@ -395,7 +395,7 @@ def test_within_activation_checkpointing_nothing_is_compressed() -> None:
 
 def peak_bytes(step: Callable[[], Any]) -> int:
     step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         step()
     live = peak = 0
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]

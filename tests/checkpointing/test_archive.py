@@ -59,6 +59,7 @@ def test_stock_torch_reads_what_it_would_have_written_c6(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # what torch.load makes of a storage
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # and torch 2.11's of what is sparse
 def test_objects_that_are_no_plain_tensors_c6(tmp_path: Path) -> None:
     state = {
         "numpy": numpy.arange(5),
@@ -184,6 +185,7 @@ def test_nested_tensors_go_the_long_way_c6(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(loaded["ragged"].unbind(), parts, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_what_is_pickled_later_is_what_was_there_at_the_save_c6() -> None:
     """Containers, numbers, arrays and where tensors lie; only the tensors' bytes are left to the copies."""
     weight, array, numbers = torch.arange(6.0).view(2, 3), numpy.arange(3), [1, {"a": 2}]

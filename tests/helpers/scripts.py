@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import sys
@@ -36,16 +37,21 @@ class Script:
         assert (python, flags) == (sys.executable, ["-W", "ignore"]), f"{command} is another kind of program"
         reads, writes = context().Pipe(duplex=False)
         errors = getattr(stderr, "name", os.devnull)
-        self._process = context().Process(target=_run, args=(list(command[3:]), str(cwd or Path.cwd()), writes, errors))
+        self._end, end = context().Pipe()
+        arguments = (list(command[3:]), str(cwd or Path.cwd()), writes, errors, end)
+        self._process = context().Process(target=_run, args=arguments)
         self._process.start()
         writes.close()
+        end.close()
         self.pid = self._process.pid
         self.stdout = os.fdopen(os.dup(reads.fileno()), "r")
         reads.close()
         self._shown = stdout is None
 
     def poll(self) -> int | None:
-        """How it ended; None: it has not."""
+        """How it ended; None: it has not, and is there until it is asked again, as any child is."""
+        if not self._end.closed and self._end.poll():
+            self._wait()
         return self._process.exitcode
 
     def communicate(self) -> tuple[str, None]:
@@ -56,13 +62,28 @@ class Script:
         """
         with self.stdout:
             text = self.stdout.read()
-        self._process.join()
+        self._wait()
         if self._shown:
             print(text)
         return text, None
 
+    def _wait(self) -> None:
+        self._end.close()
+        self._process.join()
 
-def _run(command: list[str], folder: str, stdout: Any, errors: str) -> None:
+
+def _run(command: list[str], folder: str, stdout: Any, errors: str, end: Any) -> None:
+    try:
+        _run_in(command, folder, stdout, errors)
+    finally:
+        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads it has all of it
+        with contextlib.suppress(OSError, EOFError):
+            end.send(None)
+            end.recv()  # which ends when the other side is closed
+
+
+def _run_in(command: list[str], folder: str, stdout: Any, errors: str) -> None:
     os.chdir(folder)
     os.dup2(stdout.fileno(), sys.stdout.fileno())
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())

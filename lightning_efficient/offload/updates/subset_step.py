@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -140,7 +141,7 @@ def check_parameter_by_parameter(optimizer: Optimizer) -> None:
     for group in map(on_host, optimizer.param_groups):
         for dimensions in sorted({parameter.dim() for parameter in group["params"]}):
             together, apart = (_stand_ins(group, dimensions) for _ in range(2))
-            probe, single = twin(optimizer), twin(optimizer)
+            probe, single = twin(optimizer, together), twin(optimizer, apart)
             for turn in range(2):
                 for index, parameter in enumerate((*together, *apart)):
                     generator = torch.Generator().manual_seed(100 * turn + index % len(together))
@@ -172,7 +173,7 @@ def _moves(optimizer: Optimizer, group: Mapping[str, Any], dimensions: int) -> b
     """Whether a step changes what it is given; with a rate that can be seen, for a warm-up may begin with none."""
     changed, before = (_stand_ins(group, dimensions)[0] for _ in range(2))
     changed.grad = _of_its_kind(optimizer, torch.ones_like(changed))
-    step_alone(twin(optimizer), {**group, "lr": 0.1}, [changed])
+    step_alone(twin(optimizer, [changed]), {**group, "lr": 0.1}, [changed])
     return not torch.equal(changed, before)
 
 
@@ -189,7 +190,7 @@ def updates_by_element(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
         for parameter, own in zip((whole, *parts), (gradient, *gradient.chunk(2)), strict=True):
             parameter.grad = _of_its_kind(optimizer, own.clone())
         for stepped in ([whole], parts):
-            step_alone(twin(optimizer), {**on_host(group), "lr": 0.1}, stepped)
+            step_alone(twin(optimizer, stepped), {**on_host(group), "lr": 0.1}, stepped)
         if not torch.equal(whole, torch.cat(parts)):
             return False
     return True
@@ -218,7 +219,7 @@ def _measured(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor,
     """The elements of a stand-in whose sides are ``size``, and the bytes of its state."""
     stand_in = _stand_ins({"params": [parameter]}, parameter.dim(), size)[0]
     stand_in.grad = _of_its_kind(optimizer, torch.ones_like(stand_in))
-    probe = twin(optimizer)
+    probe = twin(optimizer, [stand_in])
     step_alone(probe, on_host(group), [stand_in])
     return stand_in.numel(), sum(v.numel() * v.element_size() for v in probe.state[stand_in].values() if is_bulk(v))
 
@@ -228,11 +229,20 @@ def _of_its_kind(optimizer: Optimizer, gradient: Tensor) -> Tensor:
     return gradient.to_sparse(1) if isinstance(optimizer, torch.optim.SparseAdam) and gradient.dim() else gradient
 
 
-def twin(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer with another state, which may be stepped while somebody else uses the first."""
+def twin(optimizer: Optimizer, stand_ins: Sequence[Tensor] = ()) -> Optimizer:
+    """The same optimizer with another state, which may be stepped while somebody else uses the first.
+
+    Args:
+        optimizer: Which is not changed.
+        stand_ins: What the twin will step, for the first time. They have the state that such an optimizer gives its
+            parameters when it is made, as torch's Adagrad does before torch 2.13; most make it in their first step.
+    """
     probe = object.__new__(type(optimizer))  # copying would leave out what it does not pickle
     probe.__dict__.update(optimizer.__dict__)
     probe.state = defaultdict(dict)
+    if stand_ins and optimizer.state:
+        with contextlib.suppress(Exception):  # made with other arguments: its step says what it misses
+            probe.state.update(type(optimizer)([*stand_ins], **optimizer.defaults).state)
     return probe
 
 
