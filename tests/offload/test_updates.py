@@ -580,6 +580,38 @@ def test_torchs_optimizers_are_admitted_and_not_touched(optimizer: str, jobs: Ca
     assert_same(job.weights(), plain.weights())
 
 
+class Made(Optimizer):
+    """Has its state from the start, and never looks whether it is there: torch 2.11's Adagrad does so."""
+
+    def __init__(self, parameters: Any, lr: float = 0.1, start: float = 0.5) -> None:
+        super().__init__(parameters, {"lr": lr, "start": start})
+        for parameter in itertools.chain(*(group["params"] for group in self.param_groups)):
+            self.state[parameter]["sum"] = torch.full_like(parameter, start)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                total = self.state[parameter]["sum"].addcmul_(parameter.grad, parameter.grad)
+                parameter.addcdiv_(parameter.grad, total.sqrt(), value=-group["lr"])
+
+
+def test_an_optimizer_that_makes_its_state_when_it_is_made(jobs: Callable[..., Job]) -> None:
+    plain, job = jobs(Made), jobs(Made)
+    check_parameter_by_parameter(job.optimizer)
+    [group, *_] = job.optimizer.param_groups
+    [parameter, *_] = group["params"]
+    assert state_bytes(job.optimizer, group, parameter) == parameter.nbytes
+    assert host_step_nanoseconds(job.optimizer, group, parameter) > 0
+    assert updates_by_element(job.optimizer, group)
+    job.offload("in_backward")
+    job.train(2), plain.train(2)
+    assert_same(job.weights(), plain.weights())
+
+
 @pytest.mark.parametrize("arguments", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 def test_an_optimizer_for_graphs_of_a_gpu_is_tried_on_the_host(rate: Any, arguments: dict[str, Any]) -> None:

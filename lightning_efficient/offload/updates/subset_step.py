@@ -235,7 +235,7 @@ def twin(optimizer: Optimizer, stand_ins: Sequence[Tensor] = ()) -> Optimizer:
     Args:
         optimizer: Which is not changed.
         stand_ins: What the twin will step, for the first time. They have the state that such an optimizer gives its
-            parameters when it is made, as torch's Adagrad does before torch 2.13; most make it in their first step.
+            parameters when it is made, as torch's Adagrad does; most make it in their first step.
     """
     probe = object.__new__(type(optimizer))  # copying would leave out what it does not pickle
     probe.__dict__.update(optimizer.__dict__)
