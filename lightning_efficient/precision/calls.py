@@ -76,7 +76,9 @@ def kind_of(kind: str, arguments: tuple[int, ...]) -> Kind:
 
 def name_of(function: Callable[..., Any]) -> str:
     """Of a function, a method, or an operation of ``torch.ops``, whatever its overload."""
-    return str(getattr(function, "__name__", "")).partition(".")[0]
+    name: str = getattr(function, "__name__", "")
+    # Dynamo sees no overloads, and since torch 2.14 cannot take names apart.
+    return name if torch.compiler.is_dynamo_compiling() else name.partition(".")[0]
 
 
 def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | str | None:

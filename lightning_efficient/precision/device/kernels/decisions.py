@@ -128,7 +128,7 @@ def _learn(row, going, exponent, over, under, error, lanes, FIXED: tl.constexpr)
     if not FIXED:
         tl.store(row + OVERFLOW, tl.maximum(tl.load(row + OVERFLOW), _beyond(over)), mask=going)
         tl.store(row + UNDERFLOW, tl.maximum(tl.load(row + UNDERFLOW), _beyond(under)), mask=going)
-        tl.store(row + ERROR, tl.maximum(tl.load(row + ERROR), ERRORS * error), mask=going)
+        tl.store(row + ERROR, tl.maximum(tl.load(row + ERROR), error * ERRORS), mask=going)
         tl.store(row + RANGE, tl.maximum(tl.load(row + RANGE), spread + SPREAD), mask=going)
 
 
